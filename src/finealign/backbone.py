@@ -1,0 +1,321 @@
+"""The only room that knows open_clip: load, tokenise, encode, list what may be trained, save."""
+
+import copy
+import json
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from finealign.errors import BackboneError, unknown_name
+from finealign.types import TextFeatures, Texts
+
+Precision = Literal["fp32", "bf16"]
+WEIGHTS, CONFIG = "open_clip_model.safetensors", "open_clip_config.json"
+# Larger chunks fall out of the processor's caches and gain nothing; the result does not depend on it beyond rounding.
+IMAGE_CHUNK, TEXT_CHUNK = 32, 256
+
+
+@dataclass
+class Backbone:
+    """A loaded image-text model and what is needed to feed it.
+
+    Always in evaluation mode, so that BatchNorm's running statistics stay as they are.
+    """
+
+    identifier: str
+    model: Any  # open_clip's CLIP, CustomTextCLIP or CoCa
+    tokenizer: Any
+    config: dict[str, Any]  # open_clip's model_cfg
+    preprocess: dict[str, Any]  # open_clip's preprocess_cfg
+    geometry: Callable[[Image.Image], Image.Image]
+    device: torch.device
+    precision: Precision
+
+    @property
+    def input_size(self) -> int:
+        """Side of the square input in pixels."""
+        size = self.preprocess["size"]
+        return int(size if isinstance(size, int) else size[0])
+
+    @property
+    def mean(self) -> tuple[float, ...]:
+        return tuple(float(value) for value in self.preprocess["mean"])
+
+    @property
+    def logit_scale(self) -> float:
+        """The factor the model was trained to multiply cosines by (100 for CLIP)."""
+        return float(self.model.logit_scale.detach().exp())
+
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Normalised embeddings of uint8 (B, 3, S, S) images on any device: (B, D) float32 on the backbone's.
+
+        Gradients flow into the normalisation parameters unless the caller forbids it.
+        """
+        pixels = images.to(self.device, non_blocking=True).float().div_(255)
+        mean = pixels.new_tensor(self.preprocess["mean"])[:, None, None]
+        std = pixels.new_tensor(self.preprocess["std"])[:, None, None]
+        pixels = (pixels - mean) / std
+        if self.convolutional:
+            pixels = pixels.contiguous(memory_format=torch.channels_last)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            features = self.model.encode_image(pixels)
+        return normalize(features.float(), dim=-1)
+
+    @torch.inference_mode()
+    def embed(self, images: Tensor) -> Tensor:
+        """As ``encode_images`` without gradients, in chunks that bound the memory."""
+        return torch.cat([self.encode_images(chunk) for chunk in torch.split(images, IMAGE_CHUNK)])
+
+    @torch.inference_mode()
+    def encode_texts(self, texts: Texts) -> TextFeatures:
+        """The class names in every template and all descriptions, encoded once in float32.
+
+        Raises BackboneError when a text is longer than the tokenizer's window, which would cut it silently.
+        """
+        prompts = [template.replace("{}", name) for name in texts.classes for template in texts.templates]
+        sentences = [sentence for group in texts.descriptions for sentence in group]
+        encoded = self._encode_sentences(prompts + sentences)
+        names = encoded[: len(prompts)].reshape(len(texts.classes), len(texts.templates), -1).mean(1)
+        class_of = [index for index, group in enumerate(texts.descriptions) for _ in group]
+        return TextFeatures(
+            names=normalize(names, dim=-1),
+            descriptions=encoded[len(prompts) :],
+            class_of=torch.tensor(class_of, device=self.device),
+        )
+
+    def _encode_sentences(self, sentences: list[str]) -> Tensor:
+        features = []
+        for start in range(0, len(sentences), TEXT_CHUNK):
+            chunk = sentences[start : start + TEXT_CHUNK]
+            tokens = self.tokenizer(chunk)
+            self._refuse_overflow(chunk, tokens.shape[1])
+            tokens = tokens.to(self.device)
+            features.append(normalize(self.model.encode_text(tokens).float(), dim=-1))
+        return torch.cat(features)
+
+    def _refuse_overflow(self, sentences: list[str], window: int) -> None:
+        """Tokenised with room to spare, a text that fits has padding right after the window."""
+        padding = self.tokenizer(["a"], context_length=2 * window)[0, -1]
+        beyond = self.tokenizer(sentences, context_length=2 * window)[:, window]
+        cut = [sentence for sentence, token in zip(sentences, beyond, strict=True) if token != padding]
+        if cut:
+            raise BackboneError(
+                f"{len(cut)} texts are longer than the {window} tokens that {self.identifier} reads, and would be cut "
+                f"silently. The first: {cut[0]!r:.120}. Shorten them."
+            )
+
+    @property
+    def convolutional(self) -> bool:
+        """Whether BatchNorm marks the image tower as a convolutional one."""
+        return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in self.model.visual.modules())
+
+    def norm_parameters(self) -> dict[str, nn.Parameter]:
+        """Scale and shift of every normalisation layer of the image tower, by name. Step 8 of METHOD.
+
+        Raises BackboneError when the tower has none.
+        """
+        found = {
+            f"{prefix}.{name}" if prefix else name: parameter
+            for prefix, module in self.model.visual.named_modules()
+            if _is_normalisation(module)
+            for name, parameter in module.named_parameters(recurse=False)
+        }
+        if not found:
+            raise BackboneError(
+                f"{self.identifier} has no normalisation layer in its image tower, so there is nothing to adapt there. "
+                "Use training.learn=anchors."
+            )
+        return found
+
+    def load_norms(self, values: Mapping[str, Tensor]) -> None:
+        """Put back parameters that ``norm_parameters`` listed."""
+        parameters = self.norm_parameters()
+        with torch.no_grad():
+            for name, value in values.items():
+                parameters[name].copy_(value)
+
+    @contextmanager
+    def with_norms(self, values: Mapping[str, Tensor]) -> Iterator[None]:
+        """The backbone with other normalisation parameters for a while, as those it started from."""
+        current = {name: parameter.detach().clone() for name, parameter in self.norm_parameters().items()}
+        self.load_norms(values)
+        try:
+            yield
+        finally:
+            self.load_norms(current)
+
+    def save(self, folder: Path) -> None:
+        """Write an open_clip local directory: configuration, weights as safetensors, and the tokenizer's own files."""
+        from safetensors.torch import save_file
+
+        folder.mkdir(parents=True, exist_ok=True)
+        described = {"model_cfg": self.config, "preprocess_cfg": self.preprocess}
+        (folder / CONFIG).write_text(json.dumps(described, indent=1), encoding="utf-8")
+        weights = {name: value.detach().cpu().contiguous() for name, value in self.model.state_dict().items()}
+        save_file(_untied(weights), folder / WEIGHTS)
+        inner: Any = getattr(self.tokenizer, "tokenizer", None)
+        if hasattr(inner, "save_pretrained"):
+            inner.save_pretrained(folder)
+
+
+def load_backbone(
+    identifier: str, *, device: torch.device | str = "cpu", precision: Precision = "fp32", seed: int = 0
+) -> Backbone:
+    """Load ``ARCH/PRETRAINED``, ``ARCH/random``, ``hf-hub:NAME`` or ``local-dir:PATH``.
+
+    ``random`` builds the architecture with weights drawn from ``seed``: for tests and timing. Raises BackboneError for
+    an unknown name, for weights that were trained with QuickGELU in a tower without it (and the reverse), and when
+    the weights cannot be had.
+    """
+    import open_clip
+    from open_clip.transform import PreprocessCfg, image_transform_v2
+
+    device = torch.device(device)
+    name, tag = _split(identifier)
+    with warnings.catch_warnings():
+        # timm and open_clip announce deprecations of their own at load; none is the user's to act on.
+        warnings.simplefilter("ignore")
+        try:
+            if tag == "random":
+                with torch.random.fork_rng(devices=[]):
+                    torch.manual_seed(seed)
+                    model = open_clip.create_model(name, pretrained=None, pretrained_text=False)
+            else:
+                model = open_clip.create_model(name, pretrained=tag, pretrained_text=False, require_pretrained=True)
+            tokenizer = open_clip.get_tokenizer(name)
+            config = _model_config(name)
+        except BackboneError:
+            raise
+        except Exception as error:  # open_clip, timm and the hub raise whatever they like; the user gets one sentence
+            raise _load_failure(identifier, error) from error
+    model = model.to(device).eval().requires_grad_(False)
+    preprocess = dict(open_clip.get_model_preprocess_cfg(model))
+    transform = image_transform_v2(PreprocessCfg(**preprocess), is_train=False)
+    backbone = Backbone(
+        identifier=identifier,
+        model=model,
+        tokenizer=tokenizer,
+        config=config,
+        preprocess=preprocess,
+        geometry=_Geometry(transform.transforms),
+        device=device,
+        precision=precision,
+    )
+    if backbone.convolutional:
+        backbone.model.visual.to(memory_format=torch.channels_last)
+    return backbone
+
+
+class _Geometry:
+    """The part of open_clip's preprocessing that moves pixels: all before the tensor is made."""
+
+    def __init__(self, transforms: Iterable[Any]) -> None:
+        self.steps = [step for step in transforms if type(step).__name__ not in ("MaybeToTensor", "Normalize")]
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        for step in self.steps:
+            image = step(image)
+        return image
+
+
+def _split(identifier: str) -> tuple[str, str | None]:
+    import open_clip
+
+    if identifier.startswith("local-dir:"):
+        folder = Path(identifier.removeprefix("local-dir:")).expanduser()
+        if not (folder / CONFIG).is_file():
+            raise BackboneError(
+                f"No open_clip model in {folder}: {CONFIG} is not there. Wanted: a folder with {CONFIG} and {WEIGHTS}."
+            )
+        return f"local-dir:{folder}", None
+    if identifier.startswith("hf-hub:"):
+        return identifier, None
+    name, separator, tag = identifier.rpartition("/")
+    if not separator:
+        raise BackboneError(
+            f"Backbone {identifier!r} names no weights. Wanted: ARCH/PRETRAINED (as ViT-B-32-quickgelu/openai), "
+            "ARCH/random, hf-hub:NAME or local-dir:PATH. `finealign models` lists the pairs."
+        )
+    if name not in open_clip.list_models():
+        raise BackboneError(unknown_name("architecture", name, open_clip.list_models()))
+    if tag == "random":
+        return name, tag
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    if tag not in tags:
+        raise BackboneError(unknown_name(f"pretrained weights for {name}", tag, [*tags, "random"]))
+    _refuse_wrong_activation(name, tag)
+    return name, tag
+
+
+def _refuse_wrong_activation(name: str, tag: str) -> None:
+    import open_clip
+
+    weights_quick = bool(open_clip.get_pretrained_cfg(name, tag).get("quick_gelu", False))
+    tower_quick = bool((open_clip.get_model_config(name) or {}).get("quick_gelu", False))
+    if weights_quick == tower_quick:
+        return
+    other = f"{name}-quickgelu" if weights_quick else name.removesuffix("-quickgelu")
+    trained, built = ("with", "without") if weights_quick else ("without", "with")
+    raise BackboneError(
+        f"The weights {tag!r} were trained {trained} QuickGELU, but the architecture {name!r} is built {built} it: "
+        f"the pair loads and silently loses 4 to 20 points of accuracy. Use {other}/{tag}."
+    )
+
+
+def _load_failure(identifier: str, error: Exception) -> BackboneError:
+    if identifier.startswith("local-dir:"):
+        return BackboneError(
+            f"{identifier} does not load: {_one_line(error)}. "
+            f"Wanted: an open_clip folder whose {WEIGHTS} fits its {CONFIG}."
+        )
+    return BackboneError(
+        f"The weights of {identifier} cannot be had: {_one_line(error)}. The model hub was not within reach, or does "
+        "not hold them. Without a hub: --backbone local-dir:PATH, with PATH an open_clip folder "
+        f"({CONFIG} and {WEIGHTS}) copied from a machine that has one; or set HF_HOME to a cache that already holds "
+        "the weights. `finealign doctor` shows what is within reach."
+    )
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else f"{text[:297]}..."
+
+
+def _model_config(name: str) -> dict[str, Any]:
+    import open_clip
+
+    if name.startswith("local-dir:"):
+        path = Path(name.removeprefix("local-dir:")) / CONFIG
+    elif name.startswith("hf-hub:"):
+        from huggingface_hub import hf_hub_download
+
+        path = Path(hf_hub_download(name.removeprefix("hf-hub:").partition("@")[0], CONFIG))
+    else:
+        return copy.deepcopy(dict(open_clip.get_model_config(name)))
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["model_cfg"]
+    return found
+
+
+def _is_normalisation(module: nn.Module) -> bool:
+    from timm.layers import RmsNorm, RmsNorm2d
+
+    kinds = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._BatchNorm, RmsNorm, RmsNorm2d)
+    return isinstance(module, kinds)
+
+
+def _untied(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Safetensors refuses tensors that share storage; a copy of the second costs little and loads the same."""
+    seen: set[int] = set()
+    for name, value in weights.items():
+        if value.data_ptr() in seen:
+            weights[name] = value.clone()
+        seen.add(value.data_ptr())
+    return weights

@@ -1,0 +1,70 @@
+"""Checkpoints: one safetensors file each, written aside and renamed, the last two kept."""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from finealign.errors import ModelError, OutputError
+
+KEPT = 2
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The whole state of a run after ``epoch`` epochs: tensors by name, and small values as JSON."""
+
+    epoch: int
+    tensors: dict[str, Tensor]
+    values: dict[str, Any]
+
+
+def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
+    """Write ``epoch-0007.safetensors`` into the folder and drop all but the last two. Raises OutputError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    header = {"finealign": json.dumps({"epoch": checkpoint.epoch, **checkpoint.values})}
+    save_atomically(checkpoint.tensors, folder / f"epoch-{checkpoint.epoch:04d}.safetensors", metadata=header)
+    for old in sorted(folder.glob("epoch-*.safetensors"))[:-KEPT]:
+        old.unlink()
+
+
+def read_last_checkpoint(folder: Path) -> Checkpoint | None:
+    """The newest checkpoint that is whole, or None where there is none.
+
+    Raises ModelError when there are checkpoints and every one is torn.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    torn = []
+    for path in sorted(folder.glob("epoch-*.safetensors"), reverse=True):
+        try:
+            with safe_open(path, framework="pt") as opened:
+                values = json.loads((opened.metadata() or {})["finealign"])
+                tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118, not a mapping
+            return Checkpoint(epoch=values.pop("epoch"), tensors=tensors, values=values)
+        except (SafetensorError, KeyError, ValueError, OSError) as error:
+            torn.append(f"{path.name}: {error}")
+    if torn:
+        raise ModelError(f"No checkpoint in {folder} can be read ({'; '.join(torn)}). Start afresh with --overwrite.")
+    return None
+
+
+def save_atomically(tensors: Mapping[str, Tensor], path: Path, *, metadata: dict[str, str] | None = None) -> None:
+    """Write safetensors beside ``path``, flush them to disk, then rename: no reader ever sees half a file."""
+    from safetensors.torch import save_file
+
+    aside = path.with_suffix(".part")
+    try:
+        save_file(
+            {name: value.detach().cpu().contiguous() for name, value in tensors.items()}, aside, metadata=metadata
+        )
+        with aside.open("rb+") as written:
+            os.fsync(written.fileno())
+        aside.replace(path)
+    except OSError as error:
+        aside.unlink(missing_ok=True)
+        raise OutputError(f"{path} cannot be written: {error}. What was there before is untouched.") from error

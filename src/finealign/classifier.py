@@ -1,0 +1,291 @@
+"""The public noun: ``FineAlign`` with ``fit``, ``predict``, ``predict_proba``, ``save`` and ``load``."""
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Self, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from finealign.backbone import Backbone, load_backbone
+from finealign.config import DEFAULT_BACKBONE, Config, MethodSettings, make_config, resolve
+from finealign.devices import WantedPrecision, choose_device, choose_precision
+from finealign.errors import ConfigError, FinealignError
+from finealign.images import decode_all, list_images, stream_images
+from finealign.methods import Method, create_method, find_method, method_options
+from finealign.model_folder import SavedModel, read_model, write_model
+from finealign.progress import Progress
+from finealign.prompts import make_texts
+from finealign.training import EpochRecord, adapt
+from finealign.types import ImageFeatures, Score, SetAside, TextFeatures, Texts
+from finealign.views import PREDICTION_EPOCH, Pixels, Views
+
+Images = str | Path | Sequence[str | Path]  # a folder, a list file, a CSV, one image, or paths
+
+Item = TypeVar("Item")
+
+PREDICTION_CHUNK = 32  # images decoded and encoded together
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The scores of one image: of the adapted model, and of the model it started from where that was asked for."""
+
+    path: Path
+    scores: NDArray[np.float32]  # (C,) cosine-like
+    probabilities: NDArray[np.float32]  # (C,) sum to 1
+    start_probabilities: NDArray[np.float32] | None = None  # (C,) sum to 1
+
+
+class FineAlign:
+    """A CLIP-like classifier that adapts itself to unlabelled images of the named classes.
+
+        model = FineAlign(classes=["robin", "wren"], descriptions={...}).fit("photos/")
+        labels = model.predict("more-photos/")
+
+    The constructor only keeps its arguments; ``fit`` checks them. Learned attributes end in ``_``: ``classes_``,
+    ``backbone_``, ``method_``, ``config_`` (resolved), ``texts_``, ``history_`` (one record an epoch) and
+    ``set_aside_`` (images that could not be read, and why).
+    """
+
+    def __init__(
+        self,
+        classes: Sequence[str],
+        *,
+        descriptions: Mapping[str, Sequence[str]] | None = None,
+        templates: Sequence[str] | None = None,
+        backbone: str = DEFAULT_BACKBONE,
+        method: str = "fair",
+        seed: int = 0,
+        device: str = "auto",
+        precision: WantedPrecision = "auto",
+        config: Config | None = None,
+    ) -> None:
+        """``config``, where given, decides everything but the texts; the other settings are then not looked at."""
+        self.classes = classes
+        self.descriptions = descriptions
+        self.templates = templates
+        self.backbone = backbone
+        self.method = method
+        self.seed = seed
+        self.device = device
+        self.precision = precision
+        self.config = config
+
+    def fit(
+        self,
+        images: Images,
+        *,
+        checkpoints: Path | None = None,
+        on_epoch: Callable[[EpochRecord], None] = lambda record: None,
+        progress: Progress | None = None,
+    ) -> Self:
+        """Adapt to unlabelled images: a folder (its structure means nothing), a list file, a CSV, or paths.
+
+        With ``checkpoints`` each epoch leaves one in that folder, and the last one there is continued from. Raises
+        FinealignError: PromptError, ConfigError, ImageInputError or BackboneError, by what is wrong.
+        """
+        progress = progress or Progress()
+        texts, config = self.check()
+        paths = list_images(images)
+        backbone = self._load_backbone(config, progress)
+        config = resolve(config, images=len(paths), input_size=backbone.input_size)
+        features = backbone.encode_texts(texts)
+        method = create_method(config.method, features, logit_scale=backbone.logit_scale).to(backbone.device)
+        self.set_aside_: list[SetAside] = []
+        self.history_: list[EpochRecord] = []
+        self.start_norms_: dict[str, Tensor] = {}
+        if method.trains:
+            pixels = self._decode(paths, config, progress)
+            if config.training.encoder == "full" and config.training.learn != "anchors":
+                norms = backbone.norm_parameters()
+                self.start_norms_ = {name: value.detach().clone() for name, value in norms.items()}
+            self.history_ = adapt(
+                pixels,
+                backbone=backbone,
+                method=method,
+                views=_views(config, backbone),
+                config=config,
+                progress=progress,
+                checkpoints=checkpoints,
+                on_epoch=on_epoch,
+            )
+        self._become(SavedModel(config, texts, features, backbone, method.requires_grad_(False), self.start_norms_))
+        return self
+
+    def check(self) -> tuple[Texts, Config]:
+        """The checked texts and configuration, without loading anything. Raises PromptError or ConfigError."""
+        config = self.config or make_config(
+            {
+                "backbone": self.backbone,
+                "method": {"name": self.method},
+                "seed": self.seed,
+                "device": self.device,
+                "precision": self.precision,
+            }
+        )
+        method_options(config.method)
+        _choose_score(find_method(config.method.name), config.prediction.score, None)
+        return make_texts(self.classes, self.descriptions, self.templates), config
+
+    def predict(self, images: Images, *, score: Score | None = None) -> NDArray[np.object_]:
+        """The class name of each image, in the order of ``list_images``: (n,) str.
+
+        An image that cannot be read gets None, a warning, and a line in ``set_aside_``. ``score`` is global, las or
+        fused; the model's own choice if None.
+        """
+        probabilities = self.predict_proba(images, score=score)
+        names = np.array([*self.classes_, None], dtype=object)
+        unread = np.isnan(probabilities[:, 0])
+        return names[np.where(unread, len(self.classes_), np.nan_to_num(probabilities).argmax(1))]
+
+    def predict_proba(self, images: Images, *, score: Score | None = None) -> NDArray[np.float32]:
+        """The probability of each class, columns as in ``classes_``: (n, C); NaN for an image that cannot be read."""
+        paths = list_images(images)
+        rows = np.full((len(paths), len(self.classes_)), np.nan, dtype=np.float32)
+        self.set_aside_ = []
+        for position, found in enumerate(self.iter_predictions(paths, score=score)):
+            if isinstance(found, SetAside):
+                self.set_aside_.append(found)
+            else:
+                rows[position] = found.probabilities
+        if self.set_aside_:
+            first = self.set_aside_[0]
+            warnings.warn(
+                f"{len(self.set_aside_)} of {len(paths)} images could not be read and have no prediction; "
+                f"the first: {first.path} ({first.reason}). All are in set_aside_.",
+                stacklevel=2,
+            )
+        return rows
+
+    def iter_predictions(
+        self, paths: Iterable[Path], *, score: Score | None = None, with_start: bool = False
+    ) -> Iterator[Prediction | SetAside]:
+        """The prediction of each image, or why there is none, in order; memory does not grow with their number.
+
+        ``with_start`` also scores each image by the model adaptation started from: the same texts, their mean a
+        class, the whole image. Raises ConfigError for a score the method does not have.
+        """
+        kind = _choose_score(type(self.method_), self.config_.prediction.score, score)
+        max_pixels = self.config_.data.max_pixels
+        for chunk in _chunks(stream_images(paths, max_pixels=max_pixels), PREDICTION_CHUNK):
+            read = [(path, np.asarray(found)) for path, found in chunk if not isinstance(found, SetAside)]
+            scored = iter(self._score([pixels for _, pixels in read], [p for p, _ in read], kind, with_start))
+            for _, found in chunk:
+                yield found if isinstance(found, SetAside) else next(scored)
+
+    def save(self, folder: str | Path) -> None:
+        """Write the fitted model: an open_clip local directory with the anchors and texts beside it."""
+        self._require_fitted()
+        write_model(self._saved, Path(folder))
+
+    @classmethod
+    def load(cls, folder: str | Path, *, device: str = "auto", precision: WantedPrecision = "auto") -> Self:
+        """A fitted model from a run folder or its ``model/``. Raises ModelError."""
+        chosen = choose_device(device)
+        saved = read_model(Path(folder), device=chosen, precision=choose_precision(precision, chosen))
+        model = cls(
+            saved.texts.classes,
+            descriptions=dict(zip(saved.texts.classes, saved.texts.descriptions, strict=True)),
+            templates=saved.texts.templates,
+            config=saved.config,
+        )
+        model.set_aside_, model.history_, model.start_norms_ = [], [], saved.start_norms
+        model._become(saved)
+        return model
+
+    def _become(self, saved: SavedModel) -> None:
+        self._saved = saved
+        self.config_, self.texts_ = saved.config, saved.texts
+        self.backbone_: Backbone = saved.backbone
+        self.method_: Method = saved.method
+        self.text_features_: TextFeatures = saved.text_features
+        self.classes_ = np.array(saved.texts.classes, dtype=object)
+        self._views = _views(saved.config, saved.backbone)
+        # The start is the same texts before anything was learned: their mean a class, by the global score.
+        start = create_method(MethodSettings(name="cupl"), saved.text_features, logit_scale=saved.method.logit_scale)
+        self._start = start.to(saved.backbone.device)
+
+    def _require_fitted(self) -> None:
+        if not hasattr(self, "_saved"):
+            raise FinealignError("This FineAlign is not fitted. Call fit(images) first, or FineAlign.load(folder).")
+
+    def _load_backbone(self, config: Config, progress: Progress) -> Backbone:
+        device = choose_device(config.device)
+        with progress.stage("loading the backbone", None):
+            return load_backbone(
+                config.backbone, device=device, precision=choose_precision(config.precision, device), seed=config.seed
+            )
+
+    def _decode(self, paths: list[Path], config: Config, progress: Progress) -> list[Pixels]:
+        working_size = config.data.working_size
+        if working_size == "auto":
+            raise ValueError("the configuration is not resolved")
+        with progress.stage("reading images", len(paths)) as stage:
+            done = 0
+
+            def advance(count: int) -> None:
+                nonlocal done
+                stage.advance(count - done)
+                done = count
+
+            decoded, self.set_aside_ = decode_all(
+                paths, shorter_side=working_size, max_pixels=config.data.max_pixels, on_progress=advance
+            )
+        self.paths_ = [image.path for image in decoded]
+        return [image.pixels for image in decoded]
+
+    @torch.inference_mode()
+    def _score(self, images: list[Pixels], paths: list[Path], kind: Score, with_start: bool) -> Iterator[Prediction]:
+        if not images:
+            return
+        weak = torch.stack([self._views.weak(pixels) for pixels in images])
+        crops = None
+        if kind != "global":
+            # Every image gets the same draws, so its scores do not depend on its neighbours or its place in a list.
+            crops = torch.cat([self._views.crops(pixels, epoch=PREDICTION_EPOCH, image=0) for pixels in images])
+        features = self._embed(weak, crops)
+        scores = self.method_.score(features, kind)
+        probabilities = self.method_.probabilities(scores).cpu().numpy()
+        start = None
+        if with_start:
+            at_start = features
+            if self._saved.start_norms:
+                with self.backbone_.with_norms(self._saved.start_norms):
+                    at_start = self._embed(weak, None)
+            start = self._start.probabilities(self._start.score(at_start, "global")).cpu().numpy()
+        rows = scores.cpu().numpy()
+        for index, path in enumerate(paths):
+            yield Prediction(path, rows[index], probabilities[index], None if start is None else start[index])
+
+    def _embed(self, weak: Tensor, crops: Tensor | None) -> ImageFeatures:
+        whole = self.backbone_.embed(weak)
+        if crops is None:
+            return ImageFeatures(weak=whole, crops=whole.new_zeros(len(whole), 0, whole.shape[1]))
+        return ImageFeatures(weak=whole, crops=self.backbone_.embed(crops).reshape(len(whole), -1, whole.shape[1]))
+
+
+def _views(config: Config, backbone: Backbone) -> Views:
+    return Views(
+        config.views, size=backbone.input_size, geometry=backbone.geometry, mean=backbone.mean, seed=config.seed
+    )
+
+
+def _choose_score(method: type[Method], configured: Score | str, asked: Score | None) -> Score:
+    kind = asked or (method.scores[0] if configured == "auto" else configured)
+    for valid in method.scores:
+        if kind == valid:
+            return valid
+    name = method.__module__.rpartition(".")[2].replace("_", "-")
+    raise ConfigError(f"The method {name!r} has no score {kind!r}. Valid: {', '.join(method.scores)}.")
+
+
+def _chunks(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+    iterator = iter(items)
+    while chunk := list(islice(iterator, size)):
+        yield chunk

@@ -1,0 +1,228 @@
+"""Settings: strict, typed, one place for every default, and the one place where "auto" is resolved.
+
+The fields below feed the YAML file, ``--set section.key=value`` and the documentation. A method's own options live
+beside the method (see ``methods/``) and are checked there; here they pass through as the rest of ``method``.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from finealign.errors import ConfigError, unknown_name
+
+Auto = Literal["auto"]
+Positive = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(gt=0, le=1)]
+
+DEFAULT_BACKBONE = "ViT-B-32-quickgelu/openai"
+# Label passes (fresh weak and crop features) in a run when the refresh is "auto": crops are two thirds of a run's cost.
+LABEL_PASSES = 6
+
+
+class Settings(BaseModel):
+    """A section: unknown keys are errors, and a made section never changes."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+
+
+class DataSettings(Settings):
+    """How images are read."""
+
+    max_pixels: Positive = Field(200_000_000, description="images with more pixels than this are set aside unread")
+    working_size: Positive | Auto = Field(
+        "auto", description="shorter side kept in memory; auto: the input size over the smallest crop's share"
+    )
+
+
+class ViewSettings(Settings):
+    """The views of one image [R]: step 2 of the method."""
+
+    crops: Positive = Field(8, description="N, square crops per image")
+    crop_low: Fraction = Field(0.5, description="alpha: smallest crop side as a share of the shorter side")
+    crop_high: Fraction = Field(0.9, description="beta: largest crop side as a share of the shorter side")
+    strong_low: Fraction = Field(0.3, description="smallest area of the strong view's random resized crop")
+    randaugment: str = Field("rand-m9-mstd0.5-inc1", description="timm RandAugment policy of the strong view")
+    refresh_epochs: Annotated[int, Field(ge=0)] | Auto = Field(
+        "auto",
+        description=f"epochs a crop feature is reused; 0: encoded at every step; auto: {LABEL_PASSES} refreshes a run",
+    )
+
+
+class MethodSettings(BaseModel):
+    """The method's name; its own options stand beside it and are checked by the method."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    name: str = Field("fair", description="the method, by file name in methods/")
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+class TrainingSettings(Settings):
+    """What learns, and at what pace [R]: steps 7 and 8 of the method."""
+
+    encoder: Literal["full", "frozen"] = Field(
+        "full", description="full: normalisation and anchors learn; frozen: anchors alone, on features encoded once"
+    )
+    learn: Literal["norms+anchors", "norms", "anchors"] = Field("norms+anchors", description="what learns")
+    epochs: Positive | Auto = Field("auto", description="passes over the images; auto: enough for `steps`")
+    steps: Positive = Field(160, description="optimiser steps aimed at when epochs is auto")
+    max_epochs: Positive = Field(60, description="bound on the epochs when they are auto")
+    batch_size: Positive = Field(64, description="images a step")
+    learning_rate: Annotated[float, Field(gt=0)] = Field(2e-4, description="of the normalisation parameters")
+    anchor_learning_rate: Annotated[float, Field(gt=0)] = Field(2e-4, description="of the anchors")
+    final_learning_rate: Annotated[float, Field(ge=0)] = Field(2e-6, description="where the cosine schedule ends")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="of the anchors")
+    norm_weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="of the normalisation parameters")
+    strong_views: Positive = Field(4, description="strong views encoded per image when the encoder is frozen")
+
+
+class PredictionSettings(Settings):
+    """How an adapted model scores an image [R]: step 9 of the method."""
+
+    score: Literal["auto", "global", "las", "fused"] = Field(
+        "auto", description="score used when none is asked for; auto: the method's own"
+    )
+
+
+class Config(Settings):
+    """Everything that decides a run, apart from the images and the texts."""
+
+    backbone: str = Field(DEFAULT_BACKBONE, description="ARCH/PRETRAINED, ARCH/random, hf-hub:NAME or local-dir:PATH")
+    seed: Annotated[int, Field(ge=0)] = Field(0, description="decides every random draw")
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="auto: bf16 where the processor is good at it"
+    )
+    data: DataSettings = DataSettings()
+    views: ViewSettings = ViewSettings()
+    method: MethodSettings = MethodSettings()
+    training: TrainingSettings = TrainingSettings()
+    prediction: PredictionSettings = PredictionSettings()
+
+
+def make_config(values: Mapping[str, Any]) -> Config:
+    """A checked configuration from nested plain values.
+
+    Raises ConfigError with one line for every wrong setting; an unknown key is answered with the nearest valid one.
+    """
+    try:
+        config = Config.model_validate(dict(values))
+    except ValidationError as error:
+        raise ConfigError("\n".join(_readable(Config, detail) for detail in error.errors())) from None
+    if config.views.crop_low > config.views.crop_high:
+        raise ConfigError(
+            f"views.crop_low ({config.views.crop_low}) is above views.crop_high ({config.views.crop_high}). "
+            "Wanted: the smallest crop no larger than the largest. Lower one or raise the other."
+        )
+    return config
+
+
+def read_config(path: Path | None = None, overrides: Sequence[str] = (), **flags: Any) -> Config:
+    """The configuration from a YAML file, then ``section.key=value`` overrides, then the flags that are not None.
+
+    Values of overrides are read as YAML, so ``training.epochs=5`` is a number. Raises ConfigError.
+    """
+    values: dict[str, Any] = {}
+    if path is not None:
+        values = _read_yaml(path)
+    for override in overrides:
+        key, separator, text = override.partition("=")
+        if not separator or not key:
+            raise ConfigError(f"--set {override!r} is not a setting. Wanted: section.key=value, as training.epochs=5.")
+        try:
+            _assign(values, key.split("."), yaml.safe_load(text))
+        except yaml.YAMLError:
+            raise ConfigError(f"--set {key}: {text!r} is not a value YAML can read.") from None
+    for dotted, value in flags.items():
+        if value is not None:
+            _assign(values, dotted.split("__"), value)
+    return make_config(values)
+
+
+def write_config(config: Config, path: Path) -> None:
+    """Write every setting as YAML that ``read_config`` takes back."""
+    path.write_text(yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def resolve(config: Config, *, images: int, input_size: int) -> Config:
+    """Replace every "auto" of data, views and training by its value for this many images and this input size.
+
+    ``input_size`` is the backbone's input side in pixels. Device and precision stay: the machine decides those.
+    """
+    training, views, data = config.training, config.views, config.data
+    steps_an_epoch = math.ceil(images / training.batch_size)
+    enough = min(training.max_epochs, max(1, round(training.steps / steps_an_epoch)))
+    epochs = enough if training.epochs == "auto" else training.epochs
+    refresh = max(1, math.ceil(epochs / LABEL_PASSES)) if views.refresh_epochs == "auto" else views.refresh_epochs
+    working_size = data.working_size
+    if working_size == "auto":
+        working_size = math.ceil(input_size / views.crop_low)
+    return config.model_copy(
+        update={
+            "data": data.model_copy(update={"working_size": working_size}),
+            "views": views.model_copy(update={"refresh_epochs": refresh}),
+            "training": training.model_copy(update={"epochs": epochs}),
+        }
+    )
+
+
+def readable_errors(model: type[BaseModel], error: ValidationError, prefix: str) -> str:
+    """Pydantic's findings as sentences, each setting named in full from ``prefix``."""
+    return "\n".join(_readable(model, detail, prefix) for detail in error.errors())
+
+
+def _readable(model: type[BaseModel], detail: Any, prefix: str = "") -> str:
+    location = [str(part) for part in detail["loc"]]
+    if detail["type"] == "extra_forbidden":
+        section: type[BaseModel] = model
+        for part in location[:-1]:
+            annotation = section.model_fields[part].annotation
+            if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+                section = annotation
+        full = prefix + ".".join(location)
+        return f"{full}: " + unknown_name("setting", location[-1], section.model_fields)
+    # Members of a union come back with the member's type as the last part of the place; the user wrote none of it.
+    fields = [part for part in location if part.replace("_", "").isalnum() and not part[:1].isdigit()]
+    known = []
+    current: Any = model
+    for part in fields:
+        if not (isinstance(current, type) and issubclass(current, BaseModel)) or part not in current.model_fields:
+            break
+        known.append(part)
+        current = current.model_fields[part].annotation
+    choices = [str(choice) for choice in get_args(current) if isinstance(choice, str)]
+    wanted = f" Valid: {', '.join(choices)}." if choices else ""
+    return f"{prefix}{'.'.join(known or location)}: found {detail['input']!r}. {detail['msg']}.{wanted}"
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(
+            f"No configuration file at {path}. Wanted: a YAML file, as a run folder's config.yaml."
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read as UTF-8 text: {error}.") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise ConfigError(f"{path} holds no settings. Wanted: sections with keys, as `training: {{epochs: 5}}`.")
+    return values
+
+
+def _assign(values: dict[str, Any], keys: Sequence[str], value: Any) -> None:
+    for key in keys[:-1]:
+        inner = values.setdefault(key, {})
+        if not isinstance(inner, dict):
+            raise ConfigError(f"{'.'.join(keys)}: {key!r} is a single value, not a section.")
+        values = inner
+    values[keys[-1]] = value

@@ -1,0 +1,45 @@
+"""Which device and which precision: asked of accelerate and of the processor, never assumed."""
+
+from typing import Literal
+
+import torch
+
+from finealign.backbone import Precision
+from finealign.errors import ConfigError
+
+WantedPrecision = Literal["auto", "fp32", "bf16"]
+CPU_BF16_CHECKS = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+
+
+def choose_device(wanted: str) -> torch.device:
+    """The device accelerate picks for ``auto``, or the wanted one. Raises ConfigError when it is not there."""
+    from accelerate import PartialState
+
+    if wanted == "cpu":
+        return torch.device("cpu")
+    found: torch.device = PartialState().device
+    if wanted == "auto" or wanted == found.type:
+        return found
+    raise ConfigError(
+        f"Device {wanted!r} is not to be had here; accelerate finds {found.type!r}. Use auto, cpu or {found.type}, and "
+        "choose among several GPUs with CUDA_VISIBLE_DEVICES."
+    )
+
+
+def good_at_bf16(device: torch.device) -> bool:
+    """Whether bf16 is faster than fp32 there: tensor cores on a GPU, AMX tiles or AVX-512 BF16 on a CPU.
+
+    Elsewhere a CPU emulates it, many times slower than fp32.
+    """
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    if device.type == "cpu":
+        return any(bool(getattr(torch.cpu, name)()) for name in CPU_BF16_CHECKS if hasattr(torch.cpu, name))
+    return False
+
+
+def choose_precision(wanted: WantedPrecision, device: torch.device) -> Precision:
+    """bf16 for ``auto`` where the processor is good at it, else fp32."""
+    if wanted == "auto":
+        return "bf16" if good_at_bf16(device) else "fp32"
+    return wanted

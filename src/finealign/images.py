@@ -1,0 +1,465 @@
+"""Find, list and decode images; those that cannot be read are set aside with a reason, and the run goes on.
+
+What a file is follows from its bytes, not its name. Every image comes out the same way: RGB, 8 bits, upright, first
+frame, transparency on white. Embedded colour profiles are ignored.
+"""
+
+import csv
+import io
+import logging
+import os
+import re
+import stat
+import threading
+import warnings
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO, TypeVar
+
+import numpy as np
+from PIL import (
+    BmpImagePlugin,
+    ExifTags,
+    GifImagePlugin,
+    Image,
+    ImageFile,
+    JpegImagePlugin,
+    PngImagePlugin,
+    TiffImagePlugin,
+    WebPImagePlugin,
+)
+
+from finealign.errors import ImageInputError, OutputError
+from finealign.types import SetAside
+
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".jpe", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
+MAX_PIXELS = 200_000_000
+
+_SUFFIXES_SHOWN = ", ".join(sorted(IMAGE_SUFFIXES))
+# Only these decoders ever see a file: Pillow's others start programs (EPS) or read formats no suffix above promises.
+# Importing the plugins is what registers them in Image.OPEN; JPEG covers MPO too.
+_FORMATS = tuple(
+    plugin.format
+    for plugin in (
+        JpegImagePlugin.JpegImageFile,
+        PngImagePlugin.PngImageFile,
+        WebPImagePlugin.WebPImageFile,
+        GifImagePlugin.GifImageFile,
+        BmpImagePlugin.BmpImageFile,
+        TiffImagePlugin.TiffImageFile,
+    )
+)
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_T = TypeVar("_T")
+
+
+class ImageReadError(ImageInputError):
+    """One image cannot be read; the message is the bare reason, without the path."""
+
+
+@dataclass(frozen=True, eq=False)
+class DecodedImage:
+    """An image in memory."""
+
+    path: Path
+    pixels: np.ndarray[tuple[int, int, int], np.dtype[np.uint8]]  # (H, W, 3)
+
+
+def display_path(path: str | Path) -> str:
+    r"""The path as text that can be written as UTF-8: bytes of a file name that are not UTF-8 appear as ``\xNN``."""
+    try:
+        return os.fsencode(path).decode("utf-8", "backslashreplace")
+    except UnicodeEncodeError:  # a lone surrogate that stands for no byte, so it names no file
+        return str(path).encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def list_images(source: str | Path | Sequence[str | Path]) -> list[Path]:
+    """The images that ``source`` names; none is opened, so a path that is listed may still turn out unreadable.
+
+    ``source`` is one of:
+
+    - a folder: every image file below it, sorted by path relative to it. Names starting with a dot are skipped.
+      Linked folders are followed, but no folder is listed twice, so loops end;
+    - an image file: itself;
+    - a ``.txt`` file in UTF-8: one path a line; blank lines and lines starting with ``#`` are skipped;
+    - a ``.csv`` file in UTF-8: the column ``path``; other columns are ignored;
+    - a sequence of paths: as given.
+
+    Relative paths in a list are relative to the folder of the list.
+
+    Raises:
+        ImageInputError: ``source`` does not exist, names no image, or is not one of the above.
+    """
+    if not isinstance(source, str | Path):
+        paths = [Path(path) for path in source]
+        if not paths:
+            raise ImageInputError("The list of images is empty. Give at least one path.")
+        return paths
+
+    path, shown = Path(source), f"'{display_path(source)}'"
+    try:
+        mode = _stat(path).st_mode
+    except ImageReadError as exc:
+        raise ImageInputError(
+            f"Cannot open {shown}: {exc}. Give a folder of images, an image, or a .txt or .csv list of images."
+        ) from exc
+
+    suffix = path.suffix.lower()
+    if stat.S_ISDIR(mode):
+        paths = _walk(path)
+        if not paths:
+            raise ImageInputError(
+                f"No image in folder {shown}. Wanted at least one file ending in {_SUFFIXES_SHOWN}. Check the folder."
+            )
+    elif not stat.S_ISREG(mode):
+        raise ImageInputError(f"{shown} is neither a folder nor a regular file. Give a folder, an image or a list.")
+    elif suffix in IMAGE_SUFFIXES:
+        paths = [path]
+    elif suffix == ".txt":
+        lines = (line.strip() for line in io.StringIO(_read_text(path), newline=None))
+        paths = [path.parent / line for line in lines if line and not line.startswith("#")]
+        if not paths:
+            raise ImageInputError(f"{shown} lists no images. Write one path a line.")
+    elif suffix == ".csv":
+        paths = [path.parent / row["path"] for row in read_table(path, ["path"])]
+        if not paths:
+            raise ImageInputError(f"{shown} lists no images. Write one row an image below the header.")
+    else:
+        raise ImageInputError(
+            f"Cannot tell what {shown} is from its suffix {suffix!r}. Wanted a folder, an image ({_SUFFIXES_SHOWN}), "
+            "or a .txt or .csv list of images. Rename the file, or list it in a .txt."
+        )
+    return paths
+
+
+def read_table(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
+    """The rows of a UTF-8, comma-separated file with a header: the wanted ``columns`` of each, stripped, no others.
+
+    Raises:
+        ImageInputError: the file cannot be read as such a table, a wanted column is missing or named twice, or a row
+            has no value in one; the message gives the line.
+    """
+    shown = f"'{display_path(path)}'"
+    reader = csv.DictReader(io.StringIO(_read_text(path), newline=""), strict=True)
+    rows: list[dict[str, str]] = []
+    last_line = 0
+    try:
+        header = [name.strip() for name in reader.fieldnames or ()]
+        reader.fieldnames = header
+        for column in columns:
+            if header.count(column) != 1:
+                raise ImageInputError(
+                    f"{shown} has {header.count(column)} columns named {column!r}, wanted one; its header is "
+                    f"{','.join(header)!r}. Start the file with a header line, its columns separated by commas."
+                )
+        last_line = 1
+        for row in reader:
+            last_line = reader.reader.line_num  # DictReader's own count is late after blank lines
+            where = f"{shown}, line {last_line}"
+            if None in row:
+                raise ImageInputError(
+                    f"{where}: more values than the {len(header)} columns of the header. Quote values with commas."
+                )
+            # A short row holds None where values are missing.
+            wanted = {column: (row[column] or "").strip() for column in columns}
+            for column, value in wanted.items():
+                if not value:
+                    raise ImageInputError(f"{where}: no value for {column!r}. Fill it in or delete the line.")
+            rows.append(wanted)
+    except csv.Error as exc:
+        raise ImageInputError(f"{shown}, line {last_line + 1}: {exc}. Check the quotes there.") from exc
+    return rows
+
+
+def read_image(path: Path, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """The image at ``path``: RGB, 8 bits a channel, upright by its EXIF, first frame, transparency on white.
+
+    16-bit greyscale keeps its high byte; floats in [0, 1] are scaled by 255; other floats and integers beyond 16 bits
+    are stretched from their own least value to their greatest. The result carries no metadata, so nothing downstream
+    can rotate it again.
+
+    Raises:
+        ImageReadError: the file is not a whole image of at most ``max_pixels``; the message is the reason alone.
+    """
+    with _open_regular(path) as file, _quiet_pillow:
+        try:
+            image = _identify(file)
+            width, height = image.size
+            if width * height > max_pixels:
+                raise ImageReadError(f"{width} x {height} pixels, over the limit of {max_pixels:,}")
+            image.load()
+            return _to_rgb(_upright(image))
+        except ImageReadError:
+            raise
+        except Exception as exc:  # damaged files make Pillow raise nearly anything, and one file must not end a run
+            raise ImageReadError(_reason(exc)) from exc
+
+
+def stream_images(
+    paths: Iterable[Path], *, max_pixels: int = MAX_PIXELS, threads: int | None = None
+) -> Iterator[tuple[Path, Image.Image | SetAside]]:
+    """Each path with its image, or with why it is set aside, in the order given.
+
+    Reads ahead on ``threads`` threads (default: one a core, at most 8) and holds at most two images a thread.
+    """
+    return _in_order(partial(read_image, max_pixels=max_pixels), paths, threads)
+
+
+def decode_all(
+    paths: Sequence[Path],
+    *,
+    shorter_side: int | None,
+    max_pixels: int = MAX_PIXELS,
+    on_progress: Callable[[int], None] | None = None,
+    threads: int | None = None,
+) -> tuple[list[DecodedImage], list[SetAside]]:
+    """Every image in memory, and those set aside, each in the order given.
+
+    Images whose shorter side exceeds ``shorter_side`` are reduced to it, keeping the aspect ratio; none is enlarged,
+    and ``None`` reduces none. ``on_progress`` is called in this thread with the number of paths done so far.
+
+    Raises:
+        ImageInputError: no image could be read.
+    """
+    decoded: list[DecodedImage] = []
+    set_aside: list[SetAside] = []
+    read = partial(_read_pixels, shorter_side=shorter_side, max_pixels=max_pixels)
+    with closing(_in_order(read, paths, threads)) as results:
+        for done, (path, result) in enumerate(results, start=1):
+            if isinstance(result, SetAside):
+                set_aside.append(result)
+            else:
+                decoded.append(DecodedImage(path, result))
+            if on_progress is not None:
+                on_progress(done)
+    if not decoded:
+        first = "; ".join(f"{row.path}: {row.reason}" for row in set_aside[:3])
+        raise ImageInputError(
+            f"None of the {len(paths)} images tried could be read{f' ({first})' if first else ''}. "
+            "Wanted at least one. Check the paths and the files."
+        )
+    return decoded, set_aside
+
+
+def set_aside_csv(rows: Sequence[SetAside], path: Path) -> None:
+    """Write ``rows`` to ``path`` as CSV in UTF-8, with columns path and reason; an existing file is replaced.
+
+    Raises:
+        OutputError: ``path`` cannot be written.
+    """
+    try:
+        with path.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(["path", "reason"])
+            writer.writerows([row.path, row.reason] for row in rows)
+    except OSError as exc:
+        raise OutputError(
+            f"Cannot write '{display_path(path)}': {_reason(exc)}. Choose an output folder that can be written."
+        ) from exc
+
+
+def _walk(root: Path) -> list[Path]:
+    def refuse(error: OSError) -> None:
+        raise ImageInputError(
+            f"Cannot list folder '{display_path(error.filename)}': {_reason(error)}. "
+            "Make it readable, or move it out of the images."
+        ) from error
+
+    found: list[Path] = []
+    visited: set[tuple[int, int]] = set()
+    for folder, folders, files in os.walk(root, onerror=refuse, followlinks=True):
+        status = os.stat(folder)
+        identity = (status.st_dev, status.st_ino)
+        if identity in visited:
+            folders.clear()
+            continue
+        visited.add(identity)
+        # Real folders before linked ones, so that a folder met both ways is listed under its own name.
+        ordered = sorted((os.path.islink(os.path.join(folder, name)), name) for name in folders)
+        folders[:] = [name for _, name in ordered if not name.startswith(".")]
+        found += [
+            Path(folder, name)
+            for name in files
+            if not name.startswith(".") and os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
+        ]
+    return sorted(found, key=lambda path: path.relative_to(root).as_posix())
+
+
+def _read_text(path: Path) -> str:
+    shown = f"'{display_path(path)}'"
+    try:
+        with _open_regular(path) as file:
+            data = file.read()
+    except (ImageReadError, OSError) as exc:
+        reason = str(exc) if isinstance(exc, ImageReadError) else _reason(exc)
+        raise ImageInputError(f"Cannot read {shown}: {reason}. Give a list that can be read.") from exc
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as exc:
+        line = data.count(b"\n", 0, exc.start) + 1
+        raise ImageInputError(f"{shown}, line {line}: not UTF-8 text. Save the file as UTF-8.") from exc
+
+
+def _stat(path: Path) -> os.stat_result:
+    try:
+        return path.stat()
+    except ValueError as exc:  # a null byte, or characters the file system cannot encode
+        raise ImageReadError("not a usable file name") from exc
+    except OSError as exc:
+        raise ImageReadError(_reason(exc)) from exc
+
+
+def _open_regular(path: Path) -> BinaryIO:
+    # Asked before opening: to open a pipe or a device can wait for ever.
+    status = _stat(path)
+    if not stat.S_ISREG(status.st_mode):
+        raise ImageReadError("not a regular file")
+    if status.st_size == 0:
+        raise ImageReadError("empty file")
+    try:
+        return path.open("rb")
+    except OSError as exc:
+        raise ImageReadError(_reason(exc)) from exc
+
+
+def _identify(file: BinaryIO) -> ImageFile.ImageFile:
+    # Image.open would refuse large images by a global limit of its own, before their size can be told.
+    prefix = file.read(16)
+    for name in _FORMATS:
+        factory, accepts = Image.OPEN[name]
+        # A decoder missing from this build of Pillow answers with a sentence, which is not True.
+        if accepts is not None and accepts(prefix) is True:
+            file.seek(0)
+            return factory(file, "")
+    raise ImageReadError("not an image")
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    # Not ImageOps.exif_transpose: it also rewrites the EXIF, and fails on images whose orientation is sound.
+    try:
+        method = _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # broken EXIF says nothing of the pixels
+        return image
+    return image if method is None else image.transpose(method)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        image = _to_grey(image)
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
+    rgb = image.convert("RGB")
+    rgb.info = {}
+    return rgb
+
+
+def _to_grey(image: Image.Image) -> Image.Image:
+    values = np.asarray(image)
+    if not np.isfinite(values).all():
+        raise ImageReadError("pixel values that are not finite")
+    low, high = float(values.min()), float(values.max())
+    if image.mode != "F" and low >= 0 and high <= 0xFFFF:
+        return Image.fromarray((values >> 8).astype(np.uint8))
+    if image.mode == "F" and low >= 0 and high <= 1:
+        low, high = 0.0, 1.0
+    scaled = (values.astype(np.float64) - low) * (255 / (high - low or 1))
+    return Image.fromarray(scaled.round().astype(np.uint8))
+
+
+def _reason(exc: Exception) -> str:
+    match exc:
+        case FileNotFoundError():
+            return "no such file"
+        case PermissionError():
+            return "permission denied"
+        case MemoryError():
+            return "not enough memory to decode it"
+        case Image.DecompressionBombError():
+            return "more pixels than Pillow allows"
+        case OSError(strerror=str(text)):
+            return text.lower()
+    return "truncated file" if "truncated" in str(exc).lower() else "damaged or truncated file"
+
+
+def _read_pixels(
+    path: Path, *, shorter_side: int | None, max_pixels: int
+) -> np.ndarray[tuple[int, int, int], np.dtype[np.uint8]]:
+    image = read_image(path, max_pixels=max_pixels)
+    if shorter_side is not None and min(image.size) > shorter_side:
+        scale = shorter_side / min(image.size)
+        width, height = (round(side * scale) for side in image.size)
+        image = image.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=3.0)
+    return np.array(image)  # a copy, since torch warns of arrays it may not write to
+
+
+def _in_order(
+    read: Callable[[Path], _T], paths: Iterable[Path], threads: int | None
+) -> Generator[tuple[Path, _T | SetAside], None, None]:
+    def attempt(path: Path) -> _T | SetAside:
+        try:
+            return read(path)
+        except ImageReadError as exc:
+            return SetAside(display_path(path), str(exc))
+
+    threads = min(8, os.cpu_count() or 1) if threads is None else threads
+    pending: deque[tuple[Path, Future[_T | SetAside]]] = deque()
+    with ThreadPoolExecutor(threads) as pool:
+        try:
+            for path in paths:
+                pending.append((path, pool.submit(attempt, path)))
+                if len(pending) == 2 * threads:
+                    first, future = pending.popleft()
+                    yield first, future.result()
+            while pending:
+                first, future = pending.popleft()
+                yield first, future.result()
+        finally:  # the reader may stop early
+            for _, future in pending:
+                future.cancel()
+
+
+class _QuietPillow:
+    """While any thread is inside, Pillow's warnings are ignored and its log is not printed for want of a handler.
+
+    Not warnings.catch_warnings: it puts back the filters it found, and threads leaving in another order than they
+    came would leave it in force for good, or undo what another thread has set.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._handler = logging.NullHandler()
+        self._filter = ("ignore", None, Warning, re.compile(r"PIL\.\w+$"), 0)
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._inside += 1
+            if self._inside == 1:
+                warnings.filters.insert(0, self._filter)  # type: ignore[attr-defined]
+                logging.getLogger("PIL").addHandler(self._handler)
+
+    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0:
+                with suppress(ValueError):  # a catch_warnings elsewhere may have swapped the list meanwhile
+                    warnings.filters.remove(self._filter)  # type: ignore[attr-defined]
+                logging.getLogger("PIL").removeHandler(self._handler)
+
+
+_quiet_pillow = _QuietPillow()

@@ -1,0 +1,52 @@
+"""WCA (Li et al., ICML 2024, arXiv 2406.02915): weighted crops against weighted descriptions; nothing learned.
+
+Its published setting draws 60 crops an image: ``views.crops=60``.
+"""
+
+import math
+from typing import Annotated, ClassVar
+
+from pydantic import Field
+from torch import Tensor
+
+from finealign.alignment import description_weights, weighted_alignment_score
+from finealign.methods.base import Method, MethodOptions
+from finealign.types import ImageFeatures, Score, TextFeatures
+
+
+class WcaOptions(MethodOptions):
+    """WCA's two temperatures, as published."""
+
+    crop_temperature: Annotated[float, Field(gt=0)] = Field(math.exp(-4), description="of the softmax over crops")
+    description_temperature: Annotated[float, Field(gt=0)] = Field(
+        math.exp(-2), description="of the softmax over the descriptions of a class"
+    )
+
+
+class Wca(Method):
+    """score = sum_ij w_i v_cj <p_i, t_cj>."""
+
+    Options = WcaOptions
+    options: WcaOptions
+    scores: ClassVar[tuple[Score, ...]] = ("las",)
+    descriptions: Tensor
+    class_of: Tensor
+    description_weight: Tensor
+
+    def __init__(self, options: WcaOptions, texts: TextFeatures, *, logit_scale: float) -> None:
+        super().__init__(options, texts, logit_scale=logit_scale)
+        weights = description_weights(
+            texts.descriptions, texts.names, texts.class_of, temperature=options.description_temperature
+        )
+        self.register_buffer("descriptions", texts.descriptions)
+        self.register_buffer("class_of", texts.class_of)
+        self.register_buffer("description_weight", weights)
+
+    def score(self, features: ImageFeatures, kind: Score) -> Tensor:
+        """WCA's one score, whatever kind is asked for: its ``scores`` list names it alone."""
+        return weighted_alignment_score(
+            features.crops, self.crop_weights(features), self.descriptions, self.description_weight, self.class_of
+        )
+
+
+METHOD = Wca

@@ -1,0 +1,141 @@
+"""A saved model: an open_clip local directory plus what the classifier needs, as JSON and safetensors.
+
+``finealign.json`` names the format, classes, texts and settings and carries the checksum of every tensor file;
+``finealign.safetensors`` holds the text features, the method's state, and the normalisation parameters the backbone
+started from, so that the starting model can be scored beside the adapted one.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from finealign import __version__
+from finealign.backbone import WEIGHTS, Backbone, load_backbone
+from finealign.checkpoints import save_atomically
+from finealign.config import Config, make_config
+from finealign.errors import ConfigError, FinealignError, ModelError
+from finealign.methods import Method, create_method
+from finealign.types import TextFeatures, Texts
+
+FORMAT = 1
+MANIFEST, TENSORS = "finealign.json", "finealign.safetensors"
+
+
+@dataclass(frozen=True)
+class SavedModel:
+    """All that a saved model holds. ``start_norms`` is empty when the backbone was not changed."""
+
+    config: Config  # resolved
+    texts: Texts
+    text_features: TextFeatures
+    backbone: Backbone
+    method: Method
+    start_norms: dict[str, Tensor]
+
+
+def write_model(model: SavedModel, folder: Path) -> None:
+    """Write the model into ``folder``, replacing what a model of ours left there. Raises OutputError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    model.backbone.save(folder)
+    features = model.text_features
+    tensors = {"texts.names": features.names, "texts.descriptions": features.descriptions}
+    tensors["texts.class_of"] = features.class_of
+    tensors |= {f"method.{name}": value for name, value in model.method.state_dict().items()}
+    tensors |= {f"start.{name}": value for name, value in model.start_norms.items()}
+    save_atomically(tensors, folder / TENSORS)
+    manifest = {
+        "format": FORMAT,
+        "finealign": __version__,
+        "classes": model.texts.classes,
+        "descriptions": dict(zip(model.texts.classes, model.texts.descriptions, strict=True)),
+        "templates": model.texts.templates,
+        "logit_scale": model.method.logit_scale,
+        "config": model.config.model_dump(),
+        "sha256": {name: _sha256(folder / name) for name in (WEIGHTS, TENSORS)},
+    }
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1, ensure_ascii=False), encoding="utf-8")
+
+
+def model_folder(path: Path) -> Path:
+    """The model's own folder, from itself or from the run folder around it. Raises ModelError."""
+    for folder in (path, path / "model"):
+        if (folder / MANIFEST).is_file():
+            return folder
+    raise ModelError(
+        f"No model at {path}: neither {MANIFEST} nor model/{MANIFEST} is there. Wanted: a run folder of `finealign "
+        "adapt`, or its model/."
+    )
+
+
+def read_model(path: Path, *, device: torch.device, precision: Any) -> SavedModel:
+    """Read what ``write_model`` wrote. Raises ModelError if it is torn, changed or of another format."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    folder = model_folder(path)
+    manifest = _read_manifest(folder / MANIFEST)
+    for name, expected in manifest["sha256"].items():
+        if not (folder / name).is_file():
+            raise ModelError(f"The model in {folder} is not whole: {name} is missing. Copy the folder again.")
+        if _sha256(folder / name) != expected:
+            raise ModelError(f"{folder / name} is not the file that was saved: its checksum differs. Copy it again.")
+    try:
+        tensors = load_file(folder / TENSORS, device=str(device))
+        config = make_config(manifest["config"])
+        texts = Texts(
+            classes=tuple(manifest["classes"]),
+            descriptions=tuple(tuple(manifest["descriptions"][name]) for name in manifest["classes"]),
+            templates=tuple(manifest["templates"]),
+        )
+        features = TextFeatures(
+            names=tensors["texts.names"], descriptions=tensors["texts.descriptions"], class_of=tensors["texts.class_of"]
+        )
+        backbone = load_backbone(f"local-dir:{folder}", device=device, precision=precision)
+        method = create_method(config.method, features, logit_scale=manifest["logit_scale"]).to(device)
+        method.load_state_dict(_section(tensors, "method"))
+    except (SafetensorError, ConfigError, KeyError, TypeError, RuntimeError) as error:
+        raise ModelError(f"The model in {folder} cannot be read: {' '.join(str(error).split())[:300]}.") from error
+    return SavedModel(
+        config=config,
+        texts=texts,
+        text_features=features,
+        backbone=backbone,
+        method=method,
+        start_norms=_section(tensors, "start"),
+    )
+
+
+def _section(tensors: dict[str, Tensor], section: str) -> dict[str, Tensor]:
+    return {
+        name.removeprefix(f"{section}."): value for name, value in tensors.items() if name.startswith(f"{section}.")
+    }
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"{path} cannot be read: {error}. Copy the folder again.") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        found = manifest.get("format") if isinstance(manifest, dict) else None
+        raise ModelError(
+            f"{path} is of format {found!r}; this version, {__version__}, reads format {FORMAT}. "
+            "Adapt again, or use the version that wrote it."
+        )
+    missing = {"classes", "descriptions", "templates", "logit_scale", "config", "sha256"} - set(manifest)
+    if missing or set(manifest["sha256"]) != {WEIGHTS, TENSORS}:
+        raise ModelError(f"{path} is not whole: {', '.join(sorted(missing)) or 'a checksum'} is missing.")
+    return manifest
+
+
+def _sha256(path: Path) -> str:
+    try:
+        with path.open("rb") as opened:
+            return hashlib.file_digest(opened, "sha256").hexdigest()
+    except OSError as error:
+        raise FinealignError(f"{path} cannot be read: {error}.") from error

@@ -1,0 +1,81 @@
+"""The records that cross the borders between rooms, each with the shape of every tensor beside it.
+
+Letters: B images in a batch, N crops per image, K crops kept, C classes, M descriptions in all, J anchors per class,
+D embedding width. All features are L2-normalised float32, so an inner product is a cosine.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from torch import Tensor
+
+Score = Literal["global", "las", "fused"]
+
+
+@dataclass(frozen=True)
+class SetAside:
+    """An image that could not be used, and why; the run goes on without it."""
+
+    path: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Texts:
+    """What is known of the classes before any image is seen.
+
+    ``descriptions`` has one non-empty tuple of sentences a class, in the order of ``classes``; ``templates`` are
+    prompts with one ``{}`` for the class name.
+    """
+
+    classes: tuple[str, ...]
+    descriptions: tuple[tuple[str, ...], ...]
+    templates: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class TextFeatures:
+    """The encoded texts: fixed for a whole run."""
+
+    names: Tensor  # (C, D) normalised mean over the templates, each filled with the class name
+    descriptions: Tensor  # (M, D) every description of every class
+    class_of: Tensor  # (M,) int64, the class of each description
+
+    @property
+    def num_classes(self) -> int:
+        return self.names.shape[0]
+
+
+@dataclass(frozen=True)
+class ImageFeatures:
+    """One image seen whole and in parts. ``crops`` is (B, 0, D) for methods that look at no crops."""
+
+    weak: Tensor  # (B, D)
+    crops: Tensor  # (B, N, D)
+
+
+@dataclass(frozen=True)
+class PseudoLabels:
+    """What a method believes of a batch; never carries a gradient."""
+
+    labels: Tensor  # (B,) int64
+    weights: Tensor  # (B,) in [0, 1]
+    probabilities: Tensor  # (B, C), rows sum to 1
+
+
+@dataclass(frozen=True)
+class Loss:
+    """The scalar to minimise and its named parts, for the log."""
+
+    total: Tensor  # ()
+    parts: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Truth:
+    """Ground truth, read by evaluation alone: image paths and the index of each one's class."""
+
+    paths: tuple[Path, ...]
+    labels: tuple[int, ...]

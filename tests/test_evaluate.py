@@ -1,0 +1,605 @@
+"""Each measure against a plain-Python statement of its formula; each reader against real files."""
+
+import json
+import math
+import unicodedata
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from PIL import Image
+
+from finealign import evaluate
+from finealign.errors import ImageInputError
+from finealign.evaluate import (
+    ConfusedPair,
+    Evaluation,
+    Interval,
+    bootstrap_interval,
+    confused_pairs,
+    confusion_matrix,
+    evaluate_scores,
+    expected_calibration_error,
+    paired_difference,
+    per_class_accuracy,
+    read_truth,
+    summary,
+    top_k_accuracy,
+)
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+few = settings(max_examples=60, deadline=None)
+
+
+@st.composite
+def scored(draw: st.DrawFn) -> tuple[Floats, Ints]:
+    """Scores (n, C) on a coarse grid, so that ties are common, and labels (n,)."""
+    n, num_classes = draw(st.integers(1, 12)), draw(st.integers(1, 7))
+    cells = st.lists(st.integers(-2, 2), min_size=n * num_classes, max_size=n * num_classes)
+    labels = st.lists(st.integers(0, num_classes - 1), min_size=n, max_size=n)
+    return np.array(draw(cells), dtype=np.float64).reshape(n, num_classes), np.array(draw(labels))
+
+
+def softmax(scores: Floats) -> Floats:
+    powers = np.exp(scores - scores.max(axis=1, keepdims=True))
+    return np.asarray(powers / powers.sum(axis=1, keepdims=True))
+
+
+def names(num_classes: int) -> list[str]:
+    return [f"class {index}" for index in range(num_classes)]
+
+
+def example(n: int = 200, num_classes: int = 6, seed: int = 0) -> tuple[Floats, Ints]:
+    generator = np.random.default_rng(seed)
+    labels = generator.integers(0, num_classes, n)
+    return generator.normal(size=(n, num_classes)) + np.eye(num_classes)[labels], labels
+
+
+def of(scores: Floats, labels: Ints) -> Evaluation:
+    return evaluate_scores(scores, softmax(scores), labels, names(scores.shape[1]))
+
+
+# --- top_k_accuracy ---------------------------------------------------------------------------------------------------
+
+
+@few
+@given(scored(), st.integers(1, 9))
+def test_top_k_accuracy__is_membership_in_a_stable_sort(case: tuple[Floats, Ints], k: int) -> None:
+    scores, labels = case
+    hits = 0
+    for row, label in zip(scores.tolist(), labels.tolist(), strict=True):
+        best_first = sorted(range(len(row)), key=lambda index: -row[index])  # sorted() is stable: ties by index
+        hits += label in best_first[:k]
+    assert top_k_accuracy(scores, labels, k) == pytest.approx(hits / len(labels))
+
+
+@few
+@given(scored())
+def test_top_k_accuracy__of_one_is_argmax(case: tuple[Floats, Ints]) -> None:
+    scores, labels = case
+    assert top_k_accuracy(scores, labels, 1) == np.mean(scores.argmax(axis=1) == labels)
+
+
+def test_top_k_accuracy__tied_scores_earn_no_more_than_k_classes() -> None:
+    labels = np.arange(10)
+    assert [top_k_accuracy(np.zeros((10, 10)), labels, k) for k in (1, 5, 10)] == [0.1, 0.5, 1.0]
+
+
+def test_top_k_accuracy__k_beyond_the_classes_is_one() -> None:
+    assert top_k_accuracy(np.array([[0.1, 0.9, 0.5]]), np.array([0]), 5) == 1.0
+    assert top_k_accuracy(np.array([[0.1, 0.9, 0.5]]), np.array([0]), 2) == 0.0
+
+
+def test_top_k_accuracy__one_image_of_one_class() -> None:
+    assert top_k_accuracy(np.array([[-3.0]]), np.array([0]), 1) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("scores", "labels", "k", "message"),
+    [
+        (np.zeros((2, 3)), np.array([0, 1]), 0, "k must be"),
+        (np.zeros((0, 3)), np.zeros(0, dtype=int), 1, "at least one image"),
+        (np.zeros((2, 3)), np.array([0]), 1, "2 rows of scores for 1 labels"),
+        (np.zeros((2, 3)), np.array([0, 3]), 1, r"labels must be in \[0, 3\)"),
+        (np.zeros((2, 3)), np.array([0, -1]), 1, r"labels must be in \[0, 3\)"),
+        (np.zeros((2, 3)), np.array([0.0, 1.0]), 1, "one integer an image"),
+        (np.array([[np.nan, 1.0]]), np.array([0]), 1, "NaN"),
+    ],
+)
+def test_top_k_accuracy__refuses_what_does_not_fit(scores: Floats, labels: Ints, k: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        top_k_accuracy(scores, labels, k)
+
+
+# --- per_class_accuracy, confusion_matrix, confused_pairs -------------------------------------------------------------
+
+
+@few
+@given(scored())
+def test_confusion_matrix__counts_one_image_at_a_time(case: tuple[Floats, Ints]) -> None:
+    scores, labels = case
+    predicted, size = scores.argmax(axis=1), scores.shape[1]
+    counted = [[0] * size for _ in range(size)]
+    for truth, guess in zip(labels, predicted, strict=True):
+        counted[truth][guess] += 1
+    assert confusion_matrix(predicted, labels, size).tolist() == counted
+
+
+def test_confusion_matrix__takes_small_integer_types() -> None:
+    labels = np.array([199, 0], dtype=np.uint8)  # 199 * 200 + 199 does not fit in eight bits
+    assert confusion_matrix(labels, labels, 200)[199, 199] == 1
+
+
+def test_confusion_matrix__refuses_a_prediction_out_of_range() -> None:
+    with pytest.raises(ValueError, match=r"in \[0, 2\)"):
+        confusion_matrix(np.array([2]), np.array([0]), 2)
+
+
+@few
+@given(scored())
+def test_per_class_accuracy__is_the_mean_over_the_images_of_a_class(case: tuple[Floats, Ints]) -> None:
+    scores, labels = case
+    predicted, size = scores.argmax(axis=1), scores.shape[1]
+    found = per_class_accuracy(predicted, labels, size)
+    assert found.shape == (size,)
+    for index in range(size):
+        hits = [guess == index for guess, truth in zip(predicted, labels, strict=True) if truth == index]
+        assert found[index] == pytest.approx(sum(hits) / len(hits) if hits else math.nan, nan_ok=True)
+
+
+def test_per_class_accuracy__empty_class_is_nan() -> None:
+    found = per_class_accuracy(np.array([0, 1, 1]), np.array([0, 0, 0]), 3)
+    assert found[0] == pytest.approx(1 / 3)
+    assert np.isnan(found[1:]).all()
+
+
+def test_confused_pairs__sorts_by_count_and_leaves_out_the_diagonal() -> None:
+    confusion = np.array([[5, 3, 0], [1, 9, 0], [3, 0, 0]])
+    assert confused_pairs(confusion, ["a", "b", "c"]) == [
+        ConfusedPair("c", "a", 3, 1.0),
+        ConfusedPair("a", "b", 3, 0.375),
+        ConfusedPair("b", "a", 1, 0.1),
+    ]
+    assert [pair.truth for pair in confused_pairs(confusion, ["a", "b", "c"], most=2)] == ["c", "a"]
+
+
+def test_confused_pairs__none_when_all_is_right() -> None:
+    assert confused_pairs(np.diag([4, 0, 2]), ["a", "b", "c"]) == []
+
+
+def test_confused_pairs__refuses_the_wrong_number_of_names() -> None:
+    with pytest.raises(ValueError, match="for 2 classes"):
+        confused_pairs(np.zeros((3, 3), dtype=np.int64), ["a", "b"])
+
+
+# --- expected_calibration_error ---------------------------------------------------------------------------------------
+
+
+def calibration_error(probabilities: Floats, labels: Ints, bins: int) -> float:
+    """Guo et al. 2017, one bin at a time."""
+    total = 0.0
+    for index in range(bins):
+        low, high = index / bins, (index + 1) / bins
+        inside = [(max(p), p.index(max(p)) == y) for p, y in zip(probabilities.tolist(), labels, strict=True)]
+        inside = [(confidence, hit) for confidence, hit in inside if low < confidence <= high]
+        if inside:
+            accuracy = sum(hit for _, hit in inside) / len(inside)
+            confidence = sum(confidence for confidence, _ in inside) / len(inside)
+            total += len(inside) / len(labels) * abs(accuracy - confidence)
+    return total
+
+
+@few
+@given(scored(), st.sampled_from([1, 2, 3, 10, 15]))
+def test_expected_calibration_error__is_the_sum_over_bins(case: tuple[Floats, Ints], bins: int) -> None:
+    probabilities = np.minimum(softmax(case[0]), 1.0)
+    expected = calibration_error(probabilities, case[1], bins)
+    assert expected_calibration_error(probabilities, case[1], bins) == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("bins", [2, 4, 5, 10])
+def test_expected_calibration_error__a_bin_holds_its_upper_edge(bins: int) -> None:
+    # Confidence on the edge of two bins, one right and one wrong: in one bin with 0.9, the errors would cancel.
+    for edge in (index / bins for index in range(1, bins + 1) if index / bins > 0.5):
+        probabilities = np.array([[edge, 1 - edge], [edge - 0.01, 1.01 - edge], [1.0, 0.0]])
+        labels = np.array([1, 0, 0])
+        expected = calibration_error(probabilities, labels, bins)
+        assert expected_calibration_error(probabilities, labels, bins) == pytest.approx(expected, abs=1e-12)
+
+
+def test_expected_calibration_error__by_hand() -> None:
+    sure, unsure = [1.0, 0.0], [0.6, 0.4]
+    assert expected_calibration_error(np.array([sure, sure]), np.array([0, 0])) == 0.0
+    assert expected_calibration_error(np.array([sure, sure]), np.array([1, 1])) == 1.0
+    assert expected_calibration_error(np.array([unsure] * 5), np.array([0, 0, 0, 1, 1])) == pytest.approx(0.0)
+    # Two bins: 0.5 * |1 - 0.6| + 0.5 * |0 - 1|. One bin: |0.5 - 0.8|.
+    assert expected_calibration_error(np.array([unsure, sure]), np.array([0, 1])) == pytest.approx(0.7)
+    assert expected_calibration_error(np.array([unsure, sure]), np.array([0, 1]), bins=1) == pytest.approx(0.3)
+
+
+def test_expected_calibration_error__rounding_past_one_stays_in_the_last_bin() -> None:
+    # One image of four wrong, at a confidence of 3/4 in all: no error, as long as all four share a bin.
+    past, below = [1.0 + 1e-7, 0.0], [0.5 - 1e-7, 0.5 + 1e-7]
+    probabilities, labels = np.array([past, past, below, below]), np.array([0, 1, 1, 1])
+    assert expected_calibration_error(probabilities, labels, bins=1) == pytest.approx(0.0, abs=1e-6)
+
+
+def test_expected_calibration_error__takes_half_precision() -> None:
+    scores, labels = example(num_classes=100)
+    exact = expected_calibration_error(softmax(scores), labels)
+    half = expected_calibration_error(softmax(scores).astype(np.float16), labels)
+    assert half == pytest.approx(exact, abs=2e-3)
+
+
+@pytest.mark.parametrize("scores", [[[0.5, 0.9]], [[1.5, -0.5]], [[0.1, 0.2]], [[np.inf, 0.0]]])
+def test_expected_calibration_error__refuses_scores(scores: list[list[float]]) -> None:
+    with pytest.raises(ValueError, match="were scores given"):
+        expected_calibration_error(np.array(scores), np.array([0]))
+
+
+# --- bootstrap_interval, paired_difference ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("right", "n"), [(200, 400), (320, 400), (3600, 4000)])
+@pytest.mark.parametrize("level", [0.8, 0.95])
+def test_bootstrap_interval__of_coin_tosses_is_near_the_normal_approximation(right: int, n: int, level: float) -> None:
+    found = bootstrap_interval(np.arange(n) < right, level=level, resamples=4000)
+    share = right / n
+    half = {0.8: 1.2816, 0.95: 1.9600}[level] * math.sqrt(share * (1 - share) / n)
+    assert found.mean == share
+    assert found.low == pytest.approx(share - half, abs=0.12 * half)
+    assert found.high == pytest.approx(share + half, abs=0.12 * half)
+
+
+def test_bootstrap_interval__agrees_with_drawing_images() -> None:
+    values = np.random.default_rng(1).exponential(size=60)
+    draws = np.random.default_rng(2).integers(0, 60, size=(8000, 60))
+    low, high = np.percentile(values[draws].mean(axis=1), [2.5, 97.5])
+    found = bootstrap_interval(values, resamples=8000)
+    assert found.mean == pytest.approx(values.mean())
+    assert (found.low, found.high) == pytest.approx((low, high), abs=0.06 * (high - low))
+
+
+def test_bootstrap_interval__same_seed_same_interval_whatever_the_order() -> None:
+    values = np.arange(100) % 3 == 0
+    first = bootstrap_interval(values, seed=3)
+    assert bootstrap_interval(values[::-1], seed=3) == first
+    assert {bootstrap_interval(values, seed=seed) for seed in range(5)} != {first}
+
+
+def test_bootstrap_interval__chunks_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = np.random.default_rng(0).normal(size=30)
+    whole = bootstrap_interval(values, resamples=101)
+    monkeypatch.setattr(evaluate, "CELLS_AT_ONCE", 200)  # six resamples at a time, and five at the end
+    assert bootstrap_interval(values, resamples=101) == whole
+
+
+@pytest.mark.parametrize("values", [[1.0], [0.0], [0.1, 0.1, 0.1], [-1.0] * 7])
+def test_bootstrap_interval__equal_values_have_no_width(values: list[float]) -> None:
+    assert bootstrap_interval(np.array(values)) == Interval(values[0], values[0], values[0])
+
+
+def test_bootstrap_interval__does_not_touch_the_global_generator() -> None:
+    np.random.seed(0)
+    untouched = np.random.random()
+    np.random.seed(0)
+    bootstrap_interval(np.array([0.0, 1.0]))
+    assert np.random.random() == untouched
+
+
+@pytest.mark.parametrize("values", [[], [np.nan, 1.0], [np.inf], [[1.0, 0.0]]])
+def test_bootstrap_interval__refuses_what_has_no_mean(values: list[float]) -> None:
+    with pytest.raises(ValueError, match="values must be"):
+        bootstrap_interval(np.array(values))
+
+
+@pytest.mark.parametrize(("resamples", "level"), [(0, 0.95), (10, 0.0), (10, 1.0), (10, 95.0)])
+def test_bootstrap_interval__refuses_settings_out_of_range(resamples: int, level: float) -> None:
+    with pytest.raises(ValueError, match="resamples must be"):
+        bootstrap_interval(np.array([0.0, 1.0]), resamples=resamples, level=level)
+
+
+def test_paired_difference__is_narrower_than_unpaired_when_correctness_goes_together() -> None:
+    generator = np.random.default_rng(0)
+    start = generator.random(500) < 0.6
+    adapted = np.where(generator.random(500) < 0.1, ~start, start)  # nine images in ten answer alike
+    paired = paired_difference(adapted, start)
+    unpaired = paired_difference(generator.permutation(adapted), start)
+    assert paired.mean == pytest.approx(adapted.mean() - start.mean())
+    assert unpaired.mean == pytest.approx(paired.mean)
+    assert paired.high - paired.low < 0.6 * (unpaired.high - unpaired.low)
+    apart = math.sqrt(np.var(adapted.astype(float) - start) / 500)
+    assert paired.high - paired.low == pytest.approx(2 * 1.96 * apart, rel=0.1)
+
+
+def test_paired_difference__is_signed_adapted_minus_start() -> None:
+    adapted, start = np.array([True, True, True, False]), np.array([True, False, False, False])
+    found = paired_difference(adapted, start)
+    assert found.mean == 0.5
+    assert 0 <= found.low < 0.5 < found.high <= 1
+    assert paired_difference(start, adapted).mean == -0.5
+
+
+def test_paired_difference__of_the_same_answers_is_zero() -> None:
+    same = np.array([True, False, True])
+    assert paired_difference(same, same) == Interval(0.0, 0.0, 0.0)
+
+
+def test_paired_difference__refuses_different_images() -> None:
+    with pytest.raises(ValueError, match="different images"):
+        paired_difference(np.array([True, False]), np.array([True]))
+
+
+# --- evaluate_scores --------------------------------------------------------------------------------------------------
+
+
+def test_evaluate_scores__gathers_the_measures() -> None:
+    scores, labels = example()
+    found = of(scores, labels)
+    predicted = scores.argmax(axis=1)
+    assert found.top1 == bootstrap_interval(predicted == labels)
+    assert found.top1.low < found.top1.mean == top_k_accuracy(scores, labels, 1) < found.top1.high
+    assert found.top5 == top_k_accuracy(scores, labels, 5)
+    assert found.ece == expected_calibration_error(softmax(scores), labels)
+    assert list(found.per_class.values()) == per_class_accuracy(predicted, labels, 6).tolist()
+    assert np.array_equal(found.confusion, confusion_matrix(predicted, labels, 6))
+    assert found.pairs == tuple(confused_pairs(found.confusion, names(6)))
+    assert np.array_equal(found.correct, predicted == labels)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_evaluate_scores__permuting_classes_permutes_the_results(seed: int) -> None:
+    scores, labels = example(seed=seed)
+    order = np.random.default_rng(seed + 10).permutation(6)
+    classes = names(6)
+    found = of(scores, labels)
+    permuted = evaluate_scores(
+        scores[:, order], softmax(scores)[:, order], np.argsort(order)[labels], [classes[index] for index in order]
+    )
+    assert permuted.top1 == found.top1
+    assert permuted.top5 == found.top5
+    assert permuted.ece == pytest.approx(found.ece)
+    assert permuted.per_class == found.per_class  # by name
+    assert list(permuted.per_class) == [classes[index] for index in order]
+    assert np.array_equal(permuted.confusion, found.confusion[np.ix_(order, order)])
+    assert permuted.pairs == found.pairs
+
+
+def test_evaluate_scores__one_image_and_empty_classes() -> None:
+    found = of(np.array([[0.0, 2.0, 1.0]]), np.array([2]))
+    assert found.top1 == Interval(0.0, 0.0, 0.0)
+    assert found.top5 == 1.0
+    assert found.per_class == {"class 0": None, "class 1": None, "class 2": 0.0}
+    assert found.pairs == (ConfusedPair("class 2", "class 1", 1, 1.0),)
+
+
+def test_evaluate_scores__one_class() -> None:
+    found = of(np.zeros((3, 1)), np.zeros(3, dtype=int))
+    assert (found.top1.mean, found.top5, found.ece, found.pairs) == (1.0, 1.0, 0.0, ())
+
+
+def test_evaluate_scores__tied_scores() -> None:
+    found = of(np.zeros((12, 6)), np.arange(12) % 6)
+    assert found.top1.mean == pytest.approx(1 / 6)
+    assert found.top5 == pytest.approx(5 / 6)
+    assert found.ece == pytest.approx(0.0)
+    assert found.confusion.sum(axis=0).tolist() == [12, 0, 0, 0, 0, 0]
+
+
+def test_evaluate_scores__labels_come_from_scores_and_calibration_from_probabilities() -> None:
+    scores, probabilities = np.array([[1.0, 0.0]]), np.array([[0.2, 0.8]])
+    found = evaluate_scores(scores, probabilities, np.array([0]), ["a", "b"])
+    assert found.top1.mean == 1.0
+    assert found.ece == pytest.approx(0.8)
+
+
+@pytest.mark.parametrize("classes", [["a"], ["a", "b", "c"], ["a", "a"]])
+def test_evaluate_scores__refuses_other_classes(classes: list[str]) -> None:
+    with pytest.raises(ValueError, match="class"):
+        evaluate_scores(np.zeros((1, 2)), np.full((1, 2), 0.5), np.array([0]), classes)
+
+
+# --- summary ----------------------------------------------------------------------------------------------------------
+
+
+def test_summary__is_this_json() -> None:
+    labels = np.array([0, 0, 1, 1])
+    adapted = of(np.eye(3)[[0, 0, 1, 0]], labels)
+    start = of(np.eye(3)[[1, 0, 0, 0]], labels)
+    difference = paired_difference(adapted.correct, start.correct)
+    found = json.loads(json.dumps(summary(adapted, start, difference, images=4, set_aside=2), allow_nan=False))
+    assert found == {
+        "adapted": {
+            "top1": 0.75,
+            "top5": 1.0,
+            "ece": adapted.ece,
+            "top1_low": adapted.top1.low,
+            "top1_high": adapted.top1.high,
+        },
+        "zero_shot": {
+            "top1": 0.25,
+            "top5": 1.0,
+            "ece": start.ece,
+            "top1_low": start.top1.low,
+            "top1_high": start.top1.high,
+        },
+        "difference": {"top1": 0.5, "low": difference.low, "high": difference.high},
+        "images": 4,
+        "set_aside": 2,
+        "per_class": {
+            "class 0": {"adapted": 1.0, "zero_shot": 0.5, "images": 2},
+            "class 1": {"adapted": 0.5, "zero_shot": 0.0, "images": 2},
+            "class 2": {"adapted": None, "zero_shot": None, "images": 0},
+        },
+        "confused_pairs": [{"truth": "class 1", "predicted": "class 0", "count": 1, "share": 0.5}],
+    }
+
+
+def test_summary__refuses_evaluations_of_different_images() -> None:
+    first, second = of(np.eye(2), np.array([0, 1])), of(np.eye(2), np.array([0, 0]))
+    with pytest.raises(ValueError, match="different classes or images"):
+        summary(first, second, Interval(0.0, 0.0, 0.0), images=2, set_aside=0)
+
+
+# --- read_truth -------------------------------------------------------------------------------------------------------
+
+
+Draw = Callable[..., None]
+
+
+@pytest.fixture
+def draw(tmp_path: Path) -> Draw:
+    """Writes tiny images at paths relative to tmp_path."""
+
+    def write(*paths: str) -> None:
+        for path in paths:
+            (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (2, 2)).save(tmp_path / path)
+
+    return write
+
+
+def labelled(source: Path, classes: list[str]) -> dict[str, str]:
+    """The truth as image name to class name."""
+    truth = read_truth(source, classes)
+    assert len(truth.paths) == len(truth.labels) == len(set(truth.paths))
+    assert all(path.exists() for path in truth.paths)
+    return {path.name: classes[label] for path, label in zip(truth.paths, truth.labels, strict=True)}
+
+
+def test_read_truth__folder_of_class_folders(tmp_path: Path, draw: Draw) -> None:
+    draw("cat/1.png", "cat/deep/er/2.png", "dog/3.jpg")
+    (tmp_path / "cat" / "notes.txt").write_text("not an image")
+    (tmp_path / "notes").mkdir()  # holds no image: not a class, and no harm
+    assert labelled(tmp_path, ["dog", "cat", "emu"]) == {"1.png": "cat", "2.png": "cat", "3.jpg": "dog"}
+    assert read_truth(str(tmp_path), ["dog", "cat"]) == read_truth(tmp_path, ["dog", "cat"])
+
+
+def test_read_truth__paths_lie_under_the_folder_as_given(
+    tmp_path: Path, draw: Draw, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw("photos/cat/1.png")
+    monkeypatch.chdir(tmp_path)
+    assert read_truth("photos", ["cat"]).paths == (Path("photos/cat/1.png"),)
+    monkeypatch.chdir(tmp_path / "photos")
+    assert labelled(Path(), ["cat"]) == {"1.png": "cat"}
+
+
+@pytest.mark.parametrize(
+    ("folder", "name"),
+    [
+        ("boeing_737-200", "Boeing 737-200"),
+        ("BOEING  737 200", "Boeing 737-200"),
+        (unicodedata.normalize("NFD", "café_crème"), "Café Crème"),
+        ("café crème", unicodedata.normalize("NFD", "Café Crème")),
+        ("STRASSE", "straße"),
+        ("_tree-", "tree"),
+    ],
+)
+def test_read_truth__names_that_mean_the_same(tmp_path: Path, draw: Draw, folder: str, name: str) -> None:
+    draw(f"{folder}/1.png")
+    assert labelled(tmp_path, ["other", name]) == {"1.png": name}
+
+
+def test_read_truth__two_folders_of_one_class(tmp_path: Path, draw: Draw) -> None:
+    draw("tabby cat/1.png", "tabby_cat/2.png")
+    assert labelled(tmp_path, ["tabby cat"]) == {"1.png": "tabby cat", "2.png": "tabby cat"}
+
+
+def test_read_truth__colliding_class_names_match_exactly_or_not_at_all(tmp_path: Path, draw: Draw) -> None:
+    classes = ["polish", "Polish", "emu"]
+    draw("1.png", "2.png", "3.png", "4.png")
+    table = tmp_path / "truth.csv"  # a folder could not hold both names on every file system
+    table.write_text("path,label\n1.png,polish\n2.png,Polish\n3.png,EMU\n")
+    assert labelled(table, classes) == {"1.png": "polish", "2.png": "Polish", "3.png": "emu"}
+    table.write_text("path,label\n1.png,polish\n4.png,POLISH\n")
+    with pytest.raises(ImageInputError, match=r"'POLISH' \(1 image; could be 'polish' or 'Polish'"):
+        read_truth(table, classes)
+
+
+def test_read_truth__unknown_names_are_listed(tmp_path: Path, draw: Draw) -> None:
+    draw("cat/1.png", "cta/2.png", "cta/3.png", "unicorn/4.png")
+    with pytest.raises(ImageInputError) as raised:
+        read_truth(tmp_path, ["cat", "dog"])
+    message = str(raised.value)
+    assert "2 folder names match no class" in message
+    assert "with 3 images" in message
+    assert "'cta' (2 images), 'unicorn' (1 image)" in message
+    assert "Valid class names: 'cat', 'dog'." in message
+
+
+def test_read_truth__long_lists_are_cut(tmp_path: Path, draw: Draw) -> None:
+    draw(*(f"wrong{index:02}/1.png" for index in range(13)))
+    with pytest.raises(ImageInputError) as raised:
+        read_truth(tmp_path, [f"right{index:02}" for index in range(25)])
+    message = str(raised.value)
+    assert "'wrong09' (1 image) and 3 more" in message
+    assert "wrong10" not in message
+    assert "'right19' and 5 more" in message
+    assert "right20" not in message
+
+
+def test_read_truth__images_without_class_folders(tmp_path: Path, draw: Draw) -> None:
+    draw("1.png", "2.png")
+    with pytest.raises(ImageInputError, match=r"no class folders and 2 images directly in it.*sub-folder named after"):
+        read_truth(tmp_path, ["cat"])
+
+
+def test_read_truth__an_image_beside_the_class_folders(tmp_path: Path, draw: Draw) -> None:
+    draw("cat/1.png", "stray.png")
+    with pytest.raises(ImageInputError, match=r"1 image directly in it, such as 'stray\.png'"):
+        read_truth(tmp_path, ["cat"])
+
+
+def test_read_truth__nothing_there(tmp_path: Path) -> None:
+    with pytest.raises(ImageInputError, match="nowhere"):
+        read_truth(tmp_path / "nowhere", ["cat"])
+    (tmp_path / "cat").mkdir()
+    with pytest.raises(ImageInputError, match="No image"):
+        read_truth(tmp_path, ["cat"])
+
+
+def test_read_truth__classes_named_twice(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="more than once: cat"):
+        read_truth(tmp_path, ["cat", "dog", "cat"])
+
+
+def test_read_truth__csv_beside_its_images(tmp_path: Path, draw: Draw, monkeypatch: pytest.MonkeyPatch) -> None:
+    draw("lists/in/1.png", "2.png")
+    table = tmp_path / "lists" / "truth.csv"
+    table.write_text(f'path,label\nin/1.png,"crème, brûlée"\n{tmp_path / "2.png"},DOG\n', encoding="utf-8")
+    monkeypatch.chdir("/")
+    assert labelled(table, ["dog", "Crème, brûlée"]) == {"1.png": "Crème, brûlée", "2.png": "dog"}
+
+
+def test_read_truth__csv_with_an_unknown_label(tmp_path: Path, draw: Draw) -> None:
+    draw("1.png", "2.png")
+    (tmp_path / "truth.csv").write_text("path,label\n1.png,cat\n2.png,cow\n")
+    with pytest.raises(ImageInputError, match=r"1 label name matches no class.*1 image: 'cow' \(1 image\).*'cat'"):
+        read_truth(tmp_path / "truth.csv", ["cat"])
+
+
+def test_read_truth__csv_naming_an_image_twice(tmp_path: Path, draw: Draw) -> None:
+    draw("1.png")
+    (tmp_path / "truth.csv").write_text("path,label\n1.png,cat\n./1.png,dog\n")
+    with pytest.raises(ImageInputError, match=r"1 image more than once.*1\.png"):
+        read_truth(tmp_path / "truth.csv", ["cat", "dog"])
+
+
+def test_read_truth__csv_of_images_that_are_elsewhere(tmp_path: Path) -> None:
+    (tmp_path / "truth.csv").write_text("path,label\ngone/1.png,cat\ngone/2.png,cat\n")
+    with pytest.raises(ImageInputError, match=r"None of the 2 images.*gone/1\.png.*relative to"):
+        read_truth(tmp_path / "truth.csv", ["cat"])
+
+
+@pytest.mark.parametrize("content", ["path,label\n", "path,class\n1.png,cat\n"])
+def test_read_truth__csv_without_rows_or_columns(tmp_path: Path, content: str) -> None:
+    (tmp_path / "truth.csv").write_text(content)
+    with pytest.raises(ImageInputError, match=r"truth\.csv"):
+        read_truth(tmp_path / "truth.csv", ["cat"])
