@@ -319,3 +319,17 @@ def _untied(weights: dict[str, Tensor]) -> dict[str, Tensor]:
             weights[name] = value.clone()
         seen.add(value.data_ptr())
     return weights
+
+
+def list_backbones() -> list[str]:
+    """Every ARCH/PRETRAINED pair of open_clip whose activation is the one its weights were trained with."""
+    import open_clip
+
+    pairs = []
+    for name, tag in open_clip.list_pretrained():
+        try:
+            _refuse_wrong_activation(name, tag)
+        except BackboneError:
+            continue
+        pairs.append(f"{name}/{tag}")
+    return sorted(pairs)

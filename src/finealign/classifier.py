@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Self, TypeVar
@@ -22,7 +21,7 @@ from finealign.model_folder import SavedModel, read_model, write_model
 from finealign.progress import Progress
 from finealign.prompts import make_texts
 from finealign.training import EpochRecord, adapt
-from finealign.types import ImageFeatures, Score, SetAside, TextFeatures, Texts
+from finealign.types import ImageFeatures, Prediction, Score, SetAside, TextFeatures, Texts
 from finealign.views import PREDICTION_EPOCH, Pixels, Views
 
 Images = str | Path | Sequence[str | Path]  # a folder, a list file, a CSV, one image, or paths
@@ -30,16 +29,6 @@ Images = str | Path | Sequence[str | Path]  # a folder, a list file, a CSV, one 
 Item = TypeVar("Item")
 
 PREDICTION_CHUNK = 32  # images decoded and encoded together
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """The scores of one image: of the adapted model, and of the model it started from where that was asked for."""
-
-    path: Path
-    scores: NDArray[np.float32]  # (C,) cosine-like
-    probabilities: NDArray[np.float32]  # (C,) sum to 1
-    start_probabilities: NDArray[np.float32] | None = None  # (C,) sum to 1
 
 
 class FineAlign:
@@ -93,7 +82,7 @@ class FineAlign:
         progress = progress or Progress()
         texts, config = self.check()
         paths = list_images(images)
-        backbone = self._load_backbone(config, progress)
+        backbone = self.load_backbone(config, progress)
         config = resolve(config, images=len(paths), input_size=backbone.input_size)
         features = backbone.encode_texts(texts)
         method = create_method(config.method, features, logit_scale=backbone.logit_scale).to(backbone.device)
@@ -139,6 +128,7 @@ class FineAlign:
         An image that cannot be read gets None, a warning, and a line in ``set_aside_``. ``score`` is global, las or
         fused; the model's own choice if None.
         """
+        self._require_fitted()
         probabilities = self.predict_proba(images, score=score)
         names = np.array([*self.classes_, None], dtype=object)
         unread = np.isnan(probabilities[:, 0])
@@ -146,14 +136,15 @@ class FineAlign:
 
     def predict_proba(self, images: Images, *, score: Score | None = None) -> NDArray[np.float32]:
         """The probability of each class, columns as in ``classes_``: (n, C); NaN for an image that cannot be read."""
+        self._require_fitted()
         paths = list_images(images)
         rows = np.full((len(paths), len(self.classes_)), np.nan, dtype=np.float32)
         self.set_aside_ = []
-        for position, found in enumerate(self.iter_predictions(paths, score=score)):
+        for row, found in zip(rows, self.iter_predictions(paths, score=score), strict=True):
             if isinstance(found, SetAside):
                 self.set_aside_.append(found)
             else:
-                rows[position] = found.probabilities
+                row[:] = found.probabilities
         if self.set_aside_:
             first = self.set_aside_[0]
             warnings.warn(
@@ -171,6 +162,7 @@ class FineAlign:
         ``with_start`` also scores each image by the model adaptation started from: the same texts, their mean a
         class, the whole image. Raises ConfigError for a score the method does not have.
         """
+        self._require_fitted()
         kind = _choose_score(type(self.method_), self.config_.prediction.score, score)
         max_pixels = self.config_.data.max_pixels
         for chunk in _chunks(stream_images(paths, max_pixels=max_pixels), PREDICTION_CHUNK):
@@ -178,6 +170,23 @@ class FineAlign:
             scored = iter(self._score([pixels for _, pixels in read], [p for p, _ in read], kind, with_start))
             for _, found in chunk:
                 yield found if isinstance(found, SetAside) else next(scored)
+
+    def readable_predictions(
+        self,
+        paths: Iterable[Path],
+        *,
+        score: Score | None = None,
+        with_start: bool = False,
+        advance: Callable[[int], None] = lambda images: None,
+    ) -> Iterator[Prediction]:
+        """As ``iter_predictions`` for the images that can be read; the others are gathered in ``set_aside_``."""
+        self.set_aside_ = []
+        for found in self.iter_predictions(paths, score=score, with_start=with_start):
+            advance(1)
+            if isinstance(found, SetAside):
+                self.set_aside_.append(found)
+            else:
+                yield found
 
     def save(self, folder: str | Path) -> None:
         """Write the fitted model: an open_clip local directory with the anchors and texts beside it."""
@@ -215,9 +224,10 @@ class FineAlign:
         if not hasattr(self, "_saved"):
             raise FinealignError("This FineAlign is not fitted. Call fit(images) first, or FineAlign.load(folder).")
 
-    def _load_backbone(self, config: Config, progress: Progress) -> Backbone:
+    def load_backbone(self, config: Config, progress: Progress | None = None) -> Backbone:
+        """The configured backbone on the configured device. Raises BackboneError or ConfigError."""
         device = choose_device(config.device)
-        with progress.stage("loading the backbone", None):
+        with (progress or Progress()).stage("loading the backbone", None):
             return load_backbone(
                 config.backbone, device=device, precision=choose_precision(config.precision, device), seed=config.seed
             )
@@ -250,18 +260,22 @@ class FineAlign:
             # Every image gets the same draws, so its scores do not depend on its neighbours or its place in a list.
             crops = torch.cat([self._views.crops(pixels, epoch=PREDICTION_EPOCH, image=0) for pixels in images])
         features = self._embed(weak, crops)
-        scores = self.method_.score(features, kind)
-        probabilities = self.method_.probabilities(scores).cpu().numpy()
-        start = None
+        scored = [self._with_probabilities(self.method_, features, kind)]
         if with_start:
             at_start = features
             if self._saved.start_norms:
                 with self.backbone_.with_norms(self._saved.start_norms):
                     at_start = self._embed(weak, None)
-            start = self._start.probabilities(self._start.score(at_start, "global")).cpu().numpy()
-        rows = scores.cpu().numpy()
+            scored.append(self._with_probabilities(self._start, at_start, "global"))
         for index, path in enumerate(paths):
-            yield Prediction(path, rows[index], probabilities[index], None if start is None else start[index])
+            yield Prediction(path, *(rows[index] for pair in scored for rows in pair))
+
+    @staticmethod
+    def _with_probabilities(
+        method: Method, features: ImageFeatures, kind: Score
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        scores = method.score(features, kind)
+        return scores.cpu().numpy(), method.probabilities(scores).cpu().numpy()
 
     def _embed(self, weak: Tensor, crops: Tensor | None) -> ImageFeatures:
         whole = self.backbone_.embed(weak)

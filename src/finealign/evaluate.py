@@ -6,8 +6,6 @@ shape, a label outside [0, C), NaN, no image at all): that is a mistake of the c
 """
 
 import os
-import re
-import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -19,7 +17,8 @@ from numpy.typing import NDArray
 
 from finealign.errors import ImageInputError
 from finealign.images import display_path, list_images, read_table
-from finealign.types import Truth
+from finealign.prompts import fold
+from finealign.types import Prediction, Truth
 
 Floats = NDArray[np.floating[Any]]
 Ints = NDArray[np.integer[Any]]
@@ -133,19 +132,13 @@ def _read_csv(table: Path) -> list[tuple[Path, str]]:
     return labelled
 
 
-def _fold(name: str) -> str:
-    """A name without what file systems and habits change: Unicode form, case, ``_``, ``-`` and white space."""
-    folded = unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
-    return re.sub(r"[_\-\s]+", " ", folded).strip()
-
-
 def _matcher(classes: Sequence[str]) -> Callable[[str], list[int]]:
     """From a name to the indices of the classes it may mean: one if known, none if not, several if it is ambiguous."""
     exact = {name: [index] for index, name in enumerate(classes)}
     folded: defaultdict[str, list[int]] = defaultdict(list)
     for index, name in enumerate(classes):
-        folded[_fold(name)].append(index)
-    return lambda name: exact.get(name) or folded.get(_fold(name), [])
+        folded[fold(name)].append(index)
+    return lambda name: exact.get(name) or folded.get(fold(name), [])
 
 
 def _unknown_classes(
@@ -343,6 +336,33 @@ def evaluate_scores(
         pairs=tuple(confused_pairs(confusion, classes)),
         correct=correct,
     )
+
+
+def evaluate_predictions(
+    predictions: Sequence[Prediction], truth: Truth, classes: Sequence[str], *, set_aside: int = 0
+) -> dict[str, object]:
+    """The summary of predictions made ``with_start``, held against the truth by their paths.
+
+    Raises ``ImageInputError`` if there is none, and ``KeyError`` for an image the truth does not have.
+    """
+    if not predictions:
+        raise ImageInputError("None of the labelled images could be read, so there is nothing to evaluate.")
+    label_of = dict(zip(truth.paths, truth.labels, strict=True))
+    labels = np.array([label_of[prediction.path] for prediction in predictions])
+    adapted = evaluate_scores(
+        np.stack([found.scores for found in predictions]),
+        np.stack([found.probabilities for found in predictions]),
+        labels,
+        classes,
+    )
+    start = evaluate_scores(
+        np.stack([found.start_scores for found in predictions if found.start_scores is not None]),
+        np.stack([found.start_probabilities for found in predictions if found.start_probabilities is not None]),
+        labels,
+        classes,
+    )
+    difference = paired_difference(adapted.correct, start.correct)
+    return summary(adapted, start, difference, images=len(predictions), set_aside=set_aside)
 
 
 def summary(

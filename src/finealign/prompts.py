@@ -71,7 +71,8 @@ def check_classes(names: Sequence[str], *, where: str = "the list of classes") -
 
 def fold(name: str) -> str:
     """The form under which two spellings count as the same class: NFC, case, ``_``, ``-`` and white space folded."""
-    return " ".join(unicodedata.normalize("NFC", name).casefold().replace("_", " ").replace("-", " ").split())
+    folded = unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
+    return " ".join(folded.replace("_", " ").replace("-", " ").split())
 
 
 def read_descriptions(path: Path) -> dict[str, list[str]]:

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 Score = Literal["global", "las", "fused"]
@@ -71,6 +73,20 @@ class Loss:
 
     total: Tensor  # ()
     parts: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The scores of one image: of the adapted model, and of the one it started from where that was asked for.
+
+    Scores are cosine-like; probabilities sum to 1.
+    """
+
+    path: Path
+    scores: NDArray[np.float32]  # (C,)
+    probabilities: NDArray[np.float32]  # (C,)
+    start_scores: NDArray[np.float32] | None = None  # (C,)
+    start_probabilities: NDArray[np.float32] | None = None  # (C,)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,5 @@
+"""``python -m finealign`` is ``finealign``."""
+
+from finealign.cli import main
+
+main()

@@ -1,0 +1,271 @@
+"""The command's verbs. No logic lives here, and what is heavy to import is imported inside the verbs."""
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from finealign import __version__
+from finealign.errors import FinealignError
+
+app = typer.Typer(
+    name="finealign",
+    help="Adapt a CLIP-like model to your classes from unlabelled images and class names.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
+Precision = Annotated[Literal["auto", "fp32", "bf16"], typer.Option(help="auto: bf16 where it is fast.")]
+ScoreKind = Annotated[
+    Literal["global", "las", "fused"] | None,
+    typer.Option("--score", help="global: one pass; las: crops; fused: their mean. Default: the method's."),
+]
+
+
+def main() -> None:
+    """The command."""
+    app()
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def adapt(
+    images: Annotated[str, typer.Argument(help="A folder, a .txt list, or a .csv with a column path. No labels.")],
+    classes: Annotated[str, typer.Option(help="A file with one class name a line, or names with commas between.")],
+    descriptions: Annotated[Path | None, typer.Option(help='JSON: {"class": ["a sentence", ...]}.')] = None,
+    templates: Annotated[Path | None, typer.Option(help="A file with one template a line, {} for the name.")] = None,
+    backbone: Annotated[str | None, typer.Option(help="ARCH/PRETRAINED, hf-hub:NAME or local-dir:PATH.")] = None,
+    method: Annotated[str | None, typer.Option(help="fair, self-training, wca, cupl or zero-shot.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The run folder. Default: runs/IMAGES-METHOD-seedN.")] = None,
+    config: Annotated[Path | None, typer.Option(help="Settings in YAML, as a run folder's config.yaml.")] = None,
+    settings: Annotated[list[str] | None, typer.Option("--set", help="section.key=value, as often as wanted.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Decides every random draw.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or mps.")] = None,
+    precision: Annotated[str | None, typer.Option(help="auto, fp32 or bf16.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in --out.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, train and write nothing.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Adapt a backbone to unlabelled images of the named classes."""
+    with _guarded(as_json):
+        from finealign.classifier import FineAlign
+        from finealign.config import read_config
+        from finealign.prompts import read_classes, read_descriptions, read_templates
+        from finealign.run_folder import adapt_into, default_folder, plan
+        from finealign.terminal import Bars
+
+        flags = {"backbone": backbone, "method__name": method, "seed": seed, "device": device, "precision": precision}
+        chosen = read_config(config, settings or (), **flags)
+        model = FineAlign(
+            read_classes(classes),
+            descriptions=read_descriptions(descriptions) if descriptions else None,
+            templates=read_templates(templates) if templates else None,
+            config=chosen,
+        )
+        if resume and overwrite:
+            raise FinealignError("--resume continues what is there and --overwrite removes it. Give one of them.")
+        folder = out or default_folder(images, chosen)
+        if dry_run:
+            _show_plan(plan(folder, model, images), as_json)
+            return
+        try:
+            summary = adapt_into(folder, model, images, resume=resume, overwrite=overwrite, progress=Bars())
+        except KeyboardInterrupt:
+            raise FinealignError(
+                f"Interrupted. What was done is in {folder}; the same command with --resume continues it."
+            ) from None
+        _show_summary(summary.as_json(), as_json)
+
+
+@app.command()
+def predict(
+    model: Annotated[Path, typer.Argument(help="A run folder, or its model/.")],
+    images: Annotated[str, typer.Argument(help="A folder, an image, a .txt list or a .csv with a column path.")],
+    out: Annotated[Path | None, typer.Option(help="FILE.csv, .jsonl or .parquet. Default: CSV to the screen.")] = None,
+    top_k: Annotated[int, typer.Option(min=1, help="Classes a row.")] = 1,
+    score: ScoreKind = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace --out if it is there.")] = False,
+    device: Device = "auto",
+    precision: Precision = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Classify images with an adapted model."""
+    with _guarded(as_json):
+        from finealign.classifier import FineAlign
+        from finealign.images import list_images, set_aside_csv
+        from finealign.predictions import Row, best_rows, check_destination, write_csv, write_predictions
+        from finealign.terminal import Bars
+
+        if out:
+            check_destination(out, overwrite=overwrite)
+        paths = list_images(images)
+        loaded = FineAlign.load(model, device=device, precision=precision)
+        names = loaded.texts_.classes
+        progress = Bars()
+        with progress.stage("predicting", len(paths)) as stage:
+            found = loaded.readable_predictions(paths, score=score, advance=stage.advance)
+            rows: list[Row] = []
+            if out:
+                count = write_predictions(found, names, out, top_k=top_k)
+            elif as_json:
+                rows = list(best_rows(found, names, top_k))
+                count = len(rows)
+            else:
+                count = write_csv(best_rows(found, names, top_k), sys.stdout, min(top_k, len(names)))
+        aside = out.with_name(f"{out.stem}.set_aside.csv") if out and loaded.set_aside_ else None
+        if aside:
+            set_aside_csv(loaded.set_aside_, aside)
+        if as_json:
+            result: dict[str, Any] = {"images": count, "set_aside": [asdict(row) for row in loaded.set_aside_]}
+            _print_json(result | ({"out": str(out)} if out else {"predictions": [row.as_json() for row in rows]}))
+            return
+        notes = Console(stderr=True)
+        if out:
+            notes.print(f"{count} predictions in {escape(str(out))}.")
+        _tell_set_aside([asdict(row) for row in loaded.set_aside_], notes)
+
+
+@app.command()
+def evaluate(
+    model: Annotated[Path, typer.Argument(help="A run folder, or its model/.")],
+    labelled: Annotated[Path, typer.Argument(help="A folder of class folders, or a CSV with columns path and label.")],
+    score: ScoreKind = None,
+    device: Device = "auto",
+    precision: Precision = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Measure an adapted model, and the one it started from, on labelled images."""
+    with _guarded(as_json):
+        from finealign.classifier import FineAlign
+        from finealign.evaluate import evaluate_predictions, read_truth
+        from finealign.terminal import Bars, evaluation_tables
+
+        loaded = FineAlign.load(model, device=device, precision=precision)
+        truth = read_truth(labelled, loaded.texts_.classes)
+        progress = Bars()
+        with progress.stage("evaluating", len(truth.paths)) as stage:
+            predictions = list(
+                loaded.readable_predictions(truth.paths, score=score, with_start=True, advance=stage.advance)
+            )
+        names, unread = loaded.texts_.classes, len(loaded.set_aside_)
+        found = evaluate_predictions(predictions, truth, names, set_aside=unread)
+        if as_json:
+            _print_json(found)
+            return
+        evaluation_tables(found, Console())
+        _tell_set_aside([asdict(row) for row in loaded.set_aside_], Console(stderr=True))
+
+
+@app.command()
+def models(
+    containing: Annotated[str, typer.Argument(help="Only names that contain this.")] = "",
+    as_json: AsJson = False,
+) -> None:
+    """List the backbones that can be named as ARCH/PRETRAINED."""
+    with _guarded(as_json):
+        from finealign.backbone import list_backbones
+        from finealign.config import DEFAULT_BACKBONE
+
+        names = [name for name in list_backbones() if containing.casefold() in name.casefold()]
+        if as_json:
+            _print_json({"default": DEFAULT_BACKBONE, "models": names})
+            return
+        for name in names:
+            typer.echo(f"{name}  (default)" if name == DEFAULT_BACKBONE else name)
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """Tell what this machine has: versions, device, precision, cached weights, hub within reach or not."""
+    with _guarded(as_json):
+        from finealign.doctor import examine
+
+        found = examine()
+        if as_json:
+            _print_json(found)
+            return
+        table = Table(show_header=False, box=None)
+        for name, value in found["versions"].items():
+            table.add_row(name, value)
+        bf16 = [name for name, there in found["cpu_bf16"].items() if there]
+        table.add_row("device", f"{found['device']} ({found['device_name']}, {found['threads']} threads)")
+        table.add_row("precision", f"{found['precision']} (bf16 on the CPU: {', '.join(bf16) or 'not supported'})")
+        hub, cache = found["hub"], found["cache"]
+        reach = {True: "within reach", False: "not within reach", None: "unknown"}[hub["reachable"]]
+        table.add_row("hub", f"{hub['endpoint']}: {reach}{' (' + hub['reason'] + ')' if hub['reason'] else ''}")
+        table.add_row("cache", f"{cache['folder']}: {', '.join(cache['models']) or 'no models'}")
+        Console().print(table)
+
+
+@contextmanager
+def _guarded(as_json: bool) -> Iterator[None]:
+    """A user's mistake ends with its sentence and exit code 1, not with a traceback."""
+    try:
+        yield
+    except FinealignError as error:
+        if as_json:
+            _print_json({"error": str(error), "kind": type(error).__name__})
+        else:
+            Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
+        raise typer.Exit(1) from None
+
+
+def _print_json(value: dict[str, Any]) -> None:
+    typer.echo(json.dumps(value, ensure_ascii=False, allow_nan=False))
+
+
+def _show_plan(found: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        _print_json(found)
+        return
+    typer.echo(
+        f"{found['images']} images, {len(found['classes'])} classes, {found['descriptions']} descriptions, "
+        f"{found['epochs']} epochs of {found['steps_an_epoch']} steps. Would write {found['out']}. Settings:\n"
+    )
+    typer.echo(found["settings"].rstrip())
+
+
+def _show_summary(found: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        _print_json(found)
+        return
+    screen = Console()
+    screen.print(
+        f"Adapted [bold]{escape(found['backbone'])}[/] to {len(found['classes'])} classes on {found['images']} images "
+        f"by {found['method']} in {found['seconds']:.0f} s ({found['stopped']}).",
+        highlight=False,
+    )
+    _tell_set_aside(found["set_aside"], Console(stderr=True))
+    folder = escape(found["out"])
+    screen.print(f"Run folder: [bold]{folder}[/]", soft_wrap=True, highlight=False)
+    screen.print(f"Next: finealign predict {folder} IMAGES, or finealign evaluate {folder} LABELLED", soft_wrap=True)
+
+
+def _tell_set_aside(rows: list[dict[str, str]], screen: Console) -> None:
+    if not rows:
+        return
+    first = rows[0]
+    screen.print(
+        f"[yellow]{len(rows)} images could not be read[/]; the first: {escape(first['path'])} ({first['reason']}).",
+        soft_wrap=True,
+        highlight=False,
+    )

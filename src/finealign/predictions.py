@@ -1,0 +1,129 @@
+"""Predictions as CSV, JSON lines or Parquet, written as they come."""
+
+import csv
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+
+from finealign.errors import OutputError, unknown_name
+from finealign.images import display_path
+from finealign.types import Prediction
+
+PARQUET_ROWS = 4096
+
+
+@dataclass(frozen=True)
+class Row:
+    """One image's best classes, the best first."""
+
+    path: str
+    labels: list[str]
+    confidences: list[float]
+
+    def as_json(self) -> dict[str, object]:
+        top = [{"label": name, "confidence": value} for name, value in zip(self.labels, self.confidences, strict=True)]
+        return {"path": self.path, "label": self.labels[0], "confidence": self.confidences[0], "top": top}
+
+
+def best_rows(predictions: Iterable[Prediction], classes: Sequence[str], top_k: int) -> Iterator[Row]:
+    """The ``top_k`` most probable classes of each prediction; ties go to the class named first."""
+    for prediction in predictions:
+        order = np.argsort(-prediction.probabilities, kind="stable")[:top_k]
+        yield Row(
+            path=display_path(prediction.path),
+            labels=[classes[index] for index in order],
+            confidences=[round(float(prediction.probabilities[index]), 6) for index in order],
+        )
+
+
+def check_destination(path: Path, *, overwrite: bool) -> None:
+    """Raises OutputError for an ending that is none of ours, or a file that is there already."""
+    if path.suffix not in WRITERS:
+        raise OutputError(unknown_name("ending of --out", path.suffix, WRITERS))
+    if path.exists() and not overwrite:
+        raise OutputError(f"{path} is there already. Use --overwrite to replace it, or another --out.")
+    if path.suffix == ".parquet":
+        _pyarrow()
+
+
+def write_predictions(predictions: Iterable[Prediction], classes: Sequence[str], path: Path, *, top_k: int = 1) -> int:
+    """Write the predictions in the format of the file's ending; how many there were. Raises OutputError."""
+    aside = path.with_name(path.name + ".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        count = WRITERS[path.suffix](best_rows(predictions, classes, top_k), aside, min(top_k, len(classes)))
+        aside.replace(path)
+    except OSError as error:
+        aside.unlink(missing_ok=True)
+        raise OutputError(f"{path} cannot be written: {error}. Choose another --out.") from error
+    return count
+
+
+def write_csv(rows: Iterable[Row], stream: TextIO, top_k: int) -> int:
+    """``path,label,confidence`` and, for more than one class a row, ``label_2,confidence_2`` and so on."""
+    writer = csv.writer(stream, lineterminator="\n")
+    header = ["path", "label", "confidence"]
+    writer.writerow(header + [f"{name}_{rank}" for rank in range(2, top_k + 1) for name in ("label", "confidence")])
+    count = 0
+    for row in rows:
+        count += 1
+        best = zip(row.labels, row.confidences, strict=True)
+        writer.writerow([row.path, *(value for pair in best for value in pair)])
+    return count
+
+
+def _write_csv(rows: Iterable[Row], path: Path, top_k: int) -> int:
+    with path.open("w", encoding="utf-8", newline="") as stream:
+        return write_csv(rows, stream, top_k)
+
+
+def _write_jsonl(rows: Iterable[Row], path: Path, top_k: int) -> int:
+    count = 0
+    with path.open("w", encoding="utf-8") as stream:
+        for row in rows:
+            count += 1
+            stream.write(json.dumps(row.as_json(), ensure_ascii=False) + "\n")
+    return count
+
+
+def _write_parquet(rows: Iterable[Row], path: Path, top_k: int) -> int:
+    pyarrow, parquet = _pyarrow()
+    schema = pyarrow.schema(
+        [
+            ("path", pyarrow.string()),
+            ("label", pyarrow.string()),
+            ("confidence", pyarrow.float32()),
+            ("top_labels", pyarrow.list_(pyarrow.string())),
+            ("top_confidences", pyarrow.list_(pyarrow.float32())),
+        ]
+    )
+    iterator, count = iter(rows), 0
+    with parquet.ParquetWriter(path, schema) as writer:
+        while chunk := list(islice(iterator, PARQUET_ROWS)):
+            columns = [
+                [row.path for row in chunk],
+                [row.labels[0] for row in chunk],
+                [row.confidences[0] for row in chunk],
+                [row.labels for row in chunk],
+                [row.confidences for row in chunk],
+            ]
+            writer.write_table(pyarrow.table(columns, schema=schema))
+            count += len(chunk)
+    return count
+
+
+def _pyarrow() -> tuple[Any, Any]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise OutputError("Parquet needs pyarrow: pip install 'finealign[parquet]'. Or use .csv or .jsonl.") from None
+    return pyarrow, pyarrow.parquet
+
+
+WRITERS = {".csv": _write_csv, ".jsonl": _write_jsonl, ".parquet": _write_parquet}

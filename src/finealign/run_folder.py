@@ -1,0 +1,247 @@
+"""The run folder: what `finealign adapt` leaves behind, written as the run goes on.
+
+``config.yaml`` (resolved), ``run.json``, ``metrics.jsonl``, ``predictions.csv``, ``set_aside.csv``, ``model/`` and
+``checkpoints/``. Nothing that is there is overwritten unless asked; a resumed run must be the same run.
+"""
+
+import hashlib
+import json
+import math
+import os
+import platform
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from finealign.classifier import FineAlign, Images
+from finealign.config import Config, resolve, write_config
+from finealign.errors import OutputError
+from finealign.images import display_path, list_images, set_aside_csv
+from finealign.predictions import write_predictions
+from finealign.progress import Progress
+from finealign.training import EpochRecord
+from finealign.types import SetAside, Texts
+
+RUN, CONFIG, METRICS = "run.json", "config.yaml", "metrics.jsonl"
+PREDICTIONS, SET_ASIDE, MODEL, CHECKPOINTS = "predictions.csv", "set_aside.csv", "model", "checkpoints"
+CONTENTS = (RUN, CONFIG, METRICS, PREDICTIONS, SET_ASIDE, MODEL, CHECKPOINTS)
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """What a finished run has to say."""
+
+    folder: Path
+    images: int
+    set_aside: tuple[SetAside, ...]
+    epochs: int
+    seconds: float
+    stopped: str
+    model: FineAlign
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "out": str(self.folder),
+            "method": self.model.config_.method.name,
+            "backbone": self.model.config_.backbone,
+            "classes": list(self.model.texts_.classes),
+            "images": self.images,
+            "set_aside": [asdict(row) for row in self.set_aside],
+            "epochs": self.epochs,
+            "seconds": round(self.seconds, 2),
+            "stopped": self.stopped,
+        }
+
+
+def adapt_into(
+    folder: Path,
+    model: FineAlign,
+    images: Images,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> RunSummary:
+    """Fit the model and write the run folder as it goes.
+
+    Raises OutputError when the folder holds something and neither ``resume`` nor ``overwrite`` is given, when it is
+    not a run of ours, or when the run to resume had other images, texts or settings; and what ``FineAlign.fit`` raises.
+    """
+    progress = progress or Progress()
+    began = time.time()
+    texts, config = model.check()
+    paths = list_images(images)
+    identity = _identity(config, texts, paths)
+    _make_room(folder, identity, resume=resume, overwrite=overwrite)
+    run: dict[str, Any] = {
+        "status": "running",
+        "identity": identity,
+        "images": len(paths),
+        "classes": list(texts.classes),
+        "seed": config.seed,
+        "backbone": config.backbone,
+        "method": config.method.name,
+        "versions": versions(),
+        "resumed": resume,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(began)),
+    }
+    _write_json(folder / RUN, run)
+    write_config(config, folder / CONFIG)
+    metrics = _Metrics(folder / METRICS)
+    model.fit(paths, checkpoints=folder / CHECKPOINTS, on_epoch=metrics.add, progress=progress)
+    write_config(model.config_, folder / CONFIG)
+    fitted = time.time()
+    model.save(folder / MODEL)
+    with progress.stage("predicting", len(paths)) as stage:
+        found = model.readable_predictions(paths, advance=stage.advance)
+        write_predictions(found, model.texts_.classes, folder / PREDICTIONS)
+    set_aside = model.set_aside_
+    set_aside_csv(set_aside, folder / SET_ASIDE)
+    stopped = _why_stopped(model)
+    epochs = len(metrics.records())
+    run |= {
+        "status": "complete",
+        "stopped": stopped,
+        "device": str(model.backbone_.device),
+        "precision": model.backbone_.precision,
+        "set_aside": len(set_aside),
+        "epochs": epochs,
+        "seconds": {"fit": round(fitted - began, 2), "total": round(time.time() - began, 2)},
+    }
+    _write_json(folder / RUN, run)
+    return RunSummary(
+        folder, len(paths) - len(set_aside), tuple(set_aside), epochs, time.time() - began, stopped, model
+    )
+
+
+def default_folder(images: Images, config: Config) -> Path:
+    """The run folder when none is named: the same command finds the same folder again."""
+    name = Path(str(images)).resolve().name if isinstance(images, str | Path) else "images"
+    return Path("runs") / f"{name}-{config.method.name}-seed{config.seed}"
+
+
+def plan(folder: Path, model: FineAlign, images: Images) -> dict[str, Any]:
+    """What ``adapt_into`` would do, everything checked and nothing written. Raises what it would raise."""
+    texts, config = model.check()
+    paths = list_images(images)
+    backbone = model.load_backbone(config)
+    backbone.encode_texts(texts)
+    resolved = resolve(config, images=len(paths), input_size=backbone.input_size)
+    return {
+        "out": str(folder),
+        "images": len(paths),
+        "classes": list(texts.classes),
+        "descriptions": sum(len(group) for group in texts.descriptions),
+        "epochs": resolved.training.epochs,
+        "steps_an_epoch": math.ceil(len(paths) / resolved.training.batch_size),
+        "settings": yaml.safe_dump(resolved.model_dump(), sort_keys=False, allow_unicode=True),
+    }
+
+
+def versions() -> dict[str, str]:
+    """The versions a result depends on."""
+    packages = ("finealign", "torch", "torchvision", "open_clip_torch", "timm", "accelerate", "pillow", "numpy")
+    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
+
+
+def _why_stopped(model: FineAlign) -> str:
+    if not model.method_.trains:
+        return f"{model.config_.method.name} does not train"
+    return f"all {model.config_.training.epochs} epochs done; the last one is kept"
+
+
+def _identity(config: Config, texts: Texts, paths: Sequence[Path]) -> dict[str, str]:
+    """What must be the same for a run to be resumed, one checksum a part. Where it runs may differ."""
+    settings = config.model_dump(exclude={"device"})
+    files = [(display_path(path), path.stat().st_size if path.is_file() else -1) for path in paths]
+    parts = {"settings": settings, "texts": asdict(texts), "images": files}
+    return {
+        name: hashlib.sha256(json.dumps(part, sort_keys=True, default=str).encode()).hexdigest()
+        for name, part in parts.items()
+    }
+
+
+def _make_room(folder: Path, identity: dict[str, str], *, resume: bool, overwrite: bool) -> None:
+    try:
+        there = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+        if there:
+            _answer_for_what_is_there(folder, there, identity, resume=resume, overwrite=overwrite)
+        elif resume:
+            raise OutputError(f"Nothing to resume: {folder} holds no run. Leave --resume out to start one.")
+        folder.mkdir(parents=True, exist_ok=True)
+    except (NotADirectoryError, FileExistsError):
+        raise OutputError(f"{folder} is a file. Wanted: a folder for the run; choose another with --out.") from None
+    except OSError as error:
+        raise OutputError(f"{folder} cannot be used: {error}. Choose another with --out.") from error
+
+
+def _answer_for_what_is_there(
+    folder: Path, there: list[str], identity: dict[str, str], *, resume: bool, overwrite: bool
+) -> None:
+    if RUN not in there:
+        raise OutputError(
+            f"{folder} holds {len(there)} things and is not a run folder ({RUN} is missing), so nothing in it is "
+            "touched. Choose another with --out."
+        )
+    if resume:
+        before = _read_identity(folder / RUN)
+        differing = [name for name, value in identity.items() if before.get(name) != value]
+        if differing:
+            raise OutputError(
+                f"The run in {folder} had other {' and '.join(differing)}, so it cannot be resumed with these. "
+                "Give the same ones, or choose another folder with --out."
+            )
+    elif overwrite:
+        for name in set(there) & set(CONTENTS):
+            path = folder / name
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+    else:
+        raise OutputError(
+            f"{folder} already holds a run. Use --resume to continue it, --overwrite to replace it, or another --out."
+        )
+
+
+def _read_identity(path: Path) -> dict[str, Any]:
+    try:
+        identity = json.loads(path.read_text(encoding="utf-8"))["identity"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise OutputError(f"{path} cannot be read ({error}), so the run cannot be resumed. Use --overwrite.") from error
+    return identity if isinstance(identity, dict) else {}
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    aside = path.with_suffix(".part")
+    aside.write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(aside, path)  # noqa: PTH105, the atomic one by its plain name
+
+
+class _Metrics:
+    """One JSON object a line and epoch. A resumed run drops the lines of epochs it does again."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def add(self, record: EpochRecord) -> None:
+        kept = [found for found in self.records() if found["epoch"] < record.epoch]
+        lines = [json.dumps(found) for found in [*kept, asdict(record)]]
+        self.path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+    def records(self) -> list[dict[str, Any]]:
+        if not self.path.exists():
+            return []
+        found = []
+        for line in self.path.read_text(encoding="utf-8").splitlines():
+            try:
+                found.append(json.loads(line))
+            except ValueError:
+                break  # torn by an interruption: that epoch's checkpoint was not written either
+        return found

@@ -1,0 +1,101 @@
+"""Progress bars and tables for a person at a terminal; nothing is drawn anywhere else."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, Task, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
+from rich.table import Table
+from rich.text import Text
+
+from finealign.progress import Progress, Stage
+
+SHOWN_AFTER = 2.0  # seconds; a shorter stage draws nothing
+
+
+class Bars(Progress):
+    """One bar a stage on standard error, with images a second and time left; quiet when that is no terminal."""
+
+    def __init__(self) -> None:
+        console = Console(stderr=True)
+        self._bars = _LateBars(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            _ImagesPerSecond(),
+            TimeRemainingColumn(compact=True),
+            TextColumn("{task.fields[note]}", style="dim"),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+
+    @contextmanager
+    def stage(self, name: str, total: int | None) -> Iterator[Stage]:
+        outermost = not self._bars.tasks
+        if outermost:
+            self._bars.start()
+        task = self._bars.add_task(name, total=total, note="")
+        try:
+            yield _Bar(self._bars, task)
+        finally:
+            self._bars.remove_task(task)
+            if outermost:
+                self._bars.stop()
+
+
+class _Bar:
+    def __init__(self, bars: RichProgress, task: TaskID) -> None:
+        self._bars, self._task = bars, task
+
+    def advance(self, images: int) -> None:
+        self._bars.advance(self._task, images)
+
+    def note(self, text: str) -> None:
+        self._bars.update(self._task, note=text)
+
+
+class _LateBars(RichProgress):
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield self.make_tasks_table([task for task in self.tasks if (task.elapsed or 0) >= SHOWN_AFTER])
+
+
+class _ImagesPerSecond(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.speed:.0f} images/s" if task.speed else "", style="cyan")
+
+
+def evaluation_tables(found: dict[str, Any], console: Console) -> None:
+    """The evaluation's summary (see ``evaluate.summary``) as tables."""
+    overall = Table(title=f"{found['images']} labelled images", title_justify="left")
+    for name in ("", "top-1", "95 % interval", "top-5", "calibration error"):
+        overall.add_column(name, justify="left" if not name else "right")
+    for key, label in (("zero_shot", "start (zero-shot, same texts)"), ("adapted", "adapted")):
+        row = found[key]
+        interval = f"{row['top1_low']:.1%} to {row['top1_high']:.1%}"
+        overall.add_row(label, f"{row['top1']:.1%}", interval, f"{row['top5']:.1%}", f"{row['ece']:.3f}")
+    console.print(overall)
+    gain = found["difference"]
+    console.print(
+        f"Difference on the same images: [bold]{100 * gain['top1']:+.1f} points[/bold] top-1 "
+        f"(95 % interval {100 * gain['low']:+.1f} to {100 * gain['high']:+.1f}).\n"
+    )
+    classes = Table(title="Per class", title_justify="left")
+    for name in ("class", "images", "start", "adapted"):
+        classes.add_column(name, justify="left" if name == "class" else "right")
+    for name, row in found["per_class"].items():
+        classes.add_row(name, str(row["images"]), _percent(row["zero_shot"]), _percent(row["adapted"]))
+    console.print(classes)
+    if found["confused_pairs"]:
+        pairs = Table(title="Most confused after adaptation", title_justify="left")
+        for name in ("is", "taken for", "images", "of the class"):
+            pairs.add_column(name, justify="left" if name in ("is", "taken for") else "right")
+        for pair in found["confused_pairs"]:
+            pairs.add_row(pair["truth"], pair["predicted"], str(pair["count"]), f"{pair['share']:.0%}")
+        console.print(pairs)
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1%}"
