@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from finealign.errors import BackboneError, unknown_name
+from finealign.storage import save_tensors
 from finealign.types import TextFeatures, Texts
 
 Precision = Literal["fp32", "bf16"]
@@ -154,13 +155,10 @@ class Backbone:
 
     def save(self, folder: Path) -> None:
         """Write an open_clip local directory: configuration, weights as safetensors, and the tokenizer's own files."""
-        from safetensors.torch import save_file
-
         folder.mkdir(parents=True, exist_ok=True)
         described = {"model_cfg": self.config, "preprocess_cfg": self.preprocess}
         (folder / CONFIG).write_text(json.dumps(described, indent=1), encoding="utf-8")
-        weights = {name: value.detach().cpu().contiguous() for name, value in self.model.state_dict().items()}
-        save_file(_untied(weights), folder / WEIGHTS)
+        save_tensors(self.model.state_dict(), folder / WEIGHTS)
         inner: Any = getattr(self.tokenizer, "tokenizer", None)
         if hasattr(inner, "save_pretrained"):
             inner.save_pretrained(folder)
@@ -309,16 +307,6 @@ def _is_normalisation(module: nn.Module) -> bool:
 
     kinds = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._BatchNorm, RmsNorm, RmsNorm2d)
     return isinstance(module, kinds)
-
-
-def _untied(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Safetensors refuses tensors that share storage; a copy of the second costs little and loads the same."""
-    seen: set[int] = set()
-    for name, value in weights.items():
-        if value.data_ptr() in seen:
-            weights[name] = value.clone()
-        seen.add(value.data_ptr())
-    return weights
 
 
 def list_backbones() -> list[str]:

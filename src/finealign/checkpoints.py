@@ -1,15 +1,14 @@
 """Checkpoints: one safetensors file each, written aside and renamed, the last two kept."""
 
 import json
-import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from finealign.errors import ModelError, OutputError
+from finealign.errors import ModelError
+from finealign.storage import save_tensors
 
 KEPT = 2
 
@@ -27,7 +26,7 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
     """Write ``epoch-0007.safetensors`` into the folder and drop all but the last two. Raises OutputError."""
     folder.mkdir(parents=True, exist_ok=True)
     header = {"finealign": json.dumps({"epoch": checkpoint.epoch, **checkpoint.values})}
-    save_atomically(checkpoint.tensors, folder / f"epoch-{checkpoint.epoch:04d}.safetensors", metadata=header)
+    save_tensors(checkpoint.tensors, folder / f"epoch-{checkpoint.epoch:04d}.safetensors", metadata=header)
     for old in sorted(folder.glob("epoch-*.safetensors"))[:-KEPT]:
         old.unlink()
 
@@ -51,20 +50,3 @@ def read_last_checkpoint(folder: Path) -> Checkpoint | None:
     if torn:
         raise ModelError(f"No checkpoint in {folder} can be read ({'; '.join(torn)}). Start afresh with --overwrite.")
     return None
-
-
-def save_atomically(tensors: Mapping[str, Tensor], path: Path, *, metadata: dict[str, str] | None = None) -> None:
-    """Write safetensors beside ``path``, flush them to disk, then rename: no reader ever sees half a file."""
-    from safetensors.torch import save_file
-
-    aside = path.with_suffix(".part")
-    try:
-        save_file(
-            {name: value.detach().cpu().contiguous() for name, value in tensors.items()}, aside, metadata=metadata
-        )
-        with aside.open("rb+") as written:
-            os.fsync(written.fileno())
-        aside.replace(path)
-    except OSError as error:
-        aside.unlink(missing_ok=True)
-        raise OutputError(f"{path} cannot be written: {error}. What was there before is untouched.") from error

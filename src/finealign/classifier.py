@@ -166,7 +166,7 @@ class FineAlign:
         kind = _choose_score(type(self.method_), self.config_.prediction.score, score)
         max_pixels = self.config_.data.max_pixels
         for chunk in _chunks(stream_images(paths, max_pixels=max_pixels), PREDICTION_CHUNK):
-            read = [(path, np.asarray(found)) for path, found in chunk if not isinstance(found, SetAside)]
+            read = [(path, np.array(found)) for path, found in chunk if not isinstance(found, SetAside)]
             scored = iter(self._score([pixels for _, pixels in read], [p for p, _ in read], kind, with_start))
             for _, found in chunk:
                 yield found if isinstance(found, SetAside) else next(scored)

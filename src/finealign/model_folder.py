@@ -16,10 +16,10 @@ from torch import Tensor
 
 from finealign import __version__
 from finealign.backbone import WEIGHTS, Backbone, load_backbone
-from finealign.checkpoints import save_atomically
 from finealign.config import Config, make_config
 from finealign.errors import ConfigError, FinealignError, ModelError
 from finealign.methods import Method, create_method
+from finealign.storage import save_tensors
 from finealign.types import TextFeatures, Texts
 
 FORMAT = 1
@@ -47,7 +47,7 @@ def write_model(model: SavedModel, folder: Path) -> None:
     tensors["texts.class_of"] = features.class_of
     tensors |= {f"method.{name}": value for name, value in model.method.state_dict().items()}
     tensors |= {f"start.{name}": value for name, value in model.start_norms.items()}
-    save_atomically(tensors, folder / TENSORS)
+    save_tensors(tensors, folder / TENSORS)
     manifest = {
         "format": FORMAT,
         "finealign": __version__,

@@ -1,0 +1,96 @@
+"""Tiny backbones with random weights, small photos made on the spot, and the real data where it is to be had."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+CLASSES = ["red", "green", "blue"]
+COLOURS = {"red": (200, 40, 40), "green": (40, 200, 40), "blue": (40, 40, 200)}
+TEXT_TOWER = {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
+VISION_TOWERS: dict[str, dict[str, Any]] = {
+    "transformer": {"image_size": 32, "layers": 2, "width": 64, "head_width": 32, "patch_size": 16},
+    "convolutional": {"image_size": 32, "timm_model_name": "test_resnet", "timm_pool": "avg", "timm_proj": "linear"},
+}
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder with real photos and MiniCLIP, which a stranger's clone does not have."""
+    folder = Path(os.environ.get("FINEALIGN_SHARED", Path(__file__).parents[2] / "shared"))
+    if not (folder / "models" / "miniclip").is_dir():
+        pytest.skip("no real photos here: set FINEALIGN_SHARED to the folder that holds data/ and models/miniclip/")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_backbone(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
+    """The identifier of a tiny backbone with seeded random weights: ``transformer`` or ``convolutional``."""
+    made: dict[str, str] = {}
+
+    def make(kind: str) -> str:
+        if kind not in made:
+            made[kind] = f"local-dir:{_write_backbone(tmp_path_factory.mktemp(kind), VISION_TOWERS[kind])}"
+        return made[kind]
+
+    return make
+
+
+def _write_backbone(folder: Path, vision: dict[str, Any]) -> Path:
+    import torch
+    from open_clip.model import CLIP
+    from safetensors.torch import save_file
+
+    model_cfg = {"embed_dim": 32, "vision_cfg": vision, "text_cfg": TEXT_TOWER}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        model = CLIP(**model_cfg)
+        # A fresh BatchNorm or LayerNorm is the identity; these differ from it, so that a lost one is noticed.
+        for parameter in model.visual.parameters():
+            if parameter.ndim == 1:
+                parameter.data.add_(0.1 * torch.randn_like(parameter))
+    preprocess_cfg = {"size": 32, "mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5], "interpolation": "bicubic"}
+    described = {"model_cfg": model_cfg, "preprocess_cfg": preprocess_cfg}
+    (folder / "open_clip_config.json").write_text(json.dumps(described), encoding="utf-8")
+    save_file(model.state_dict(), folder / "open_clip_model.safetensors")
+    return folder
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Eight images of each of three colours, in class folders: ``red/0.png`` and so on, of several sizes."""
+    return write_photos(tmp_path / "photos")
+
+
+def write_photos(folder: Path, *, each: int = 8) -> Path:
+    generator = np.random.default_rng(0)
+    for name in CLASSES:
+        (folder / name).mkdir(parents=True)
+        for number in range(each):
+            height, width = generator.integers(24, 60, 2)
+            noise = generator.integers(-40, 40, (height, width, 3))
+            pixels = np.clip(np.array(COLOURS[name]) + noise, 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(folder / name / f"{number}.png")
+    return folder
+
+
+def tiny_config(backbone: str, **overrides: Any) -> Any:
+    """A resolved-able configuration that runs in a second: dotted keys with ``__`` for the dot."""
+    from finealign.config import read_config
+
+    values: dict[str, Any] = {
+        "backbone": backbone,
+        "device": "cpu",
+        "precision": "fp32",
+        "views__crops": 2,
+        "training__epochs": 3,
+        "training__batch_size": 8,
+        "training__learning_rate": 1e-3,
+        "training__anchor_learning_rate": 1e-3,
+    }
+    return read_config(None, (), **(values | overrides))

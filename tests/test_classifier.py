@@ -1,0 +1,164 @@
+"""The public noun in scikit-learn's grammar: fit, predict, predict_proba, save, load."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from conftest import CLASSES, tiny_config
+from finealign import FineAlign
+from finealign.errors import ConfigError, FinealignError, ImageInputError, ModelError, PromptError
+from finealign.images import list_images
+
+Tiny = Callable[[str], str]
+METHODS = ["fair", "self-training", "wca", "cupl", "zero-shot"]
+
+
+def fitted(photos: Path, backbone: str, **overrides: Any) -> FineAlign:
+    return FineAlign(CLASSES, config=tiny_config(backbone, training__epochs=2, **overrides)).fit(photos)
+
+
+def test_fit__returns_self_and_learns_attributes(photos: Path, tiny_backbone: Tiny) -> None:
+    model = FineAlign(CLASSES, config=tiny_config(tiny_backbone("transformer")))
+    assert not [name for name in vars(model) if name.endswith("_")]
+    assert model.fit(photos) is model
+    assert model.classes_.tolist() == CLASSES
+    assert len(model.history_) == 3
+    assert model.set_aside_ == []
+
+
+def test_fit__plain_arguments_are_enough(photos: Path, tiny_backbone: Tiny) -> None:
+    descriptions = {name: [f"something {name}", f"a {name} thing"] for name in CLASSES}
+    model = FineAlign(CLASSES, descriptions=descriptions, backbone=tiny_backbone("transformer"), method="cupl", seed=3)
+    model.fit(photos)
+    assert model.config_.seed == 3
+    assert model.text_features_.descriptions.shape == (6, 32)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_predict__columns_follow_classes(photos: Path, tiny_backbone: Tiny, method: str) -> None:
+    model = fitted(photos, tiny_backbone("transformer"), method__name=method)
+    probabilities = model.predict_proba(photos)
+    assert probabilities.shape == (24, 3)
+    np.testing.assert_allclose(probabilities.sum(1), 1, rtol=1e-5)
+    assert model.predict(photos).tolist() == [CLASSES[index] for index in probabilities.argmax(1)]
+
+
+@pytest.mark.parametrize("score", ["global", "las", "fused"])
+def test_predict__an_image_is_scored_by_itself(photos: Path, tiny_backbone: Tiny, score: Any) -> None:
+    """Neither order nor neighbours change an image's scores, so permuting the images permutes the result."""
+    model = fitted(photos, tiny_backbone("convolutional"))
+    paths = list_images(photos)
+    order = np.random.default_rng(0).permutation(len(paths))
+    straight = model.predict_proba(paths, score=score)
+    shuffled = model.predict_proba([paths[index] for index in order], score=score)
+    np.testing.assert_allclose(shuffled, straight[order], atol=1e-6)
+    alone = model.predict_proba(paths[:1], score=score)
+    np.testing.assert_allclose(alone, straight[:1], atol=1e-6)
+
+
+def test_predict__scores_differ(photos: Path, tiny_backbone: Tiny) -> None:
+    model = fitted(photos, tiny_backbone("transformer"))
+    whole, crops, both = (model.predict_proba(photos, score=kind) for kind in ("global", "las", "fused"))
+    assert not np.allclose(whole, crops)
+    assert not np.allclose(both, crops)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("tower", ["transformer", "convolutional"])
+def test_save__load_then_predict_is_identical(
+    photos: Path, tiny_backbone: Tiny, tmp_path: Path, method: str, tower: str
+) -> None:
+    model = fitted(photos, tiny_backbone(tower), method__name=method)
+    model.save(tmp_path / "model")
+    loaded = FineAlign.load(tmp_path / "model", device="cpu", precision="fp32")
+    assert loaded.classes_.tolist() == CLASSES
+    np.testing.assert_array_equal(loaded.predict_proba(photos), model.predict_proba(photos))
+    before, after = (
+        list(found.readable_predictions(list_images(photos), with_start=True)) for found in (model, loaded)
+    )
+    for first, second in zip(before, after, strict=True):
+        np.testing.assert_array_equal(first.start_scores, second.start_scores)
+
+
+def test_iter_predictions__start_is_the_model_before_adaptation(photos: Path, tiny_backbone: Tiny) -> None:
+    adapted = fitted(photos, tiny_backbone("transformer"), training__learning_rate=1e-2)
+    start = fitted(photos, tiny_backbone("transformer"), method__name="cupl")
+    found = np.stack(
+        [p.start_probabilities for p in adapted.readable_predictions(list_images(photos), with_start=True)]
+    )
+    np.testing.assert_allclose(found, start.predict_proba(photos), atol=1e-5)
+    assert not np.allclose(found, adapted.predict_proba(photos), atol=1e-3)
+    again = adapted.predict_proba(photos)
+    np.testing.assert_array_equal(again, adapted.predict_proba(photos))
+
+
+def test_fit__unreadable_images_are_set_aside(photos: Path, tiny_backbone: Tiny) -> None:
+    (photos / "red" / "torn.png").write_bytes((photos / "red" / "0.png").read_bytes()[:200])
+    model = fitted(photos, tiny_backbone("transformer"))
+    assert [Path(row.path).name for row in model.set_aside_] == ["torn.png"]
+    with pytest.warns(UserWarning, match=r"1 of 25 images could not be read"):
+        labels = model.predict(photos)
+    assert [path.name for path, label in zip(list_images(photos), labels, strict=True) if label is None] == ["torn.png"]
+
+
+def test_fit__no_readable_image(tmp_path: Path, tiny_backbone: Tiny) -> None:
+    (tmp_path / "a.jpg").write_text("not an image")
+    with pytest.raises(ImageInputError, match="None of the 1 images"):
+        fitted(tmp_path, tiny_backbone("transformer"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind", "message"),
+    [
+        ({"classes": ["one"]}, PromptError, "at least two"),
+        ({"classes": ["a", "A"]}, PromptError, "same name"),
+        ({"classes": ["a", "b"], "descriptions": {"a": ["x"]}}, PromptError, "miss 1 of 2 classes: 'b'"),
+        ({"classes": ["a", "b"], "method": "fare"}, ConfigError, "Did you mean 'fair'"),
+        ({"classes": ["a", "b"], "precision": "fp8"}, ConfigError, "precision"),
+        ({"classes": ["a", "b"], "device": "tpu"}, ConfigError, "tpu"),
+    ],
+)
+def test_fit__a_wrong_setting_stops_at_once(
+    photos: Path, tiny_backbone: Tiny, arguments: dict[str, Any], kind: type[Exception], message: str
+) -> None:
+    with pytest.raises(kind, match=message):
+        FineAlign(**({"backbone": tiny_backbone("transformer")} | arguments)).fit(photos)
+
+
+def test_predict__a_score_the_method_does_not_have(photos: Path, tiny_backbone: Tiny) -> None:
+    model = fitted(photos, tiny_backbone("transformer"), method__name="wca")
+    with pytest.raises(ConfigError, match=r"'wca' has no score 'global'. Valid: las"):
+        model.predict(photos, score="global")
+
+
+@pytest.mark.parametrize("call", ["predict", "predict_proba", "save"])
+def test_unfitted__says_so(photos: Path, tmp_path: Path, call: str) -> None:
+    with pytest.raises(FinealignError, match="not fitted"):
+        getattr(FineAlign(CLASSES), call)(photos)
+
+
+@pytest.mark.parametrize("damage", ["missing", "changed", "manifest", "format", "key"])
+def test_load__a_damaged_model_is_refused(photos: Path, tiny_backbone: Tiny, tmp_path: Path, damage: str) -> None:
+    folder = tmp_path / "model"
+    fitted(photos, tiny_backbone("transformer")).save(folder)
+    manifest = folder / "finealign.json"
+    weights = folder / "open_clip_model.safetensors"
+    if damage == "missing":
+        weights.unlink()
+    elif damage == "changed":
+        content = bytearray(weights.read_bytes())
+        content[-1] ^= 1
+        weights.write_bytes(content)
+    elif damage == "manifest":
+        manifest.write_text("{", encoding="utf-8")
+    elif damage == "format":
+        manifest.write_text(
+            manifest.read_text(encoding="utf-8").replace('"format": 1', '"format": 99'), encoding="utf-8"
+        )
+    else:
+        manifest.write_text(manifest.read_text(encoding="utf-8").replace('"classes"', '"klasses"'), encoding="utf-8")
+    with pytest.raises(ModelError):
+        FineAlign.load(folder, device="cpu")
