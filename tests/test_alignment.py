@@ -297,6 +297,12 @@ def test_crop_weights__all_relevance_equal_shares_among_the_first(keep: int) -> 
     agree(found, [[1 / kept] * kept + [0.0] * (5 - kept)] * 2)
 
 
+def test_crop_weights__ties_among_many_crops_go_by_position() -> None:
+    relevance = torch.tensor([[0.5, 0.1, 0.5, 0.3, 0.3] * 60] * 2, dtype=torch.float64)
+    wanted = kept_softmax(relevance[0].tolist(), 150, 1.0)
+    agree(crop_weights(relevance, keep=150, temperature=1.0), [wanted] * 2)
+
+
 @over_temperatures
 def test_crop_weights__one_crop_kept_takes_all(temperature: float) -> None:
     relevance = torch.tensor([[0.1, 0.9, 0.3], [0.5, 0.2, 0.5]], dtype=torch.float64)

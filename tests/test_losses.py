@@ -202,7 +202,6 @@ def test_running_mean__is_as_wide_open_as_its_current_batch_and_changes_neither(
     assert (previous.tolist(), current.tolist()) == before
 
 
-@pytest.mark.xfail(strict=True, reason="a past that carries a gradient passes it on, times the momentum")
 def test_running_mean__no_gradient_through_previous() -> None:
     previous, current = shares(4, 0).requires_grad_(), shares(4, 1).requires_grad_()
     found = running_mean(previous, current, momentum=0.9)

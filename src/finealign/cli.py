@@ -66,7 +66,7 @@ def adapt(
     as_json: AsJson = False,
 ) -> None:
     """Adapt a backbone to unlabelled images of the named classes."""
-    with _guarded(as_json):
+    with _working(as_json):
         from finealign.classifier import FineAlign
         from finealign.config import read_config
         from finealign.prompts import read_classes, read_descriptions, read_templates
@@ -109,7 +109,7 @@ def predict(
     as_json: AsJson = False,
 ) -> None:
     """Classify images with an adapted model."""
-    with _guarded(as_json):
+    with _working(as_json):
         from finealign.classifier import FineAlign
         from finealign.images import list_images, set_aside_csv
         from finealign.predictions import Row, best_rows, check_destination, write_csv, write_predictions
@@ -154,7 +154,7 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Measure an adapted model, and the one it started from, on labelled images."""
-    with _guarded(as_json):
+    with _working(as_json):
         from finealign.classifier import FineAlign
         from finealign.evaluate import evaluate_predictions, read_truth
         from finealign.terminal import Bars, evaluation_tables
@@ -214,6 +214,16 @@ def doctor(as_json: AsJson = False) -> None:
         table.add_row("hub", f"{hub['endpoint']}: {reach}{' (' + hub['reason'] + ')' if hub['reason'] else ''}")
         table.add_row("cache", f"{cache['folder']}: {', '.join(cache['models']) or 'no models'}")
         Console().print(table)
+
+
+@contextmanager
+def _working(as_json: bool) -> Iterator[None]:
+    """For the verbs that encode: as ``_guarded``, in a process set up for it."""
+    with _guarded(as_json):
+        from finealign.devices import keep_freed_memory
+
+        keep_freed_memory()
+        yield
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """Which device and which precision: asked of accelerate and of the processor, never assumed."""
 
+import ctypes
 from typing import Literal
 
 import torch
@@ -8,6 +9,7 @@ from finealign.backbone import Precision
 from finealign.errors import ConfigError
 
 WantedPrecision = Literal["auto", "fp32", "bf16"]
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
 CPU_BF16_CHECKS = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
 
 
@@ -24,6 +26,20 @@ def choose_device(wanted: str) -> torch.device:
         f"Device {wanted!r} is not to be had here; accelerate finds {found.type!r}. Use auto, cpu or {found.type}, and "
         "choose among several GPUs with CUDA_VISIBLE_DEVICES."
     )
+
+
+def keep_freed_memory() -> bool:
+    """Tell glibc to keep large freed blocks for the next step; whether it was told.
+
+    By default it hands them back to the kernel, which then clears every page of them anew: on a CPU that can take as
+    long as the encoding itself (``benchmarks/allocator.py`` measures it). The setting holds for the whole process, so
+    the command makes it, never the library.
+    """
+    try:
+        libc = ctypes.CDLL(None)
+        return bool(libc.mallopt(_M_MMAP_MAX, 0) and libc.mallopt(_M_TRIM_THRESHOLD, -1))
+    except (AttributeError, OSError):
+        return False  # not glibc
 
 
 def good_at_bf16(device: torch.device) -> bool:

@@ -28,5 +28,5 @@ def running_mean(previous: Tensor, current: Tensor, *, momentum: float) -> Tenso
     previous (C,), current (C,) -> (C,) = m * previous + (1 - m) * current; d/d current is 1, not 1 - m, so that the
     fairness term pulls as hard as with the batch mean while it judges balance over more than a batch. [R]
     """
-    value = momentum * previous + (1 - momentum) * current.detach()
+    value = momentum * previous.detach() + (1 - momentum) * current.detach()
     return value + (current - current.detach())

@@ -45,7 +45,9 @@ def confusability(anchors: Tensor, pair_counts: Tensor) -> Tensor:
     cosine = anchors @ anchors.T
     low, high = cosine[off_diagonal].min(), cosine[off_diagonal].max()
     spread = high - low
-    similar = torch.where(spread > 0, (cosine - low) / spread.clamp_min(torch.finfo(cosine.dtype).tiny), 1.0)
+    # Cosines that differ by rounding alone are all alike: stretched to [0, 1] they would be noise.
+    rounding = 16 * torch.finfo(cosine.dtype).eps
+    similar = torch.where(spread > rounding, (cosine - low) / spread.clamp_min(rounding), 1.0)
     both_ways = pair_counts + pair_counts.T
     frequent = both_ways / both_ways.amax().clamp_min(1)
     return (1 - (1 - similar.clamp(0, 1)) * (1 - frequent)) * off_diagonal

@@ -8,6 +8,7 @@ from typing import Annotated
 import torch
 from pydantic import Field
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from finealign.alignment import class_description_anchors
 from finealign.methods.base import SelfTrainingMethod, SelfTrainingOptions
@@ -47,7 +48,7 @@ class Fair(SelfTrainingMethod):
             probabilities=probabilities,
             global_probabilities=self.probabilities(self.score(features, "global")),
             labels=labels,
-            confusable=confusability(self.classifier().mean(1), self.pair_counts),
+            confusable=confusability(normalize(self.classifier().mean(1), dim=-1), self.pair_counts),
         )
         self.pair_counts += count_pairs(probabilities)
         return PseudoLabels(labels=labels, weights=weights, probabilities=probabilities)
