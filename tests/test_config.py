@@ -66,7 +66,8 @@ def at(config: Config, dotted: str) -> object:
 
 # --- write_config, read_config: the round trip ------------------------------------------------------------------------
 
-word = st.text(max_size=12)
+# PyYAML itself loses the three rare line separators (NEL, LS, PS) of a text that is written readably.
+word = st.text(st.characters(exclude_characters="\x85\u2028\u2029", exclude_categories=["Cs"]), max_size=12)
 share = st.floats(0.01, 1)
 rate = st.floats(1e-12, 1e12)
 count = st.integers(1, 10**12)
@@ -116,7 +117,7 @@ config_values = st.fixed_dictionaries(
 )
 
 
-@few
+@settings(max_examples=50, deadline=None)
 @given(values=config_values)
 def test_write_config__read_back_is_the_same(values: dict[str, Any], scratch: Path) -> None:
     config = make_config(values)
@@ -222,7 +223,7 @@ def test_read_config__not_a_file_of_settings(text: str, message: str, tmp_path: 
 
 
 def test_read_config__missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="No configuration file at .*nowhere.yaml"):
+    with pytest.raises(ConfigError, match=r"No configuration file at .*nowhere\.yaml"):
         read_config(tmp_path / "nowhere.yaml")
 
 
@@ -281,13 +282,14 @@ def test_read_config__what_yaml_cannot_construct(trap: str, tmp_path: Path) -> N
 @pytest.mark.xfail(strict=True, reason="bug: a RecursionError of PyYAML's goes through")
 def test_read_config__nested_too_deep(tmp_path: Path) -> None:
     with pytest.raises(ConfigError):
-        from_yaml("[" * 3000, tmp_path)
+        from_yaml("[" * 1200, tmp_path)
 
 
-pieces = st.sampled_from(
-    "training views method seed epochs name : = - [ ] { } , & * ! !! # ' \" | > % @ ~ null true .inf .nan 0 1 1e9 1_0 "
-    "2001-01-01 &a *a << ? --- ... \\ auto crops".split()
-) | st.sampled_from(["\n", " ", "  ", "\t", ": ", "- ", "\r\n", "\x00", "\u2028", "\x85", "\ufeff", "🦉"])
+PIECES = r"""training views method seed epochs name : = - [ ] { } , & * ! !! # ' " | > % @ ~ null true .inf .nan 0 1
+1e9 1_0 2001-01-01 &a *a << ? --- ... \ auto crops"""
+pieces = st.sampled_from(PIECES.split()) | st.sampled_from(
+    ["\n", " ", "  ", "\t", ": ", "- ", "\r\n", "\x00", "\u2028", "\x85", "\ufeff", "🦉"]
+)
 yamlish = st.lists(pieces, max_size=25).map("".join)
 
 

@@ -110,17 +110,17 @@ def test_read_classes__neither_a_file_nor_a_list(text: str) -> None:
 
 @pytest.mark.parametrize("content", ["", "\n\n", "\ufeff", " \n \t\n"])
 def test_read_classes__empty_file(content: str, tmp_path: Path) -> None:
-    with pytest.raises(PromptError, match="holds no name. Wanted: at least two"):
+    with pytest.raises(PromptError, match=r"holds no name\. Wanted: at least two"):
         read_classes(written(tmp_path, content))
 
 
 def test_read_classes__one_class_cannot_be_told_apart(tmp_path: Path) -> None:
-    with pytest.raises(PromptError, match="holds only 'robin'. Wanted: at least two"):
+    with pytest.raises(PromptError, match=r"holds only 'robin'\. Wanted: at least two"):
         read_classes(written(tmp_path, "robin\n"))
 
 
 def test_read_classes__missing_file_folder_or_not_utf8(tmp_path: Path) -> None:
-    with pytest.raises(PromptError, match="No class names at .*nowhere"):
+    with pytest.raises(PromptError, match=r"No class names at .*nowhere"):
         read_classes(tmp_path / "nowhere")
     with pytest.raises(PromptError, match="cannot be read"):
         read_classes(tmp_path)
@@ -153,7 +153,9 @@ def test_read_classes__any_list_is_class_names_or_a_prompt_error(text: str) -> N
         assert check_classes(names) == names
 
 
-@pytest.mark.parametrize("text", ["robin,\nwren", "robin,wren\rfinch", "robin," + "x" * 140_000], ids=["lf", "cr", "long"])
+@pytest.mark.parametrize(
+    "text", ["robin,\nwren", "robin,wren\rfinch", "robin," + "x" * 140_000], ids=["lf", "cr", "long"]
+)
 @pytest.mark.xfail(strict=True, reason="bug: the csv module's own error goes through")
 def test_read_classes__what_csv_refuses(text: str) -> None:
     try:
@@ -175,7 +177,6 @@ def test_read_classes__what_csv_refuses(text: str) -> None:
         ("STRASSE", "straße"),
         ("café", unicodedata.normalize("NFD", "CAFÉ")),
         ("ΣΊΣΥΦΟΣ", "σίσυφος"),
-        ("tabby\u3000cat", "tabby cat"),
     ],
 )
 def test_check_classes__the_same_name_but_for_spelling(first: str, second: str) -> None:
@@ -184,9 +185,10 @@ def test_check_classes__the_same_name_but_for_spelling(first: str, second: str) 
         check_classes([first, "another", second])
 
 
-def test_check_classes__the_same_name_twice() -> None:
+@pytest.mark.parametrize("second", ["robin", " robin ", "\u3000robin\u00a0"])
+def test_check_classes__the_same_name_twice(second: str) -> None:
     with pytest.raises(PromptError, match="my list: 'robin' stands twice"):
-        check_classes(["robin", "wren", " robin "], where="my list")
+        check_classes(["robin", "wren", second], where="my list")
 
 
 @pytest.mark.parametrize(("first", "second"), [("cat", "cats"), ("a b", "ab"), ("e", "é"), ("1", "１")])
@@ -233,7 +235,7 @@ def test_read_descriptions__not_json(text: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("opening", ["[", '{"a":'])
 def test_read_descriptions__nested_too_deep(opening: str, tmp_path: Path) -> None:
-    with pytest.raises(PromptError, match="nested too deep|is not JSON"):
+    with pytest.raises(PromptError, match=r"nested too deep|is not JSON"):
         read_descriptions(written(tmp_path, opening * 100_000))
 
 
@@ -263,7 +265,7 @@ def test_read_descriptions__wrong_types(value: object, message: str, tmp_path: P
 
 
 def test_read_descriptions__missing_file_folder_or_not_utf8(tmp_path: Path) -> None:
-    with pytest.raises(PromptError, match="No descriptions at .*nowhere"):
+    with pytest.raises(PromptError, match=r"No descriptions at .*nowhere"):
         read_descriptions(tmp_path / "nowhere")
     with pytest.raises(PromptError, match="cannot be read"):
         read_descriptions(tmp_path)
@@ -279,7 +281,9 @@ json_values = st.recursive(
 
 
 @few
-@given(content=st.binary(max_size=60) | st.text(max_size=60).map(str.encode) | json_values.map(json.dumps).map(str.encode))
+@given(
+    content=st.binary(max_size=60) | st.text(max_size=60).map(str.encode) | json_values.map(json.dumps).map(str.encode)
+)
 def test_read_descriptions__any_file_is_descriptions_or_a_prompt_error(content: bytes, scratch: Path) -> None:
     scratch.write_bytes(content)
     try:
@@ -297,7 +301,9 @@ def test_read_descriptions__an_integer_too_long_for_python(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("second", ["robin", "cafe\u0301"])
-@pytest.mark.xfail(strict=True, reason="bug: of two keys with one name the last wins and the other's sentences are lost")
+@pytest.mark.xfail(
+    strict=True, reason="bug: of two keys with one name the last wins and the other's sentences are lost"
+)
 def test_read_descriptions__a_class_twice_loses_nothing_unsaid(second: str, tmp_path: Path) -> None:
     first = unicodedata.normalize("NFC", second)
     path = written(tmp_path, f'{{"{first}": ["one."], "{second}": ["two."]}}')
@@ -328,9 +334,9 @@ def test_read_templates__missing_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("template", ["a photo.", "a {} by a {}.", "a { }.", "a {name}.", "{}{}", ""])
 def test_check_templates__not_exactly_one_place_for_the_name(template: str) -> None:
-    with pytest.raises(PromptError, match="needs exactly one {}"):
+    with pytest.raises(PromptError, match=r"needs exactly one \{\}"):
         check_templates(["a photo of a {}.", template])
-    with pytest.raises(PromptError, match="needs exactly one {}"):
+    with pytest.raises(PromptError, match=r"needs exactly one \{\}"):
         make_texts(["robin", "wren"], templates=[template])
 
 
@@ -412,6 +418,13 @@ def test_make_texts__a_name_is_never_read_as_a_template(name: str) -> None:
     texts = make_texts([name, "wren"], templates=["a photo of {}.", "{}"])
     assert texts.descriptions[0] == (f"a photo of {name}.", name)
     assert make_texts([name, "wren"], {name: ["x"], "wren": ["y"]}).descriptions == (("x",), ("y",))
+
+
+@pytest.mark.parametrize("template", ["{0} {}", "a {name} of {}", "{{{}", "} {} {", "%s {}"])
+def test_make_texts__other_braces_of_a_template_stay(template: str) -> None:
+    start, end = template.split("{}")
+    texts = make_texts(["robin", "wren"], templates=[template])
+    assert texts.descriptions == ((f"{start}robin{end}",), (f"{start}wren{end}",))
 
 
 def test_make_texts__checks_the_classes_too() -> None:

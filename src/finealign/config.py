@@ -20,7 +20,7 @@ Fraction = Annotated[float, Field(gt=0, le=1)]
 
 DEFAULT_BACKBONE = "ViT-B-32-quickgelu/openai"
 # Label passes (fresh weak and crop features) in a run when the refresh is "auto": crops are two thirds of a run's cost.
-LABEL_PASSES = 6
+LABEL_PASSES = 4
 
 
 class Settings(BaseModel):
@@ -75,7 +75,7 @@ class TrainingSettings(Settings):
     max_epochs: Positive = Field(60, description="bound on the epochs when they are auto")
     batch_size: Positive = Field(64, description="images a step")
     learning_rate: Annotated[float, Field(gt=0)] = Field(2e-4, description="of the normalisation parameters")
-    anchor_learning_rate: Annotated[float, Field(gt=0)] = Field(2e-4, description="of the anchors")
+    anchor_learning_rate: Annotated[float, Field(gt=0)] = Field(1e-3, description="of the anchors")
     final_learning_rate: Annotated[float, Field(ge=0)] = Field(2e-6, description="where the cosine schedule ends")
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="of the anchors")
     norm_weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="of the normalisation parameters")

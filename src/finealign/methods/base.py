@@ -80,7 +80,7 @@ class SelfTrainingOptions(MethodOptions):
     """Options of the loss, step 7 of METHOD [R]."""
 
     fairness: Literal["running", "batch", "off"] = Field("running", description="mean prediction the term judges")
-    fairness_weight: Annotated[float, Field(ge=0)] = Field(1.0, description="lambda")
+    fairness_weight: Annotated[float, Field(ge=0)] = Field(2.0, description="lambda")
     fairness_window: Annotated[int, Field(ge=1)] | Auto = Field(
         "auto", description="images the running mean looks back on; auto: 8 a class"
     )

@@ -3,7 +3,7 @@
 The paper's equations are not public: what is marked [R] here and in the rooms this file calls is our reconstruction.
 """
 
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 from pydantic import Field
@@ -13,7 +13,7 @@ from torch.nn.functional import normalize
 from finealign.alignment import class_description_anchors
 from finealign.methods.base import SelfTrainingMethod, SelfTrainingOptions
 from finealign.pseudo_labels import WeightKind, confusability, count_pairs, self_training_weight
-from finealign.types import ImageFeatures, PseudoLabels, TextFeatures
+from finealign.types import ImageFeatures, PseudoLabels, Score, TextFeatures
 
 
 class FairOptions(SelfTrainingOptions):
@@ -29,6 +29,7 @@ class Fair(SelfTrainingMethod):
     Options = FairOptions
     options: FairOptions
     uses_crops = True
+    scores: ClassVar[tuple[Score, ...]] = ("las", "fused", "global")
     pair_counts: Tensor
 
     def __init__(self, options: FairOptions, texts: TextFeatures, *, logit_scale: float) -> None:

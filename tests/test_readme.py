@@ -1,0 +1,78 @@
+"""Every snippet of the README runs, in order, in a folder that holds what a reader would have."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from conftest import CLASSES, write_photos
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+SHIM = """#!{python}
+import sys
+from finealign.cli import main
+sys.argv[0] = "finealign"
+if sys.argv[1] == "adapt":
+    sys.argv += ["--backbone", "{backbone}", "--set", "training.epochs=2", "--set", "views.crops=2"]
+main()
+"""
+
+
+def snippets(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.DOTALL | re.MULTILINE)
+
+
+@pytest.fixture
+def reader(tmp_path: Path, tiny_backbone: Callable[[str], str]) -> Path:
+    """A folder with photos, names and descriptions, and a command whose default backbone is a tiny local one."""
+    for name in ("photos", "more-photos", "labelled-photos"):
+        write_photos(tmp_path / name, each=3)
+    (tmp_path / "birds.txt").write_text("\n".join(CLASSES), encoding="utf-8")
+    described = {name: [f"A {name} bird is {name} all over."] for name in CLASSES}
+    (tmp_path / "birds.json").write_text(json.dumps(described), encoding="utf-8")
+    command = tmp_path / "bin" / "finealign"
+    command.parent.mkdir()
+    command.write_text(SHIM.format(python=sys.executable, backbone=tiny_backbone("transformer")), encoding="utf-8")
+    command.chmod(0o755)
+    return tmp_path
+
+
+def test_readme__the_commands_run(reader: Path) -> None:
+    commands = [snippet for snippet in snippets("bash") if "finealign" in snippet and "benchmarks/" not in snippet]
+    assert commands
+    environment = os.environ | {"PATH": f"{reader / 'bin'}{os.pathsep}{os.environ['PATH']}"}
+    for snippet in commands:
+        subprocess.run(["bash", "-e", "-c", snippet], cwd=reader, env=environment, check=True, capture_output=True)
+    assert (reader / "labels.csv").read_text(encoding="utf-8").count("\n") == 10
+
+
+def test_readme__the_python_runs(
+    reader: Path, monkeypatch: pytest.MonkeyPatch, tiny_backbone: Callable[[str], str]
+) -> None:
+    import finealign
+
+    monkeypatch.setitem(finealign.FineAlign.__init__.__kwdefaults__, "backbone", tiny_backbone("transformer"))
+    monkeypatch.chdir(reader)
+    assert snippets("python")
+    for snippet in snippets("python"):
+        exec(compile(snippet, "README.md", "exec"), {})
+    assert (reader / "birds-model" / "finealign.json").is_file()
+
+
+def test_readme__names_what_is_there() -> None:
+    """Files and folders the README speaks of exist, and its run folder is the one that is written."""
+    from finealign import run_folder
+
+    for path in re.findall(r"`((?:src|methods|docs|benchmarks)/[\w./-]*)`", README):
+        assert (ROOT / path).exists() or (ROOT / "src" / "finealign" / path).exists(), path
+    for path in re.findall(r"\]\(((?!http|#)[^)]+)\)", README):
+        assert (ROOT / path).exists(), path
+    assert len(README.splitlines()) < 250
+    listed = set(re.findall(r"^      ([\w.]+)/? ", README, flags=re.MULTILINE))
+    assert listed == set(run_folder.CONTENTS)
