@@ -127,19 +127,7 @@ def test_load_backbone__a_quickgelu_tower_with_weights_trained_without(monkeypat
         load_backbone("ViT-B-32-quickgelu/openai")
 
 
-@pytest.mark.parametrize(
-    "pair",
-    [
-        pytest.param(
-            pair,
-            marks=pytest.mark.xfail(
-                pair[0] == "roberta-ViT-B-32", reason="the advice names the refused pair itself", strict=True
-            ),
-        )
-        for pair in mismatched_pairs()
-    ],
-    ids="/".join,
-)
+@pytest.mark.parametrize("pair", mismatched_pairs(), ids="/".join)
 def test_load_backbone__the_pair_advised_is_one_that_passes(
     pair: tuple[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -150,6 +138,9 @@ def test_load_backbone__the_pair_advised_is_one_that_passes(
     with pytest.raises(BackboneError, match="QuickGELU") as caught:
         load_backbone("/".join(pair))
     advised = str(caught.value).rpartition("Use ")[2].removesuffix(".")
+    if pair == ("roberta-ViT-B-32", "laion2b_s12b_b32k"):  # there is no such tower without QuickGELU
+        assert advised == "other weights"
+        return
     with pytest.raises(BackboneError, match="stop here"):
         load_backbone(advised)
 
@@ -290,7 +281,12 @@ def test_encode_images__pixels_are_open_clips_own(
     backbone = load_backbone(f"local-dir:{folder}")
     seen: list[Tensor] = []
     encode = backbone.model.encode_image
-    backbone.model.encode_image = lambda pixels: seen.append(pixels) or encode(pixels)
+
+    def watched(pixels: Tensor) -> Any:
+        seen.append(pixels)
+        return encode(pixels)
+
+    backbone.model.encode_image = watched
     moved = torch.from_numpy(np.array(backbone.geometry(picture(*size)))).permute(2, 0, 1)[None]
     assert moved.dtype == torch.uint8
     features = backbone.encode_images(moved)
@@ -476,11 +472,7 @@ def test_encode_texts__exactly_the_window_is_accepted(tiny_backbone: Tiny) -> No
     [
         pytest.param("a " * 75 + "cat", id="one word too many"),
         pytest.param("a " * 300, id="many windows"),
-        pytest.param(
-            "a " * 76 + "!$",
-            id="the padding's own token right after the window",
-            marks=pytest.mark.xfail(reason="only the first token after the window is looked at", strict=True),
-        ),
+        pytest.param("a " * 76 + "!$", id="the padding's own token right after the window"),
     ],
 )
 def test_encode_texts__beyond_the_window_is_refused(tiny_backbone: Tiny, text: str) -> None:

@@ -138,9 +138,6 @@ def test_write_checkpoint__removes_nothing_of_others(tmp_path: Path) -> None:
     assert same(checkpoint(3), read_last_checkpoint(tmp_path))
 
 
-@pytest.mark.xfail(
-    strict=True, reason="bug: names are sorted as text, so epoch 10000 counts as older than 9999 and goes"
-)
 def test_write_checkpoint__beyond_four_digits(tmp_path: Path) -> None:
     fill(tmp_path, 9_998, 9_999, 10_000)
     assert same(checkpoint(10_000), read_last_checkpoint(tmp_path))
@@ -279,7 +276,6 @@ def test_write_checkpoint__a_folder_that_is_read_only(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("below", ["", "sub"])
-@pytest.mark.xfail(strict=True, reason="bug: the folder is made outside what turns an OSError into an OutputError")
 def test_write_checkpoint__the_folder_is_a_file(below: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     with pytest.raises(OutputError):
@@ -287,7 +283,6 @@ def test_write_checkpoint__the_folder_is_a_file(below: str, tmp_path: Path) -> N
     assert (tmp_path / "file").read_text() == "mine"
 
 
-@pytest.mark.xfail(strict=True, reason="bug: safetensors tells of a full disk by SafetensorError, which goes through")
 def test_write_checkpoint__the_disk_is_full(tmp_path: Path) -> None:
     resource = pytest.importorskip("resource", reason="no bound on the size of files here")
     fill(tmp_path, 1)

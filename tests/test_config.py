@@ -36,7 +36,6 @@ SECTIONS: dict[str, type[BaseModel]] = {
 
 # Texts that PyYAML's resolvers or constructors choke on with an error that is no YAMLError.
 YAML_TRAPS = ["2001-99-99", "!!int foo", "!!float x", "!!timestamp foo", "!!bool foo", "0x_", "0b_", "1" * 5000]
-TRAP_BUG = "bug: PyYAML's constructors raise ValueError, KeyError or AttributeError, and config.py lets them through"
 
 
 @pytest.fixture(scope="module")
@@ -82,13 +81,13 @@ views_values = st.fixed_dictionaries(
         "crop_low": st.floats(0.01, 0.5),
         "crop_high": st.floats(0.5, 1),
         "strong_low": share,
-        "randaugment": word,
+        "randaugment": st.sampled_from(["rand", "rand-m9-mstd0.5-inc1", "rand-n3-m5-p0.3"]),
         "refresh_epochs": st.integers(0, 9) | st.just("auto"),
     }
 )
 training_values = st.fixed_dictionaries(
     {
-        "encoder": st.sampled_from(["full", "frozen"]),
+        "encoder": st.just("full"),
         "learn": st.sampled_from(["norms+anchors", "norms", "anchors"]),
         "epochs": count | st.just("auto"),
         "steps": count,
@@ -246,7 +245,7 @@ def test_read_config__override_without_key_or_value(override: str) -> None:
 
 
 def test_read_config__override_that_is_not_yaml() -> None:
-    with pytest.raises(ConfigError, match=r"--set training\.epochs: '\[3' is not a value YAML can read"):
+    with pytest.raises(ConfigError, match=r"--set training\.epochs is not YAML: "):
         read_config(None, ["training.epochs=[3"])
 
 
@@ -271,7 +270,6 @@ def test_read_config__empty_key(override: str) -> None:
 
 
 @pytest.mark.parametrize("trap", [pytest.param(trap, id=trap[:20]) for trap in YAML_TRAPS])
-@pytest.mark.xfail(strict=True, reason=TRAP_BUG)
 def test_read_config__what_yaml_cannot_construct(trap: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError):
         read_config(None, [f"seed={trap}"])
@@ -279,7 +277,6 @@ def test_read_config__what_yaml_cannot_construct(trap: str, tmp_path: Path) -> N
         from_yaml(f"seed: {trap}", tmp_path)
 
 
-@pytest.mark.xfail(strict=True, reason="bug: a RecursionError of PyYAML's goes through")
 def test_read_config__nested_too_deep(tmp_path: Path) -> None:
     with pytest.raises(ConfigError):
         from_yaml("[" * 1200, tmp_path)

@@ -214,15 +214,7 @@ def test_writers__are_the_three_documented() -> None:
 
 
 @pytest.mark.parametrize("ending", ENDINGS)
-@pytest.mark.parametrize(
-    "place",
-    [
-        "a folder bears the name",
-        pytest.param(
-            "below a file", marks=pytest.mark.xfail(reason="clearing up raises NotADirectoryError itself", strict=True)
-        ),
-    ],
-)
+@pytest.mark.parametrize("place", ["a folder bears the name", "below a file"])
 def test_write_predictions__a_place_that_cannot_be_written(tmp_path: Path, ending: str, place: str) -> None:
     if place == "below a file":
         (tmp_path / "file").write_text("mine", encoding="utf-8")
@@ -238,14 +230,7 @@ def test_write_predictions__a_place_that_cannot_be_written(tmp_path: Path, endin
 @pytest.mark.parametrize("ending", ENDINGS)
 @pytest.mark.parametrize(
     ("failure", "raised"),
-    [
-        (OSError(errno.ENOSPC, "No space left on device"), OutputError),
-        pytest.param(
-            ConfigError("no such score"),
-            ConfigError,
-            marks=pytest.mark.xfail(reason="only an OSError clears up", strict=True),
-        ),
-    ],
+    [(OSError(errno.ENOSPC, "No space left on device"), OutputError), (ConfigError("no such score"), ConfigError)],
 )
 def test_write_predictions__a_failure_on_the_way(
     tmp_path: Path, ending: str, failure: Exception, raised: type[Exception]

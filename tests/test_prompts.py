@@ -156,7 +156,6 @@ def test_read_classes__any_list_is_class_names_or_a_prompt_error(text: str) -> N
 @pytest.mark.parametrize(
     "text", ["robin,\nwren", "robin,wren\rfinch", "robin," + "x" * 140_000], ids=["lf", "cr", "long"]
 )
-@pytest.mark.xfail(strict=True, reason="bug: the csv module's own error goes through")
 def test_read_classes__what_csv_refuses(text: str) -> None:
     try:
         assert check_classes(read_classes(text))
@@ -294,16 +293,12 @@ def test_read_descriptions__any_file_is_descriptions_or_a_prompt_error(content: 
     assert all(sentences and all(sentence.strip() for sentence in sentences) for sentences in found.values())
 
 
-@pytest.mark.xfail(strict=True, reason="bug: json raises a bare ValueError for an integer of more than 4300 digits")
 def test_read_descriptions__an_integer_too_long_for_python(tmp_path: Path) -> None:
     with pytest.raises(PromptError):
         read_descriptions(written(tmp_path, '{"robin": [' + "1" * 5000 + "]}"))
 
 
 @pytest.mark.parametrize("second", ["robin", "cafe\u0301"])
-@pytest.mark.xfail(
-    strict=True, reason="bug: of two keys with one name the last wins and the other's sentences are lost"
-)
 def test_read_descriptions__a_class_twice_loses_nothing_unsaid(second: str, tmp_path: Path) -> None:
     first = unicodedata.normalize("NFC", second)
     path = written(tmp_path, f'{{"{first}": ["one."], "{second}": ["two."]}}')

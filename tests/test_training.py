@@ -136,6 +136,18 @@ def test_adapt__batchnorm_statistics_stay(photos: Path, tiny_backbone: Tiny, tow
     assert not {name for name in statistics if not torch.equal(state(model)[name], state(start)[name])}
 
 
+def test_adapt__in_bf16_keeps_masters_and_features_in_fp32(photos: Path, tiny_backbone: Tiny) -> None:
+    model = fit(photos, tiny_backbone("transformer"), precision="bf16")
+    assert {value.dtype for value in state(model).values() if value.is_floating_point()} == {torch.float32}
+    images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
+    low = model.backbone_.embed(images)
+    model.backbone_.precision = "fp32"
+    high = model.backbone_.embed(images)
+    assert low.dtype == torch.float32
+    assert not torch.equal(low, high)
+    assert float((low * high).sum(1).min()) > 0.99
+
+
 def test_adapt__more_classes_than_images_in_a_batch(photos: Path, tiny_backbone: Tiny) -> None:
     classes = [f"colour {number}" for number in range(40)]
     config = tiny_config(tiny_backbone("transformer"), training__batch_size=4)

@@ -103,10 +103,10 @@ class Backbone:
         return torch.cat(features)
 
     def _refuse_overflow(self, sentences: list[str], window: int) -> None:
-        """Tokenised with room to spare, a text that fits has padding right after the window."""
+        """Tokenised with room to spare, a text that fits has nothing but padding after the window."""
         padding = self.tokenizer(["a"], context_length=2 * window)[0, -1]
-        beyond = self.tokenizer(sentences, context_length=2 * window)[:, window]
-        cut = [sentence for sentence, token in zip(sentences, beyond, strict=True) if token != padding]
+        beyond = (self.tokenizer(sentences, context_length=2 * window)[:, window:] != padding).any(1).tolist()
+        cut = [sentence for sentence, longer in zip(sentences, beyond, strict=True) if longer]
         if cut:
             raise BackboneError(
                 f"{len(cut)} texts are longer than the {window} tokens that {self.identifier} reads, and would be cut "
@@ -261,10 +261,11 @@ def _refuse_wrong_activation(name: str, tag: str) -> None:
     if weights_quick == tower_quick:
         return
     other = f"{name}-quickgelu" if weights_quick else name.removesuffix("-quickgelu")
+    advice = f"Use {other}/{tag}." if other != name and other in open_clip.list_models() else "Use other weights."
     trained, built = ("with", "without") if weights_quick else ("without", "with")
     raise BackboneError(
         f"The weights {tag!r} were trained {trained} QuickGELU, but the architecture {name!r} is built {built} it: "
-        f"the pair loads and silently loses 4 to 20 points of accuracy. Use {other}/{tag}."
+        f"the pair loads and silently loses 4 to 20 points of accuracy. {advice}"
     )
 
 
@@ -275,16 +276,16 @@ def _load_failure(identifier: str, error: Exception) -> BackboneError:
             f"Wanted: an open_clip folder whose {WEIGHTS} fits its {CONFIG}."
         )
     return BackboneError(
-        f"The weights of {identifier} cannot be had: {_one_line(error)}. The model hub was not within reach, or does "
-        "not hold them. Without a hub: --backbone local-dir:PATH, with PATH an open_clip folder "
-        f"({CONFIG} and {WEIGHTS}) copied from a machine that has one; or set HF_HOME to a cache that already holds "
-        "the weights. `finealign doctor` shows what is within reach."
+        f"The weights of {identifier} cannot be had: the model hub is not within reach, or does not hold them. Without "
+        f"a hub: --backbone local-dir:PATH, with PATH an open_clip folder ({CONFIG} and {WEIGHTS}) copied from a "
+        "machine that has one; or set HF_HOME to a cache that already holds the weights. `finealign doctor` shows "
+        f"what is within reach. (open_clip said: {_one_line(error)})"
     )
 
 
 def _one_line(error: Exception) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 300 else f"{text[:297]}..."
+    return text if len(text) <= 200 else f"{text[:197]}..."
 
 
 def _model_config(name: str) -> dict[str, Any]:

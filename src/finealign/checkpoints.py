@@ -24,10 +24,9 @@ class Checkpoint:
 
 def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
     """Write ``epoch-0007.safetensors`` into the folder and drop all but the last two. Raises OutputError."""
-    folder.mkdir(parents=True, exist_ok=True)
     header = {"finealign": json.dumps({"epoch": checkpoint.epoch, **checkpoint.values})}
     save_tensors(checkpoint.tensors, folder / f"epoch-{checkpoint.epoch:04d}.safetensors", metadata=header)
-    for old in sorted(folder.glob("epoch-*.safetensors"))[:-KEPT]:
+    for old in _by_epoch(folder)[:-KEPT]:
         old.unlink()
 
 
@@ -39,7 +38,7 @@ def read_last_checkpoint(folder: Path) -> Checkpoint | None:
     from safetensors import SafetensorError, safe_open
 
     torn = []
-    for path in sorted(folder.glob("epoch-*.safetensors"), reverse=True):
+    for path in reversed(_by_epoch(folder)):
         try:
             with safe_open(path, framework="pt") as opened:
                 values = json.loads((opened.metadata() or {})["finealign"])
@@ -50,3 +49,8 @@ def read_last_checkpoint(folder: Path) -> Checkpoint | None:
     if torn:
         raise ModelError(f"No checkpoint in {folder} can be read ({'; '.join(torn)}). Start afresh with --overwrite.")
     return None
+
+
+def _by_epoch(folder: Path) -> list[Path]:
+    found = [path for path in folder.glob("epoch-*.safetensors") if path.stem.removeprefix("epoch-").isdecimal()]
+    return sorted(found, key=lambda path: int(path.stem.removeprefix("epoch-")))

@@ -70,19 +70,21 @@ class FineAlign:
         self,
         images: Images,
         *,
+        backbone: Backbone | None = None,
         checkpoints: Path | None = None,
         on_epoch: Callable[[EpochRecord], None] = lambda record: None,
         progress: Progress | None = None,
     ) -> Self:
         """Adapt to unlabelled images: a folder (its structure means nothing), a list file, a CSV, or paths.
 
-        With ``checkpoints`` each epoch leaves one in that folder, and the last one there is continued from. Raises
+        ``backbone`` is one that ``load_backbone`` gave, to save loading it twice; it is adapted in place. With
+        ``checkpoints`` each epoch leaves one in that folder, and the last one there is continued from. Raises
         FinealignError: PromptError, ConfigError, ImageInputError or BackboneError, by what is wrong.
         """
         progress = progress or Progress()
         texts, config = self.check()
         paths = list_images(images)
-        backbone = self.load_backbone(config, progress)
+        backbone = backbone or self.load_backbone(config, progress)
         config = resolve(config, images=len(paths), input_size=backbone.input_size)
         features = backbone.encode_texts(texts)
         method = create_method(config.method, features, logit_scale=backbone.logit_scale).to(backbone.device)

@@ -1,6 +1,7 @@
 """The command's verbs. No logic lives here, and what is heavy to import is imported inside the verbs."""
 
 import json
+import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,6 +37,8 @@ ScoreKind = Annotated[
 
 def main() -> None:
     """The command."""
+    # open_clip logs to the root logger, and one that nobody has set up would print every line to the screen.
+    logging.basicConfig(handlers=[logging.NullHandler()])
     app()
 
 
@@ -85,7 +88,7 @@ def adapt(
             raise FinealignError("--resume continues what is there and --overwrite removes it. Give one of them.")
         folder = out or default_folder(images, chosen)
         if dry_run:
-            _show_plan(plan(folder, model, images), as_json)
+            _show_plan(plan(folder, model, images, resume=resume, overwrite=overwrite), as_json)
             return
         try:
             summary = adapt_into(folder, model, images, resume=resume, overwrite=overwrite, progress=Bars())

@@ -45,7 +45,9 @@ class ViewSettings(Settings):
     crop_low: Fraction = Field(0.5, description="alpha: smallest crop side as a share of the shorter side")
     crop_high: Fraction = Field(0.9, description="beta: largest crop side as a share of the shorter side")
     strong_low: Fraction = Field(0.3, description="smallest area of the strong view's random resized crop")
-    randaugment: str = Field("rand-m9-mstd0.5-inc1", description="timm RandAugment policy of the strong view")
+    randaugment: Annotated[str, Field(pattern=r"^rand(-(m|n|p|mstd|mmax|inc|t|w)\d+(\.\d+)?)*$")] = Field(
+        "rand-m9-mstd0.5-inc1", description="timm RandAugment policy of the strong view"
+    )
     refresh_epochs: Annotated[int, Field(ge=0)] | Auto = Field(
         "auto",
         description=f"epochs a crop feature is reused; 0: encoded at every step; auto: {LABEL_PASSES} refreshes a run",
@@ -120,6 +122,11 @@ def make_config(values: Mapping[str, Any]) -> Config:
             f"views.crop_low ({config.views.crop_low}) is above views.crop_high ({config.views.crop_high}). "
             "Wanted: the smallest crop no larger than the largest. Lower one or raise the other."
         )
+    if config.training.encoder == "frozen" and config.training.learn == "norms":
+        raise ConfigError(
+            "training.encoder=frozen leaves the normalisation as it is, so training.learn=norms would learn nothing. "
+            "Use training.learn=anchors, or training.encoder=full."
+        )
     return config
 
 
@@ -135,10 +142,7 @@ def read_config(path: Path | None = None, overrides: Sequence[str] = (), **flags
         key, separator, text = override.partition("=")
         if not separator or not key:
             raise ConfigError(f"--set {override!r} is not a setting. Wanted: section.key=value, as training.epochs=5.")
-        try:
-            _assign(values, key.split("."), yaml.safe_load(text))
-        except yaml.YAMLError:
-            raise ConfigError(f"--set {key}: {text!r} is not a value YAML can read.") from None
+        _assign(values, key.split("."), _parse_yaml(text, f"--set {key}"))
     for dotted, value in flags.items():
         if value is not None:
             _assign(values, dotted.split("__"), value)
@@ -203,20 +207,27 @@ def _readable(model: type[BaseModel], detail: Any, prefix: str = "") -> str:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ConfigError(
             f"No configuration file at {path}. Wanted: a YAML file, as a run folder's config.yaml."
         ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} cannot be read as UTF-8 text: {error}.") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    values = _parse_yaml(text, str(path))
     if values is None:
         return {}
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise ConfigError(f"{path} holds no settings. Wanted: sections with keys, as `training: {{epochs: 5}}`.")
     return values
+
+
+def _parse_yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    # PyYAML lets through what Python says of a date, a number or a nesting that it cannot construct.
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
+        raise ConfigError(f"{where} is not YAML: {' '.join(str(error).split())[:300]}.") from None
 
 
 def _assign(values: dict[str, Any], keys: Sequence[str], value: Any) -> None:

@@ -3,6 +3,7 @@
 import csv
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -59,8 +60,10 @@ def write_predictions(predictions: Iterable[Prediction], classes: Sequence[str],
         count = WRITERS[path.suffix](best_rows(predictions, classes, top_k), aside, min(top_k, len(classes)))
         aside.replace(path)
     except OSError as error:
-        aside.unlink(missing_ok=True)
         raise OutputError(f"{path} cannot be written: {error}. Choose another --out.") from error
+    finally:
+        with suppress(OSError):
+            aside.unlink(missing_ok=True)
     return count
 
 

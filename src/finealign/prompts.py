@@ -38,7 +38,13 @@ def read_classes(source: str | Path) -> tuple[str, ...]:
             f"Found neither a file nor a list in --classes {text!r}. Wanted: a text file with one class name a line, "
             "or names with commas between them, as 'robin,wren,finch'."
         )
-    return check_classes(next(csv.reader([text], skipinitialspace=True)), where="the list of classes")
+    try:
+        names = next(csv.reader([text], skipinitialspace=True))
+    except csv.Error as error:
+        raise PromptError(
+            f"The list of classes cannot be read: {error}. Put the names in a file, one a line."
+        ) from None
+    return check_classes(names)
 
 
 def check_classes(names: Sequence[str], *, where: str = "the list of classes") -> tuple[str, ...]:
@@ -49,12 +55,14 @@ def check_classes(names: Sequence[str], *, where: str = "the list of classes") -
     if wrong:
         raise PromptError(f"{where}: {wrong[0]!r} is not text. Wanted: class names as text.")
     cleaned = tuple(" ".join(unicodedata.normalize("NFC", name).split()) for name in names)
-    blank = [str(position) for position, name in enumerate(cleaned, 1) if not name]
+    # A name of invisible characters alone is as blank as an empty one.
+    visible = [any(unicodedata.category(character)[0] in "LMNPS" for character in name) for name in cleaned]
+    blank = [str(position) for position, seen in enumerate(visible, 1) if not seen]
     if blank:
         raise PromptError(f"{where} has a blank name at position {', '.join(blank[:5])}. Remove it or fill it in.")
     for name in cleaned:
-        if any(unicodedata.category(character) == "Cc" for character in name):
-            raise PromptError(f"{where}: the name {name!r} holds a control character. Remove it.")
+        if any(unicodedata.category(character) in ("Cc", "Cs") for character in name):
+            raise PromptError(f"{where}: the name {name!r} holds a control character or half of one. Remove it.")
     seen: dict[str, str] = {}
     for name in cleaned:
         folded = fold(name)
@@ -79,8 +87,8 @@ def read_descriptions(path: Path) -> dict[str, list[str]]:
     """Descriptions from a JSON file ``{"class": ["a sentence", ...]}``. Raises PromptError."""
     text = _read_text(path, "descriptions", 'a JSON file {"class": ["a sentence", ...]}')
     try:
-        found = json.loads(text)
-    except json.JSONDecodeError as error:
+        found = json.loads(text, object_pairs_hook=_without_repeats)
+    except ValueError as error:
         raise PromptError(f"{path} is not JSON: {error}. Wanted: {{'class': ['a sentence', ...]}}.") from None
     except RecursionError:
         raise PromptError(f"{path} is nested too deep. Wanted: {{'class': ['a sentence', ...]}}.") from None
@@ -152,8 +160,21 @@ def _check_mapping(found: object, where: str) -> dict[str, list[str]]:
                 raise PromptError(
                     f"{where}: the class {key!r} has the description {sentence!r:.60}, which is no sentence."
                 )
-        checked[" ".join(unicodedata.normalize("NFC", key).split())] = [sentence.strip() for sentence in sentences]
+        name = " ".join(unicodedata.normalize("NFC", key).split())
+        if name in checked:
+            raise PromptError(f"{where}: the class {name!r} stands twice. Put its sentences into one list.")
+        checked[name] = [sentence.strip() for sentence in sentences]
     return checked
+
+
+def _without_repeats(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """JSON lets a key stand twice and keeps the last; the first one's sentences would be lost unsaid."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {twice!r} stands twice")
+    return found
 
 
 def _read_text(path: Path, what: str, wanted: str) -> str:

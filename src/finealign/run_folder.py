@@ -19,6 +19,7 @@ from typing import Any
 
 import yaml
 
+from finealign.backbone import Backbone
 from finealign.classifier import FineAlign, Images
 from finealign.config import Config, resolve, write_config
 from finealign.errors import OutputError
@@ -75,10 +76,10 @@ def adapt_into(
     """
     progress = progress or Progress()
     began = time.time()
-    texts, config = model.check()
-    paths = list_images(images)
+    texts, config, paths, backbone = _prepare(model, images, progress)
     identity = _identity(config, texts, paths)
-    _make_room(folder, identity, resume=resume, overwrite=overwrite)
+    replaced = _check_room(folder, identity, resume=resume, overwrite=overwrite)
+    _make_room(folder, replaced)
     run: dict[str, Any] = {
         "status": "running",
         "identity": identity,
@@ -94,7 +95,7 @@ def adapt_into(
     _write_json(folder / RUN, run)
     write_config(config, folder / CONFIG)
     metrics = _Metrics(folder / METRICS)
-    model.fit(paths, checkpoints=folder / CHECKPOINTS, on_epoch=metrics.add, progress=progress)
+    model.fit(paths, backbone=backbone, checkpoints=folder / CHECKPOINTS, on_epoch=metrics.add, progress=progress)
     write_config(model.config_, folder / CONFIG)
     fitted = time.time()
     model.save(folder / MODEL)
@@ -126,12 +127,12 @@ def default_folder(images: Images, config: Config) -> Path:
     return Path("runs") / f"{name}-{config.method.name}-seed{config.seed}"
 
 
-def plan(folder: Path, model: FineAlign, images: Images) -> dict[str, Any]:
+def plan(
+    folder: Path, model: FineAlign, images: Images, *, resume: bool = False, overwrite: bool = False
+) -> dict[str, Any]:
     """What ``adapt_into`` would do, everything checked and nothing written. Raises what it would raise."""
-    texts, config = model.check()
-    paths = list_images(images)
-    backbone = model.load_backbone(config)
-    backbone.encode_texts(texts)
+    texts, config, paths, backbone = _prepare(model, images, Progress())
+    _check_room(folder, _identity(config, texts, paths), resume=resume, overwrite=overwrite)
     resolved = resolve(config, images=len(paths), input_size=backbone.input_size)
     return {
         "out": str(folder),
@@ -159,7 +160,7 @@ def _why_stopped(model: FineAlign) -> str:
 def _identity(config: Config, texts: Texts, paths: Sequence[Path]) -> dict[str, str]:
     """What must be the same for a run to be resumed, one checksum a part. Where it runs may differ."""
     settings = config.model_dump(exclude={"device"})
-    files = [(display_path(path), path.stat().st_size if path.is_file() else -1) for path in paths]
+    files = [(display_path(path), _size(path)) for path in paths]
     parts = {"settings": settings, "texts": asdict(texts), "images": files}
     return {
         name: hashlib.sha256(json.dumps(part, sort_keys=True, default=str).encode()).hexdigest()
@@ -167,23 +168,27 @@ def _identity(config: Config, texts: Texts, paths: Sequence[Path]) -> dict[str, 
     }
 
 
-def _make_room(folder: Path, identity: dict[str, str], *, resume: bool, overwrite: bool) -> None:
+def _prepare(model: FineAlign, images: Images, progress: Progress) -> tuple[Texts, Config, list[Path], Backbone]:
+    """Everything that can be wrong before the first image is read, found before anything is written or removed."""
+    texts, config = model.check()
+    paths = list_images(images)
+    backbone = model.load_backbone(config, progress)
+    backbone.encode_texts(texts)
+    return texts, config, paths, backbone
+
+
+def _check_room(folder: Path, identity: dict[str, str], *, resume: bool, overwrite: bool) -> list[Path]:
+    """What has to go for the run to begin; raises OutputError where it may not begin."""
     try:
-        there = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
-        if there:
-            _answer_for_what_is_there(folder, there, identity, resume=resume, overwrite=overwrite)
-        elif resume:
-            raise OutputError(f"Nothing to resume: {folder} holds no run. Leave --resume out to start one.")
-        folder.mkdir(parents=True, exist_ok=True)
-    except (NotADirectoryError, FileExistsError):
+        there = {path.name for path in folder.iterdir()} if folder.exists() else set()
+    except NotADirectoryError:
         raise OutputError(f"{folder} is a file. Wanted: a folder for the run; choose another with --out.") from None
     except OSError as error:
         raise OutputError(f"{folder} cannot be used: {error}. Choose another with --out.") from error
-
-
-def _answer_for_what_is_there(
-    folder: Path, there: list[str], identity: dict[str, str], *, resume: bool, overwrite: bool
-) -> None:
+    if not there:
+        if resume:
+            raise OutputError(f"Nothing to resume: {folder} holds no run. Leave --resume out to start one.")
+        return []
     if RUN not in there:
         raise OutputError(
             f"{folder} holds {len(there)} things and is not a run folder ({RUN} is missing), so nothing in it is "
@@ -197,17 +202,24 @@ def _answer_for_what_is_there(
                 f"The run in {folder} had other {' and '.join(differing)}, so it cannot be resumed with these. "
                 "Give the same ones, or choose another folder with --out."
             )
-    elif overwrite:
-        for name in set(there) & set(CONTENTS):
-            path = folder / name
+        return []
+    if not overwrite:
+        raise OutputError(
+            f"{folder} already holds a run. Use --resume to continue it, --overwrite to replace it, or another --out."
+        )
+    return [folder / name for name in CONTENTS if name in there]
+
+
+def _make_room(folder: Path, replaced: Sequence[Path]) -> None:
+    try:
+        for path in replaced:
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
             else:
                 path.unlink()
-    else:
-        raise OutputError(
-            f"{folder} already holds a run. Use --resume to continue it, --overwrite to replace it, or another --out."
-        )
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{folder} cannot be used: {error}. Choose another with --out.") from error
 
 
 def _read_identity(path: Path) -> dict[str, Any]:
@@ -216,6 +228,13 @@ def _read_identity(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise OutputError(f"{path} cannot be read ({error}), so the run cannot be resumed. Use --overwrite.") from error
     return identity if isinstance(identity, dict) else {}
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except (OSError, ValueError):
+        return -1  # it will be set aside when it is read
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:

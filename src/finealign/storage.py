@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from torch import Tensor
@@ -11,16 +12,19 @@ from finealign.errors import OutputError
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, *, metadata: dict[str, str] | None = None) -> None:
     """Write safetensors so that no reader ever sees half a file. Raises OutputError; what was there stays."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     aside = path.with_suffix(".part")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         save_file(_apart(tensors), aside, metadata=metadata)
         with aside.open("rb+") as written:
             os.fsync(written.fileno())
         aside.replace(path)
-    except OSError as error:
-        aside.unlink(missing_ok=True)
+    except (OSError, SafetensorError) as error:  # a full disk comes as the second
+        with suppress(OSError):
+            aside.unlink(missing_ok=True)
         raise OutputError(f"{path} cannot be written: {error}. What was there before is untouched.") from error
 
 

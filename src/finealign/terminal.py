@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console, RenderableType
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, Task, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 from rich.table import Table
@@ -86,14 +87,14 @@ def evaluation_tables(found: dict[str, Any], console: Console) -> None:
     for name in ("class", "images", "start", "adapted"):
         classes.add_column(name, justify="left" if name == "class" else "right")
     for name, row in found["per_class"].items():
-        classes.add_row(name, str(row["images"]), _percent(row["zero_shot"]), _percent(row["adapted"]))
+        classes.add_row(escape(name), str(row["images"]), _percent(row["zero_shot"]), _percent(row["adapted"]))
     console.print(classes)
     if found["confused_pairs"]:
         pairs = Table(title="Most confused after adaptation", title_justify="left")
         for name in ("is", "taken for", "images", "of the class"):
             pairs.add_column(name, justify="left" if name in ("is", "taken for") else "right")
         for pair in found["confused_pairs"]:
-            pairs.add_row(pair["truth"], pair["predicted"], str(pair["count"]), f"{pair['share']:.0%}")
+            pairs.add_row(escape(pair["truth"]), escape(pair["predicted"]), str(pair["count"]), f"{pair['share']:.0%}")
         console.print(pairs)
 
 

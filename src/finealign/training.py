@@ -284,7 +284,7 @@ def _what_learns(backbone: Backbone, method: Method, config: Config) -> dict[str
         norms = backbone.norm_parameters()
         for parameter in norms.values():
             parameter.requires_grad_(True)
-    method.requires_grad_(learn != "norms" or config.training.encoder == "frozen")
+    method.requires_grad_(learn != "norms")
     return norms
 
 
