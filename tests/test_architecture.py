@@ -22,6 +22,7 @@ HOUSE = Path(finealign.__file__).parent
 # A stage imports only from stages before it. Rooms that do not exist yet keep their place.
 ORDER = [
     "errors",
+    "storage",
     "types",
     "progress",
     "config",
@@ -29,7 +30,6 @@ ORDER = [
     "prompts",
     "describe",
     "views",
-    "storage",
     "backbone",
     "devices",
     "checkpoints",

@@ -57,7 +57,8 @@ def test_readme__the_python_runs(
 ) -> None:
     import finealign
 
-    monkeypatch.setitem(finealign.FineAlign.__init__.__kwdefaults__, "backbone", tiny_backbone("transformer"))
+    defaults = finealign.FineAlign.__init__.__kwdefaults__ or {}
+    monkeypatch.setitem(defaults, "backbone", tiny_backbone("transformer"))
     monkeypatch.chdir(reader)
     assert snippets("python")
     for snippet in snippets("python"):

@@ -163,13 +163,14 @@ def test_adapt__a_loss_that_is_not_finite_stops_with_advice(photos: Path, tiny_b
 
 @pytest.mark.parametrize("method", METHODS)
 def test_adapt__records_say_what_happened(photos: Path, tiny_backbone: Tiny, method: str) -> None:
-    records = fit(photos, tiny_backbone("transformer"), method__name=method).history_
+    settings = {"name": method, "fairness_weight": 3.0}
+    records = fit(photos, tiny_backbone("transformer"), method=settings).history_
     assert [record.epoch for record in records] == [1, 2, 3]
     assert records[0].changed == 1
     for record in records:
         assert sum(record.class_share) == pytest.approx(1)
         assert 0 <= record.mean_weight <= 1
-        assert record.loss == pytest.approx(record.parts["cross_entropy"] + record.parts["fairness"], rel=1e-4)
+        assert record.loss == pytest.approx(record.parts["cross_entropy"] + 3 * record.parts["fairness"], rel=1e-4)
     rates = [record.learning_rate for record in records]
     assert rates == sorted(rates, reverse=True)
 

@@ -115,11 +115,12 @@ def predict(
     with _working(as_json):
         from finealign.classifier import FineAlign
         from finealign.images import list_images, set_aside_csv
-        from finealign.predictions import Row, best_rows, check_destination, write_csv, write_predictions
+        from finealign.predictions import Row, beside, best_rows, check_destination, write_csv, write_predictions
         from finealign.terminal import Bars
 
         if out:
             check_destination(out, overwrite=overwrite)
+            check_destination(beside(out), overwrite=overwrite)
         paths = list_images(images)
         loaded = FineAlign.load(model, device=device, precision=precision)
         names = loaded.texts_.classes
@@ -134,9 +135,10 @@ def predict(
                 count = len(rows)
             else:
                 count = write_csv(best_rows(found, names, top_k), sys.stdout, min(top_k, len(names)))
-        aside = out.with_name(f"{out.stem}.set_aside.csv") if out and loaded.set_aside_ else None
-        if aside:
-            set_aside_csv(loaded.set_aside_, aside)
+        if out and loaded.set_aside_:
+            set_aside_csv(loaded.set_aside_, beside(out))
+        elif out:
+            beside(out).unlink(missing_ok=True)  # of an earlier run that is being replaced
         if as_json:
             result: dict[str, Any] = {"images": count, "set_aside": [asdict(row) for row in loaded.set_aside_]}
             _print_json(result | ({"out": str(out)} if out else {"predictions": [row.as_json() for row in rows]}))
@@ -278,7 +280,8 @@ def _tell_set_aside(rows: list[dict[str, str]], screen: Console) -> None:
         return
     first = rows[0]
     screen.print(
-        f"[yellow]{len(rows)} images could not be read[/]; the first: {escape(first['path'])} ({first['reason']}).",
+        f"[yellow]{len(rows)} images could not be read[/]; "
+        f"the first: {escape(first['path'])} ({escape(first['reason'])}).",
         soft_wrap=True,
         highlight=False,
     )

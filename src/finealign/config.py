@@ -13,6 +13,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from finealign.errors import ConfigError, unknown_name
+from finealign.storage import save_text
 
 Auto = Literal["auto"]
 Positive = Annotated[int, Field(ge=1)]
@@ -150,8 +151,8 @@ def read_config(path: Path | None = None, overrides: Sequence[str] = (), **flags
 
 
 def write_config(config: Config, path: Path) -> None:
-    """Write every setting as YAML that ``read_config`` takes back."""
-    path.write_text(yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True), encoding="utf-8")
+    """Write every setting as YAML that ``read_config`` takes back. Raises OutputError."""
+    save_text(yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True), path)
 
 
 def resolve(config: Config, *, images: int, input_size: int) -> Config:

@@ -52,6 +52,11 @@ def check_destination(path: Path, *, overwrite: bool) -> None:
         _pyarrow()
 
 
+def beside(out: Path) -> Path:
+    """Where the images that could not be read are listed: ``labels.jsonl`` has ``labels.set_aside.csv`` beside it."""
+    return out.with_name(f"{out.stem}.set_aside.csv")
+
+
 def write_predictions(predictions: Iterable[Prediction], classes: Sequence[str], path: Path, *, top_k: int = 1) -> int:
     """Write the predictions in the format of the file's ending; how many there were. Raises OutputError."""
     aside = path.with_name(path.name + ".part")

@@ -7,7 +7,6 @@
 import hashlib
 import json
 import math
-import os
 import platform
 import shutil
 import time
@@ -26,6 +25,7 @@ from finealign.errors import OutputError
 from finealign.images import display_path, list_images, set_aside_csv
 from finealign.predictions import write_predictions
 from finealign.progress import Progress
+from finealign.storage import save_text
 from finealign.training import EpochRecord
 from finealign.types import SetAside, Texts
 
@@ -95,6 +95,8 @@ def adapt_into(
     _write_json(folder / RUN, run)
     write_config(config, folder / CONFIG)
     metrics = _Metrics(folder / METRICS)
+    if not resume:
+        save_text("", metrics.path)
     model.fit(paths, backbone=backbone, checkpoints=folder / CHECKPOINTS, on_epoch=metrics.add, progress=progress)
     write_config(model.config_, folder / CONFIG)
     fitted = time.time()
@@ -238,9 +240,7 @@ def _size(path: Path) -> int:
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:
-    aside = path.with_suffix(".part")
-    aside.write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(aside, path)  # noqa: PTH105, the atomic one by its plain name
+    save_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n", path)
 
 
 class _Metrics:
@@ -251,8 +251,7 @@ class _Metrics:
 
     def add(self, record: EpochRecord) -> None:
         kept = [found for found in self.records() if found["epoch"] < record.epoch]
-        lines = [json.dumps(found) for found in [*kept, asdict(record)]]
-        self.path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        save_text("".join(f"{json.dumps(found)}\n" for found in [*kept, asdict(record)]), self.path)
 
     def records(self) -> list[dict[str, Any]]:
         if not self.path.exists():

@@ -1,37 +1,58 @@
 """Files that are whole or not there: written aside, flushed to disk, renamed."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from finealign.errors import OutputError
 
+if TYPE_CHECKING:  # settings are written without torch
+    from torch import Tensor
 
-def save_tensors(tensors: Mapping[str, Tensor], path: Path, *, metadata: dict[str, str] | None = None) -> None:
+
+def save_text(text: str, path: Path) -> None:
+    """Write UTF-8 so that no reader ever sees half a file. Raises OutputError; what was there stays."""
+
+    def write(aside: Path) -> None:
+        aside.write_text(text, encoding="utf-8")
+
+    _write_aside(path, write)
+
+
+def save_tensors(tensors: "Mapping[str, Tensor]", path: Path, *, metadata: dict[str, str] | None = None) -> None:
     """Write safetensors so that no reader ever sees half a file. Raises OutputError; what was there stays."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
+    def write(aside: Path) -> None:
+        try:
+            save_file(_apart(tensors), aside, metadata=metadata)
+        except SafetensorError as error:  # a full disk comes as this
+            raise OSError(str(error)) from error
+
+    _write_aside(path, write)
+
+
+def _write_aside(path: Path, write: Callable[[Path], None]) -> None:
     aside = path.with_suffix(".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(_apart(tensors), aside, metadata=metadata)
+        write(aside)
         with aside.open("rb+") as written:
             os.fsync(written.fileno())
         aside.replace(path)
-    except (OSError, SafetensorError) as error:  # a full disk comes as the second
+    except OSError as error:
         with suppress(OSError):
             aside.unlink(missing_ok=True)
         raise OutputError(f"{path} cannot be written: {error}. What was there before is untouched.") from error
 
 
-def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _apart(tensors: "Mapping[str, Tensor]") -> "dict[str, Tensor]":
     """Contiguous tensors on the CPU that share no memory, as safetensors wants them."""
     seen: set[int] = set()
-    separate = {}
+    separate: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         value = tensor.detach().cpu().contiguous()
         separate[name] = value.clone() if value.data_ptr() in seen else value
