@@ -34,6 +34,7 @@ def test_fit__plain_arguments_are_enough(photos: Path, tiny_backbone: Tiny) -> N
     model = FineAlign(CLASSES, descriptions=descriptions, backbone=tiny_backbone("transformer"), method="cupl", seed=3)
     model.fit(photos)
     assert model.config_.seed == 3
+    assert model.config_.method.options == {"logit_scale": "auto", "crops_kept": "all", "crop_temperature": 1.0}
     assert model.text_features_.descriptions.shape == (6, 32)
 
 

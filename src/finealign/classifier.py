@@ -120,7 +120,9 @@ class FineAlign:
                 "precision": self.precision,
             }
         )
-        method_options(config.method)
+        # With the method's defaults written out, the record of a run outlives a change of them.
+        options = method_options(config.method).model_dump()
+        config = config.model_copy(update={"method": MethodSettings(name=config.method.name, **options)})
         _choose_score(find_method(config.method.name), config.prediction.score, None)
         return make_texts(self.classes, self.descriptions, self.templates), config
 
