@@ -20,7 +20,7 @@ Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
 
 DEFAULT_BACKBONE = "ViT-B-32-quickgelu/openai"
-# Label passes (fresh weak and crop features) in a run when the refresh is "auto": crops are two thirds of a run's cost.
+# Label passes (fresh weak and crop features) in a run when the refresh is "auto".
 LABEL_PASSES = 4
 
 
