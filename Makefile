@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: install test lint types clean
+.PHONY: install test lint types demo clean
 
 install: $(VENV)/.installed
 
@@ -22,6 +22,9 @@ lint: install
 
 types: install
 	$(BIN)/mypy
+
+demo: install
+	$(BIN)/finealign demo --out runs/demo --overwrite
 
 clean:
 	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -45,6 +45,7 @@ ORDER = [
     "verdict",
     "run_folder",
     "doctor",
+    "demo",
     "benchmark",
     "report",
     "serve",
@@ -53,7 +54,7 @@ ORDER = [
     "__main__",
 ]
 PURE_MATHS = ["alignment", "pseudo_labels", "losses"]
-MAY_READ_TRUTH = {"evaluate", "cli"}
+MAY_READ_TRUTH = {"evaluate", "cli", "demo.run"}
 PICKLES = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
 NETWORK = {"aiohttp", "ftplib", "http", "httpx", "huggingface_hub", "requests", "socket", "ssl", "urllib", "urllib3"}
 LABELS = re.compile(r"label|target|truth|annotation|ground|^y$|^y_", re.IGNORECASE)
@@ -227,8 +228,8 @@ def test_order__a_stage_imports_only_from_those_before_it(room: str) -> None:
         return  # the front door, below
     place = ORDER.index(stage(room))
     for other, line in imported_rooms(room).items():
-        if stage(other) == stage(room) == "methods":
-            continue  # the house of methods has its own order, below
+        if stage(other) == stage(room) and stage(room) in ("methods", "demo"):
+            continue  # these houses have their own order, below
         assert ORDER.index(stage(other)) < place, f"{room}, line {line}: imports {other}, which does not come before it"
 
 
@@ -245,6 +246,15 @@ def test_order__a_method_imports_no_other_method(room: str) -> None:
         assert inner <= {"methods.base"}
     else:  # the rest of the house knows methods by name, not by file
         assert inner <= {"methods"}
+
+
+@rooms
+def test_order__the_demo_is_entered_by_its_runner(room: str) -> None:
+    inner = {other for other in imported_rooms(room) if stage(other) == "demo"}
+    if stage(room) != "demo":  # the rest of the house does not know what the demo is made of
+        assert inner <= {"demo.run"}
+    elif room != "demo.run":
+        assert not inner & {"demo.run", "demo.picture"}
 
 
 @pytest.mark.parametrize("room", PURE_MATHS)
@@ -264,13 +274,25 @@ def test_order__no_import_hides_in_a_text(room: str) -> None:
 
 @rooms
 def test_truth__only_evaluation_knows_it(room: str) -> None:
-    if stage(room) in MAY_READ_TRUTH:
+    if room in MAY_READ_TRUTH:
         return
     assert "evaluate" not in {stage(other) for other in imported_rooms(room)}
     words = mentioned(TREES[room])
     assert "read_truth" not in words
     assert "Truth" not in words or room == "types"
     assert not [text for text in words if "finealign.evaluate" in text]
+
+
+def test_truth__the_demo_hands_it_to_nothing_that_learns() -> None:
+    """What is fitted or adapted to is the folder of unlabelled images; their own labels nobody looks up."""
+    given = [
+        [ast.unparse(argument) for argument in [*node.args, *(word.value for word in node.keywords)]]
+        for node in ast.walk(TREES["demo.run"])
+        if isinstance(node, ast.Call) and dotted(node.func).split(".")[-1] in ("fit", "adapt_into", "FineAlign")
+    ]
+    assert len(given) == 3
+    assert not [text for arguments in given for text in arguments if LABELS.search(text.replace("unlabelled", ""))]
+    assert "hidden" not in mentioned(TREES["demo.run"])
 
 
 def test_truth__the_room_that_reads_it_knows_little_else() -> None:

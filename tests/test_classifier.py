@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from PIL import ExifTags, Image
 
 from conftest import CLASSES, tiny_config
 from finealign import FineAlign
@@ -162,3 +164,113 @@ def test_load__a_damaged_model_is_refused(photos: Path, tiny_backbone: Tiny, tmp
         manifest.write_text(manifest.read_text(encoding="utf-8").replace('"classes"', '"klasses"'), encoding="utf-8")
     with pytest.raises(ModelError):
         FineAlign.load(folder, device="cpu")
+
+
+# --- explain ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("score", ["las", "fused"])
+def test_explain__is_what_predicting_goes_by(photos: Path, tiny_backbone: Tiny, method: str, score: Any) -> None:
+    model = fitted(photos, tiny_backbone("convolutional"), method__name=method, views__crops=5)
+    path = list_images(photos)[3]
+    if method == "wca" and score == "fused":
+        with pytest.raises(ConfigError, match=r"'wca' has no score 'fused'. Valid: las"):
+            model.explain(path, score=score)
+        return
+    found = model.explain(str(path), score=score)
+    (wanted,) = model.readable_predictions([path], score=score)
+    assert (found.path, found.score) == (path, score)
+    np.testing.assert_allclose(found.scores, wanted.scores, atol=1e-6)
+    np.testing.assert_allclose(found.probabilities, wanted.probabilities, atol=1e-5)
+    assert found.weights.shape == (5,) and len(found.boxes) == 5
+    assert found.weights.min() >= 0
+    assert found.weights.sum() == pytest.approx(1, abs=1e-6)
+
+
+def test_explain__cutting_its_boxes_and_weighing_them_gives_its_scores(photos: Path, tiny_backbone: Tiny) -> None:
+    """The boxes, the weights and the scores belong to one another and to the image, which is a wide one."""
+    model = fitted(photos, tiny_backbone("transformer"), views__crops=4, method__crop_temperature=0.01)
+    path = photos / "wide.png"
+    patches = np.random.default_rng(0).integers(0, 256, (5, 16, 3), dtype=np.uint8)
+    image = Image.fromarray(patches.repeat(10, axis=0).repeat(10, axis=1))
+    image.save(path)
+    found = model.explain(path)
+    assert (found.width, found.height) == image.size == (160, 50)
+    assert all(0 <= left < right <= 160 and 0 <= top < bottom <= 50 for left, top, right, bottom in found.boxes)
+    assert found.score == "las"  # fair's own
+    parts = [image.crop(box).resize((32, 32), Image.Resampling.BICUBIC) for box in found.boxes]
+    pixels = torch.from_numpy(np.stack([np.array(part) for part in parts])).permute(0, 3, 1, 2)
+    crops = model.backbone_.embed(pixels)
+    anchors = model.method_.classifier()[:, 0]
+    scores = torch.from_numpy(found.weights) @ (crops @ anchors.T)
+    np.testing.assert_allclose(found.scores, scores.detach().numpy(), atol=2e-3)
+    whole = model.backbone_.embed(torch.from_numpy(np.array(model.backbone_.geometry(image))).permute(2, 0, 1)[None])
+    assert int(found.weights.argmax()) == int((crops @ whole[0]).argmax())
+    assert found.weights.max() - found.weights.min() > 0.01  # or the order would prove little
+
+
+def test_explain__boxes_are_of_the_image_as_it_is_shown(photos: Path, tiny_backbone: Tiny, tmp_path: Path) -> None:
+    model = fitted(photos, tiny_backbone("transformer"))
+    upright = Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 50, 3), dtype=np.uint8))
+    upright.save(tmp_path / "upright.png")
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6  # shown turned by a quarter
+    upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
+    first, second = model.explain(tmp_path / "upright.png"), model.explain(tmp_path / "turned.png")
+    assert (first.width, first.height) == (second.width, second.height) == (50, 30)
+    assert first.boxes == second.boxes
+    np.testing.assert_array_equal(first.scores, second.scores)
+
+
+@pytest.mark.parametrize("method", ["cupl", "fair"])
+def test_explain__a_score_without_crops(photos: Path, tiny_backbone: Tiny, method: str) -> None:
+    """Whether asked for, the method's default, or the configuration's."""
+    model = fitted(photos, tiny_backbone("transformer"), method__name=method, prediction__score="global")
+    for score in ("global", None):
+        with pytest.raises(ConfigError, match=r"no crops to explain.* score='las'"):
+            model.explain(photos / "red" / "0.png", score=score)
+    assert model.explain(photos / "red" / "0.png", score="las").score == "las"
+
+
+@pytest.mark.parametrize("kind", ["missing", "folder", "torn", "too large"])
+def test_explain__an_image_that_cannot_be_read(photos: Path, tiny_backbone: Tiny, kind: str) -> None:
+    pixels = 1000 if kind == "too large" else 10_000
+    model = fitted(photos, tiny_backbone("transformer"), method__name="wca", data__max_pixels=pixels)
+    path = photos / "red" / "0.png"
+    if kind == "torn":
+        path.write_bytes(path.read_bytes()[:200])
+    elif kind == "too large":
+        Image.new("RGB", (100, 100)).save(path)
+    elif kind != "folder":
+        path.unlink()
+    with pytest.raises(ImageInputError, match=r"Cannot explain '.*'.*: .*\. Give the path of one image"):
+        model.explain(path.parent if kind == "folder" else path)
+
+
+def test_explain__unfitted_says_so() -> None:
+    with pytest.raises(FinealignError, match="not fitted"):
+        FineAlign(CLASSES).explain("a.png")
+
+
+# --- while it is being fitted -----------------------------------------------------------------------------------------
+
+
+def test_fit__one_that_fails_leaves_no_fitted_model(photos: Path, tiny_backbone: Tiny) -> None:
+    model = FineAlign(CLASSES, config=tiny_config(tiny_backbone("transformer")))
+
+    def stop(record: Any) -> None:
+        assert model.predict_proba(photos / "red").shape == (8, 3)  # until then it is there
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        model.fit(photos, on_epoch=stop)
+    with pytest.raises(FinealignError, match="not fitted"):
+        model.predict(photos)
+    assert model.fit(photos).predict_proba(photos).shape == (24, 3)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_fit__leaves_nothing_open_to_gradients_of_the_method(photos: Path, tiny_backbone: Tiny, method: str) -> None:
+    model = fitted(photos, tiny_backbone("transformer"), method__name=method)
+    assert not [name for name, value in model.method_.named_parameters() if value.requires_grad]

@@ -35,7 +35,7 @@ CLASSES = ["red", "green", "blue", "cyan", "magenta", "yellow", "black"]  # of t
 PRECISE = ["--device", "cpu", "--precision", "fp32"]
 QUICK = [*PRECISE, "--set", "views.crops=2", "--set", "training.batch_size=8", "--set", "training.epochs=2"]
 HEADLINE = {"top1", "top5", "ece", "top1_low", "top1_high"}
-VERBS = ["adapt", "predict", "evaluate", "models", "doctor"]
+VERBS = ["adapt", "predict", "evaluate", "demo", "models", "doctor"]
 
 
 @dataclass(frozen=True)

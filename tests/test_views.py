@@ -413,3 +413,23 @@ def test_views__a_policy_that_is_none(policy: str) -> None:
 
     with pytest.raises(ConfigError, match="randaugment"):
         make_config({"views": {"randaugment": policy}})
+
+
+# --- where the crops lie ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("height", "width"), [(200, 250), (250, 200), (60, 60), (1, 40)])
+def test_crop_boxes__are_what_the_crops_show(height: int, width: int) -> None:
+    pixels = gradient(height, width)
+    for epoch, image in ((0, 0), (2, 7), (PREDICTION_EPOCH, 0)):
+        views = make(seed=5, crops=4)
+        boxes = views.crop_boxes(height, width, epoch=epoch, image=image)
+        assert boxes == [crop_box(draw(5, epoch, image, CROP + n), height, width, low=0.5, high=0.9) for n in range(4)]
+        crops = views.crops(pixels, epoch=epoch, image=image)
+        assert all(agrees(crop, pixels, box) for crop, box in zip(crops, boxes, strict=True))
+
+
+def test_crop_boxes__draw_the_same_as_ever() -> None:
+    """Boxes written down when ``crops`` drew its own: another draw would be another experiment."""
+    boxes = make(seed=0, crops=3).crop_boxes(48, 64, epoch=1, image=2)
+    assert boxes == [(13, 12, 48, 47), (18, 3, 60, 45), (26, 7, 62, 43)]

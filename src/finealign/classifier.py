@@ -14,14 +14,14 @@ from torch import Tensor
 from finealign.backbone import Backbone, load_backbone
 from finealign.config import DEFAULT_BACKBONE, Config, MethodSettings, make_config, resolve
 from finealign.devices import WantedPrecision, choose_device, choose_precision
-from finealign.errors import ConfigError, FinealignError
-from finealign.images import decode_all, list_images, stream_images
+from finealign.errors import ConfigError, FinealignError, ImageInputError
+from finealign.images import ImageReadError, decode_all, display_path, list_images, read_image, stream_images
 from finealign.methods import Method, create_method, find_method, method_options
 from finealign.model_folder import SavedModel, read_model, write_model
 from finealign.progress import Progress
 from finealign.prompts import make_texts
 from finealign.training import EpochRecord, adapt
-from finealign.types import ImageFeatures, Prediction, Score, SetAside, TextFeatures, Texts
+from finealign.types import Explanation, ImageFeatures, Prediction, Score, SetAside, TextFeatures, Texts
 from finealign.views import PREDICTION_EPOCH, Pixels, Views
 
 Images = str | Path | Sequence[str | Path]  # a folder, a list file, a CSV, one image, or paths
@@ -78,8 +78,9 @@ class FineAlign:
         """Adapt to unlabelled images: a folder (its structure means nothing), a list file, a CSV, or paths.
 
         ``backbone`` is one that ``load_backbone`` gave, to save loading it twice; it is adapted in place. With
-        ``checkpoints`` each epoch leaves one in that folder, and the last one there is continued from. Raises
-        FinealignError: PromptError, ConfigError, ImageInputError or BackboneError, by what is wrong.
+        ``checkpoints`` each epoch leaves one in that folder, and the last one there is continued from. ``on_epoch``
+        is called after each epoch and may predict with the model as it is then; that changes nothing of the run.
+        Raises FinealignError: PromptError, ConfigError, ImageInputError or BackboneError, by what is wrong.
         """
         progress = progress or Progress()
         texts, config = self.check()
@@ -91,22 +92,27 @@ class FineAlign:
         self.set_aside_: list[SetAside] = []
         self.history_: list[EpochRecord] = []
         self.start_norms_: dict[str, Tensor] = {}
+        if method.trains and config.training.encoder == "full" and config.training.learn != "anchors":
+            norms = backbone.norm_parameters()
+            self.start_norms_ = {name: value.detach().clone() for name, value in norms.items()}
+        # Before training, so that ``on_epoch`` can predict: what learns is shared with ``adapt``, not copied.
+        self._become(SavedModel(config, texts, features, backbone, method, self.start_norms_))
         if method.trains:
-            pixels = self._decode(paths, config, progress)
-            if config.training.encoder == "full" and config.training.learn != "anchors":
-                norms = backbone.norm_parameters()
-                self.start_norms_ = {name: value.detach().clone() for name, value in norms.items()}
-            self.history_ = adapt(
-                pixels,
-                backbone=backbone,
-                method=method,
-                views=_views(config, backbone),
-                config=config,
-                progress=progress,
-                checkpoints=checkpoints,
-                on_epoch=on_epoch,
-            )
-        self._become(SavedModel(config, texts, features, backbone, method.requires_grad_(False), self.start_norms_))
+            try:
+                self.history_ = adapt(
+                    self._decode(paths, config, progress),
+                    backbone=backbone,
+                    method=method,
+                    views=self._views,
+                    config=config,
+                    progress=progress,
+                    checkpoints=checkpoints,
+                    on_epoch=on_epoch,
+                )
+            except BaseException:
+                del self._saved  # half trained is not fitted
+                raise
+        method.requires_grad_(False)
         return self
 
     def check(self) -> tuple[Texts, Config]:
@@ -192,6 +198,43 @@ class FineAlign:
             else:
                 yield found
 
+    def explain(self, path: str | Path, *, score: Score | None = None) -> Explanation:
+        """The crops the model looks at in one image and how much each counts, with its scores and probabilities.
+
+        They are the crops and, up to rounding, the scores that predicting this image by the same ``score`` (the
+        model's own choice if None) goes by. Raises ConfigError for a score the method does not have and for
+        ``global``, which looks at no crops, and ImageInputError for an image that cannot be read.
+        """
+        self._require_fitted()
+        kind = _choose_score(type(self.method_), self.config_.prediction.score, score)
+        if kind == "global":
+            raise ConfigError(
+                "The score 'global' looks at the image as a whole, so there are no crops to explain it by. "
+                "Wanted: a score that looks at crops, as score='las'."
+            )
+        path = Path(path)
+        try:
+            pixels = np.array(read_image(path, max_pixels=self.config_.data.max_pixels))
+        except ImageReadError as error:
+            raise ImageInputError(
+                f"Cannot explain '{display_path(path)}': {error}. Give the path of one image that can be read."
+            ) from error
+        height, width = pixels.shape[:2]
+        with torch.inference_mode():
+            features = self._embed(*self._render([pixels], kind))
+            weights = self.method_.crop_weights(features)
+            scores, probabilities = self._with_probabilities(self.method_, features, kind)
+        return Explanation(
+            path=path,
+            width=width,
+            height=height,
+            score=kind,
+            boxes=tuple(self._views.crop_boxes(height, width, epoch=PREDICTION_EPOCH, image=0)),
+            weights=weights[0].cpu().numpy(),
+            scores=scores[0],
+            probabilities=probabilities[0],
+        )
+
     def save(self, folder: str | Path) -> None:
         """Write the fitted model: an open_clip local directory with the anchors and texts beside it."""
         self._require_fitted()
@@ -258,11 +301,7 @@ class FineAlign:
     def _score(self, images: list[Pixels], paths: list[Path], kind: Score, with_start: bool) -> Iterator[Prediction]:
         if not images:
             return
-        weak = torch.stack([self._views.weak(pixels) for pixels in images])
-        crops = None
-        if kind != "global":
-            # Every image gets the same draws, so its scores do not depend on its neighbours or its place in a list.
-            crops = torch.cat([self._views.crops(pixels, epoch=PREDICTION_EPOCH, image=0) for pixels in images])
+        weak, crops = self._render(images, kind)
         features = self._embed(weak, crops)
         scored = [self._with_probabilities(self.method_, features, kind)]
         if with_start:
@@ -273,6 +312,14 @@ class FineAlign:
             scored.append(self._with_probabilities(self._start, at_start, "global"))
         for index, path in enumerate(paths):
             yield Prediction(path, *(rows[index] for pair in scored for rows in pair))
+
+    def _render(self, images: list[Pixels], kind: Score) -> tuple[Tensor, Tensor | None]:
+        """What a score looks at, uint8: weak views (B, 3, S, S), and crops (B * N, 3, S, S) unless it needs none."""
+        weak = torch.stack([self._views.weak(pixels) for pixels in images])
+        if kind == "global":
+            return weak, None
+        # Every image gets the same draws, so its scores do not depend on its neighbours or its place in a list.
+        return weak, torch.cat([self._views.crops(pixels, epoch=PREDICTION_EPOCH, image=0) for pixels in images])
 
     @staticmethod
     def _with_probabilities(

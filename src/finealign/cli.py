@@ -181,6 +181,37 @@ def evaluate(
 
 
 @app.command()
+def demo(
+    out: Annotated[
+        Path | None, typer.Option(help="Where it goes. Default: runs/demo-seedN, with --quick -quick.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Decides every random draw, the world's included.")] = 0,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer images and steps: a look, not a measurement.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the demo in --out.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Compare the methods on drawn birds with the small model that ships along: no download, no labels."""
+    with _working(as_json):
+        from finealign.demo.run import default_folder, run_demo
+        from finealign.terminal import Bars, demo_table
+
+        folder = out or default_folder(seed=seed, quick=quick)
+        try:
+            found = run_demo(folder, seed=seed, quick=quick, overwrite=overwrite, progress=Bars())
+        except KeyboardInterrupt:
+            raise FinealignError(
+                f"Interrupted. The same command with --overwrite starts the demo in {folder} again."
+            ) from None
+        if as_json:
+            _print_json(found.as_json())
+            return
+        screen = Console()
+        demo_table(found, screen)
+        for name, path in (("Picture", found.picture), ("Report", found.report)):
+            screen.print(f"{name}: [bold]{escape(str(path))}[/]", soft_wrap=True, highlight=False)
+
+
+@app.command()
 def models(
     containing: Annotated[str, typer.Argument(help="Only names that contain this.")] = "",
     as_json: AsJson = False,

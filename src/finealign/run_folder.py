@@ -10,7 +10,7 @@ import math
 import platform
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -43,6 +43,7 @@ class RunSummary:
     set_aside: tuple[SetAside, ...]
     epochs: int
     seconds: float
+    fit_seconds: float  # of those, the fit alone: without loading, predicting and writing what was predicted
     stopped: str
     model: FineAlign
 
@@ -67,9 +68,13 @@ def adapt_into(
     *,
     resume: bool = False,
     overwrite: bool = False,
+    on_epoch: Callable[[EpochRecord], None] = lambda record: None,
     progress: Progress | None = None,
 ) -> RunSummary:
     """Fit the model and write the run folder as it goes.
+
+    ``on_epoch`` is called when an epoch's metrics are written, and may predict with the model as it is then; the time
+    it takes is in none of the timings.
 
     Raises OutputError when the folder holds something and neither ``resume`` nor ``overwrite`` is given, when it is
     not a run of ours, or when the run to resume had other images, texts or settings; and what ``FineAlign.fit`` raises.
@@ -79,7 +84,7 @@ def adapt_into(
     texts, config, paths, backbone = _prepare(model, images, progress)
     identity = _identity(config, texts, paths)
     replaced = _check_room(folder, identity, resume=resume, overwrite=overwrite)
-    _make_room(folder, replaced)
+    make_room(folder, replaced)
     run: dict[str, Any] = {
         "status": "running",
         "identity": identity,
@@ -97,9 +102,19 @@ def adapt_into(
     metrics = _Metrics(folder / METRICS)
     if not resume:
         save_text("", metrics.path)
-    model.fit(paths, backbone=backbone, checkpoints=folder / CHECKPOINTS, on_epoch=metrics.add, progress=progress)
+    listening = 0.0
+
+    def after_epoch(record: EpochRecord) -> None:
+        nonlocal listening
+        metrics.add(record)
+        paused = time.time()
+        on_epoch(record)
+        listening += time.time() - paused
+
+    prepared = time.time()
+    model.fit(paths, backbone=backbone, checkpoints=folder / CHECKPOINTS, on_epoch=after_epoch, progress=progress)
     write_config(model.config_, folder / CONFIG)
-    fitted = time.time()
+    fitted = time.time() - listening
     model.save(folder / MODEL)
     with progress.stage("predicting", len(paths)) as stage:
         found = model.readable_predictions(paths, advance=stage.advance)
@@ -108,6 +123,7 @@ def adapt_into(
     set_aside_csv(set_aside, folder / SET_ASIDE)
     stopped = _why_stopped(model)
     epochs = len(metrics.records())
+    seconds = time.time() - began - listening
     run |= {
         "status": "complete",
         "stopped": stopped,
@@ -115,11 +131,11 @@ def adapt_into(
         "precision": model.backbone_.precision,
         "set_aside": len(set_aside),
         "epochs": epochs,
-        "seconds": {"fit": round(fitted - began, 2), "total": round(time.time() - began, 2)},
+        "seconds": {"fit": round(fitted - began, 2), "total": round(seconds, 2)},
     }
     _write_json(folder / RUN, run)
     return RunSummary(
-        folder, len(paths) - len(set_aside), tuple(set_aside), epochs, time.time() - began, stopped, model
+        folder, len(paths) - len(set_aside), tuple(set_aside), epochs, seconds, fitted - prepared, stopped, model
     )
 
 
@@ -181,12 +197,7 @@ def _prepare(model: FineAlign, images: Images, progress: Progress) -> tuple[Text
 
 def _check_room(folder: Path, identity: dict[str, str], *, resume: bool, overwrite: bool) -> list[Path]:
     """What has to go for the run to begin; raises OutputError where it may not begin."""
-    try:
-        there = {path.name for path in folder.iterdir()} if folder.exists() else set()
-    except NotADirectoryError:
-        raise OutputError(f"{folder} is a file. Wanted: a folder for the run; choose another with --out.") from None
-    except OSError as error:
-        raise OutputError(f"{folder} cannot be used: {error}. Choose another with --out.") from error
+    there = names_in(folder)
     if not there:
         if resume:
             raise OutputError(f"Nothing to resume: {folder} holds no run. Leave --resume out to start one.")
@@ -212,7 +223,18 @@ def _check_room(folder: Path, identity: dict[str, str], *, resume: bool, overwri
     return [folder / name for name in CONTENTS if name in there]
 
 
-def _make_room(folder: Path, replaced: Sequence[Path]) -> None:
+def names_in(folder: Path) -> set[str]:
+    """The names of what a folder for results holds, none if it is not there yet. Raises OutputError if it is none."""
+    try:
+        return {path.name for path in folder.iterdir()} if folder.exists() else set()
+    except NotADirectoryError:
+        raise OutputError(f"{folder} is a file. Wanted: a folder for the run; choose another with --out.") from None
+    except OSError as error:
+        raise OutputError(f"{folder} cannot be used: {error}. Choose another with --out.") from error
+
+
+def make_room(folder: Path, replaced: Sequence[Path]) -> None:
+    """Remove what is replaced, files and folders, and make the folder. Raises OutputError."""
     try:
         for path in replaced:
             if path.is_dir() and not path.is_symlink():

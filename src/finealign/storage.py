@@ -28,7 +28,10 @@ def save_tensors(tensors: "Mapping[str, Tensor]", path: Path, *, metadata: dict[
 
     def write(aside: Path) -> None:
         try:
+            aside.touch()
+            usual = aside.stat().st_mode  # safetensors would leave the file to its owner alone
             save_file(_apart(tensors), aside, metadata=metadata)
+            aside.chmod(usual)
         except SafetensorError as error:  # a full disk comes as this
             raise OSError(str(error)) from error
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, RenderableType
 from rich.markup import escape
@@ -12,6 +12,9 @@ from rich.table import Table
 from rich.text import Text
 
 from finealign.progress import Progress, Stage
+
+if TYPE_CHECKING:  # the demo imports torch
+    from finealign.demo.run import DemoResult
 
 SHOWN_AFTER = 2.0  # seconds; a shorter stage draws nothing
 
@@ -96,6 +99,25 @@ def evaluation_tables(found: dict[str, Any], console: Console) -> None:
         for pair in found["confused_pairs"]:
             pairs.add_row(escape(pair["truth"]), escape(pair["predicted"]), str(pair["count"]), f"{pair['share']:.0%}")
         console.print(pairs)
+
+
+def demo_table(found: "DemoResult", console: Console) -> None:
+    """What each method of the demo did, and what that is to be held against."""
+    from finealign.demo.run import METHODS, START, SYNTHETIC, points
+
+    table = Table(title=f"{found.test} test images; {found.unlabelled} without labels to learn from")
+    for name in ("method", "what it is", "top-1", "seconds", "images/s"):
+        table.add_column(name, justify="left" if name in ("method", "what it is") else "right")
+    for row in found.methods:
+        figures = f"{row.top1.mean:.1%}", f"{row.seconds:.1f}", f"{row.images_per_second:.0f}"
+        table.add_row(row.method, METHODS[row.method], *figures, style="bold" if row.run else None)
+    console.print(table)
+    for row in found.methods:
+        if row.run and row.gain:
+            console.print(
+                f"{row.method} against {START} on the same images: [bold]{points(row.gain)}[/] points.", highlight=False
+            )
+    console.print(f"Chance is {found.chance:.1%}. {SYNTHETIC}", highlight=False)
 
 
 def _percent(value: float | None) -> str:

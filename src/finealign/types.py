@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 Score = Literal["global", "las", "fused"]
+Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels; the last two lie just outside
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,24 @@ class Prediction:
     probabilities: NDArray[np.float32]  # (C,)
     start_scores: NDArray[np.float32] | None = None  # (C,)
     start_probabilities: NDArray[np.float32] | None = None  # (C,)
+
+
+@dataclass(frozen=True, eq=False)
+class Explanation:
+    """What a fitted model looks at in one image, and what it makes of it.
+
+    Boxes are in pixels of the image as it is shown, its EXIF rotation applied. Scores and probabilities are those the
+    model predicts with by the same score.
+    """
+
+    path: Path
+    width: int  # of the image as it is shown, in pixels
+    height: int
+    score: Score  # what the scores are: "las" or "fused"
+    boxes: tuple[Box, ...]  # N crops
+    weights: NDArray[np.float32]  # (N,) how much each crop counts, in [0, 1]; they sum to 1
+    scores: NDArray[np.float32]  # (C,)
+    probabilities: NDArray[np.float32]  # (C,)
 
 
 @dataclass(frozen=True)

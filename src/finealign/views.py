@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from finealign.config import ViewSettings
+from finealign.types import Box
 
 Pixels = NDArray[np.uint8]  # (H, W, 3)
 
@@ -32,7 +33,7 @@ def draw(seed: int, epoch: int, image: int, view: int) -> np.random.Generator:
     return np.random.default_rng((seed, epoch, image, view))
 
 
-def crop_box(generator: np.random.Generator, height: int, width: int, *, low: float, high: float) -> tuple[int, ...]:
+def crop_box(generator: np.random.Generator, height: int, width: int, *, low: float, high: float) -> Box:
     """A square (left, top, right, bottom) inside the image, its side U(low, high) of the shorter side, at least 1."""
     shorter = min(height, width)
     side = min(shorter, max(1, round(generator.uniform(low, high) * shorter)))
@@ -41,7 +42,7 @@ def crop_box(generator: np.random.Generator, height: int, width: int, *, low: fl
     return left, top, left + side, top + side
 
 
-def strong_box(generator: np.random.Generator, height: int, width: int, *, low: float) -> tuple[int, ...]:
+def strong_box(generator: np.random.Generator, height: int, width: int, *, low: float) -> Box:
     """A box (left, top, right, bottom) inside the image of low to 1 of its area, aspect 3/4 to 4/3 where it fits."""
     for _ in range(10):
         area = generator.uniform(low, 1) * height * width
@@ -82,7 +83,12 @@ class Views:
     def crops(self, pixels: Pixels, *, epoch: int, image: int) -> Tensor:
         """N square crops: (N, 3, S, S) uint8."""
         height, width = pixels.shape[:2]
-        boxes = [
+        boxes = self.crop_boxes(height, width, epoch=epoch, image=image)
+        return torch.stack([_cut(pixels, box, self.size) for box in boxes])
+
+    def crop_boxes(self, height: int, width: int, *, epoch: int, image: int) -> list[Box]:
+        """Where the N crops of an image of this size lie: what ``crops`` shows, in its order."""
+        return [
             crop_box(
                 draw(self.seed, epoch, image, CROP + number),
                 height,
@@ -92,7 +98,6 @@ class Views:
             )
             for number in range(self.settings.crops)
         ]
-        return torch.stack([_cut(pixels, box, self.size) for box in boxes])
 
     def strong(self, pixels: Pixels, *, epoch: int, image: int) -> Tensor:
         """Random resized crop, mirror image half of the time, RandAugment: (3, S, S) uint8."""
@@ -110,7 +115,7 @@ def _to_tensor(pixels: Pixels) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
 
 
-def _cut(pixels: Pixels, box: tuple[int, ...], size: int) -> Tensor:
+def _cut(pixels: Pixels, box: Box, size: int) -> Tensor:
     left, top, right, bottom = box
     part = torch.from_numpy(pixels[top:bottom, left:right]).permute(2, 0, 1)[None]
     return interpolate(part, size=(size, size), mode="bicubic", antialias=True)[0].contiguous()
