@@ -290,7 +290,7 @@ def test_truth__the_demo_hands_it_to_nothing_that_learns() -> None:
         for node in ast.walk(TREES["demo.run"])
         if isinstance(node, ast.Call) and dotted(node.func).split(".")[-1] in ("fit", "adapt_into", "FineAlign")
     ]
-    assert len(given) == 3
+    assert len(given) == 4
     assert not [text for arguments in given for text in arguments if LABELS.search(text.replace("unlabelled", ""))]
     assert "hidden" not in mentioned(TREES["demo.run"])
 

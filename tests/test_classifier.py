@@ -13,6 +13,7 @@ from conftest import CLASSES, tiny_config
 from finealign import FineAlign
 from finealign.errors import ConfigError, FinealignError, ImageInputError, ModelError, PromptError
 from finealign.images import list_images
+from finealign.types import SetAside
 
 Tiny = Callable[[str], str]
 METHODS = ["fair", "self-training", "wca", "cupl", "zero-shot"]
@@ -274,3 +275,18 @@ def test_fit__one_that_fails_leaves_no_fitted_model(photos: Path, tiny_backbone:
 def test_fit__leaves_nothing_open_to_gradients_of_the_method(photos: Path, tiny_backbone: Tiny, method: str) -> None:
     model = fitted(photos, tiny_backbone("transformer"), method__name=method)
     assert not [name for name, value in model.method_.named_parameters() if value.requires_grad]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_unlearned__scores_as_fit_starts_from(photos: Path, tiny_backbone: Tiny, method: str) -> None:
+    """By the global score it is the start that every prediction can be held against, except where names are scored."""
+    config = tiny_config(tiny_backbone("transformer"), method__name=method)
+    model = FineAlign(CLASSES, config=config).unlearned()
+    assert model.history_ == [] and not any(p.requires_grad for p in model.method_.parameters())
+    if method in ("fair", "self-training", "cupl"):
+        for found in model.iter_predictions(list_images(photos), score="global", with_start=True):
+            assert not isinstance(found, SetAside) and found.start_probabilities is not None
+            np.testing.assert_allclose(found.probabilities, found.start_probabilities, atol=1e-6)
+    before = model.predict_proba(photos)
+    after = model.fit(photos).predict_proba(photos)
+    assert np.allclose(before, after, atol=1e-6) is not model.method_.trains

@@ -22,6 +22,14 @@ if sys.argv[1] == "adapt":
     sys.argv += ["--backbone", "{backbone}", "--set", "training.epochs=2", "--set", "views.crops=2"]
 main()
 """
+# In place of a data set that would be downloaded: the same class, with photos made on the spot.
+PETS = """import shutil
+class OxfordIIITPet:
+    classes = {classes!r}
+    def __init__(self, root, download):
+        assert download
+        shutil.copytree("photos", root + "/oxford-iiit-pet/images")
+"""
 
 
 def snippets(language: str) -> list[str]:
@@ -36,10 +44,16 @@ def reader(tmp_path: Path, tiny_backbone: Callable[[str], str]) -> Path:
     (tmp_path / "birds.txt").write_text("\n".join(CLASSES), encoding="utf-8")
     described = {name: [f"A {name} bird is {name} all over."] for name in CLASSES}
     (tmp_path / "birds.json").write_text(json.dumps(described), encoding="utf-8")
+    (tmp_path / "stub" / "torchvision").mkdir(parents=True)
+    (tmp_path / "stub" / "torchvision" / "__init__.py").touch()
+    (tmp_path / "stub" / "torchvision" / "datasets.py").write_text(PETS.format(classes=CLASSES), encoding="utf-8")
     command = tmp_path / "bin" / "finealign"
     command.parent.mkdir()
     command.write_text(SHIM.format(python=sys.executable, backbone=tiny_backbone("transformer")), encoding="utf-8")
     command.chmod(0o755)
+    python = command.with_name("python")
+    python.write_text(f'#!/bin/sh\nPYTHONPATH={tmp_path / "stub"} exec {sys.executable} "$@"\n', encoding="utf-8")
+    python.chmod(0o755)
     return tmp_path
 
 
@@ -50,6 +64,8 @@ def test_readme__the_commands_run(reader: Path) -> None:
     for snippet in commands:
         subprocess.run(["bash", "-e", "-c", snippet], cwd=reader, env=environment, check=True, capture_output=True)
     assert (reader / "labels.csv").read_text(encoding="utf-8").count("\n") == 10
+    assert (reader / "pets.txt").read_text(encoding="utf-8").split() == CLASSES
+    assert (reader / "pets.csv").read_text(encoding="utf-8").count("\n") == 10
 
 
 def test_readme__the_python_runs(

@@ -42,6 +42,10 @@ class FineAlign:
     ``set_aside_`` (images that could not be read, and why).
     """
 
+    set_aside_: list[SetAside]
+    history_: list[EpochRecord]
+    start_norms_: dict[str, Tensor]
+
     def __init__(
         self,
         classes: Sequence[str],
@@ -85,18 +89,8 @@ class FineAlign:
         progress = progress or Progress()
         texts, config = self.check()
         paths = list_images(images)
-        backbone = backbone or self.load_backbone(config, progress)
-        config = resolve(config, images=len(paths), input_size=backbone.input_size)
-        features = backbone.encode_texts(texts)
-        method = create_method(config.method, features, logit_scale=backbone.logit_scale).to(backbone.device)
-        self.set_aside_: list[SetAside] = []
-        self.history_: list[EpochRecord] = []
-        self.start_norms_: dict[str, Tensor] = {}
-        if method.trains and config.training.encoder == "full" and config.training.learn != "anchors":
-            norms = backbone.norm_parameters()
-            self.start_norms_ = {name: value.detach().clone() for name, value in norms.items()}
         # Before training, so that ``on_epoch`` can predict: what learns is shared with ``adapt``, not copied.
-        self._become(SavedModel(config, texts, features, backbone, method, self.start_norms_))
+        config, backbone, method = self._begin(texts, config, len(paths), backbone, progress)
         if method.trains:
             try:
                 self.history_ = adapt(
@@ -114,6 +108,31 @@ class FineAlign:
                 raise
         method.requires_grad_(False)
         return self
+
+    def unlearned(self, *, backbone: Backbone | None = None, progress: Progress | None = None) -> Self:
+        """Ready to predict with nothing learned: the scores of the method that ``fit`` would start from.
+
+        Raises PromptError, ConfigError or BackboneError.
+        """
+        texts, config = self.check()
+        _, _, method = self._begin(texts, config, 1, backbone, progress or Progress())
+        method.requires_grad_(False)
+        return self
+
+    def _begin(
+        self, texts: Texts, config: Config, images: int, backbone: Backbone | None, progress: Progress
+    ) -> tuple[Config, Backbone, Method]:
+        """Become the model that nothing has been learned by: its resolved configuration, backbone and method."""
+        backbone = backbone or self.load_backbone(config, progress)
+        config = resolve(config, images=images, input_size=backbone.input_size)
+        features = backbone.encode_texts(texts)
+        method = create_method(config.method, features, logit_scale=backbone.logit_scale).to(backbone.device)
+        self.set_aside_, self.history_, self.start_norms_ = [], [], {}
+        if method.trains and config.training.encoder == "full" and config.training.learn != "anchors":
+            norms = backbone.norm_parameters()
+            self.start_norms_ = {name: value.detach().clone() for name, value in norms.items()}
+        self._become(SavedModel(config, texts, features, backbone, method, self.start_norms_))
+        return config, backbone, method
 
     def check(self) -> tuple[Texts, Config]:
         """The checked texts and configuration, without loading anything. Raises PromptError or ConfigError."""

@@ -115,7 +115,9 @@ def demo_table(found: "DemoResult", console: Console) -> None:
     for row in found.methods:
         if row.run and row.gain:
             console.print(
-                f"{row.method} against {START} on the same images: [bold]{points(row.gain)}[/] points.", highlight=False
+                f"{row.method} against {START} on the same images: [bold]{points(row.gain)}[/] points; "
+                f"its own score with nothing learned is {row.curve[0]:.1%}.",
+                highlight=False,
             )
     console.print(f"Chance is {found.chance:.1%}. {SYNTHETIC}", highlight=False)
 

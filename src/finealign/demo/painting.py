@@ -1,4 +1,8 @@
-"""The demo's drawing style: watercolour in a landscape. The demo's model has never seen it."""
+"""The demo's drawing style: watercolour in a landscape at dusk. The demo's model has never seen it.
+
+Dusk is what there is to learn: it moves every colour away from what the words mean by daylight. The same world by
+daylight left nothing: the crops alone, with nothing learned, scored 81 % where a linear probe on labels reached 80 %.
+"""
 
 from collections.abc import Callable
 
@@ -15,6 +19,7 @@ Floats = NDArray[np.float32]
 # Pigments are duller than the names of their colours, and the paper shines through.
 _PAPER = np.array([236.0, 226.0, 204.0])
 _DULLNESS = 0.22
+_DUSK = np.array([0.55, 0.6, 0.85], np.float32), np.array([0.0, 0.02, 0.1], np.float32)  # of the light, added
 _SKIES = ((196, 214, 224), (225, 214, 190), (178, 196, 186), (214, 196, 190), (170, 182, 200))
 _LEAVES = ((92, 112, 70), (120, 126, 74), (74, 94, 84), (132, 108, 76), (106, 122, 108), (150, 140, 96))
 
@@ -113,11 +118,11 @@ def _grass(canvas: Image.Image, rng: np.random.Generator) -> None:
 
 
 def _lit(canvas: Image.Image, rng: np.random.Generator) -> NDArray[np.uint8]:
-    """The light of the hour, and the grain of the paper."""
+    """The light of the hour, the grain of the paper, and dusk over all."""
     pixels = np.asarray(canvas, dtype=np.float32) / 255
     warmth = 1 + rng.normal(0, 0.05, 3).astype(np.float32)
     pixels = pixels ** float(rng.uniform(0.8, 1.3)) * warmth + 0.018 * _cloud(rng, SIZE, SIZE)[..., None]
-    return (255 * pixels).clip(0, 255).astype(np.uint8)
+    return (255 * (pixels.clip(0, 1) * _DUSK[0] + _DUSK[1])).clip(0, 255).astype(np.uint8)
 
 
 def _shade(colour: tuple[int, int, int], rng: np.random.Generator, spread: float) -> tuple[int, int, int]:

@@ -56,7 +56,7 @@ class Panels:
     title: str
     note: str  # a line below the title
     classes: tuple[str, ...]
-    curves: Mapping[str, Sequence[float]]  # by method: accuracy after epoch 0 (the start), 1, 2, ...
+    curves: Mapping[str, Sequence[float]]  # by method: accuracy after epoch 0 (nothing learned), 1, 2, ...
     levels: Mapping[str, float]  # by method that learns nothing: its accuracy
     chance: float
     before: NDArray[np.int64]  # (C, C)
@@ -88,7 +88,7 @@ def compose(panels: Panels) -> "Figure":
     _write(figure, 0.45, 0.42, panels.title, size=17, weight="bold")
     _write(figure, 0.45, 0.76, panels.note, size=11, color=FAINT)
 
-    _heading(figure, 0.45, 1.32, "Accuracy on the test images", "top-1 after each epoch; 0 is the start")
+    _heading(figure, 0.45, 1.32, "Accuracy on the test images", "top-1 after each epoch; at 0 nothing is learned")
     _draw_curves(_axes(figure, 1.0, 1.9, 3.75, 4.55), panels)
 
     for left, name, confusion, first in (

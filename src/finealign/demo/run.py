@@ -69,7 +69,7 @@ class MethodResult:
     gain: Interval | None  # the paired difference to START on the same images; None for START itself
     seconds: float  # adapting and scoring the test images: without loading, drawing the world, measuring epochs
     images_per_second: float  # test images scored
-    curve: tuple[float, ...]  # top-1 after epoch 0 (the start), 1, 2, ...; empty for what does not train
+    curve: tuple[float, ...]  # top-1 by this method's score after epoch 0 (nothing learned), 1, ...; or empty
     run: Path | None  # the run folder of a method that trains
 
 
@@ -194,7 +194,8 @@ def _compare(
         run = None
         if name in TRAINED:
             run = folder / name
-            curve.append(found[START].evaluation.top1.mean)
+            before = FineAlign(world.classes, descriptions=world.descriptions, config=config)
+            _measure(before.unlearned(backbone=untouched), truth, f"{name} with nothing learned", curve, progress)
             seconds = _train(run, model, world, truth, curve, progress)
         else:
             untouched = untouched or model.load_backbone(config, progress)
@@ -240,11 +241,14 @@ def _train(run: Path, model: FineAlign, world: World, truth: Truth, curve: list[
     """Adapt into a run folder: the seconds it took, and in ``curve`` the accuracy after each epoch."""
 
     def measure(record: EpochRecord) -> None:
-        predictions = _predict(model, truth.paths, f"test images after epoch {record.epoch}", progress)
-        scores = np.stack([one.scores for one in predictions])
-        curve.append(top_k_accuracy(scores, np.array(truth.labels), 1))
+        _measure(model, truth, f"test images after epoch {record.epoch}", curve, progress)
 
     return adapt_into(run, model, world.unlabelled, on_epoch=measure, progress=progress).fit_seconds
+
+
+def _measure(model: FineAlign, truth: Truth, stage_name: str, curve: list[float], progress: Progress) -> None:
+    scores = np.stack([one.scores for one in _predict(model, truth.paths, stage_name, progress)])
+    curve.append(top_k_accuracy(scores, np.array(truth.labels), 1))
 
 
 def _predict(model: FineAlign, paths: Sequence[Path], stage_name: str, progress: Progress) -> list[Prediction]:
@@ -352,8 +356,8 @@ moves the figures as well.
 
 ![accuracy by epoch, confusions, and labels that changed]({PICTURE})
 
-Epoch 0 is {START}, from which both trained methods start. The test images are scored after each epoch to draw the
-curves; their labels reach no method.
+Epoch 0 is each method's own score with nothing learned: the descriptions on the whole image for self-training, on the
+crops for fair. The test images are scored after each epoch to draw the curves; their labels reach no method.
 
 ## Settings
 

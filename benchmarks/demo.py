@@ -1,0 +1,145 @@
+"""The demo over several seeds, what labels would give on the same features, and why wca stands where it stands.
+
+    python benchmarks/demo.py --out runs/demo-seeds --seeds 0,1,2
+
+A seed that is done is not run again. The probes read the labels of the unlabelled images; nothing else does.
+"""
+
+import argparse
+import json
+import math
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from finealign import FineAlign
+from finealign.config import make_config
+from finealign.demo.model import demo_model
+from finealign.demo.run import METHODS, run_demo
+from finealign.demo.species import SPECIES, describe
+from finealign.devices import keep_freed_memory
+from finealign.evaluate import read_truth
+from finealign.images import read_image
+from finealign.types import ImageFeatures, Truth
+
+CLASSES = [name for name, _ in SPECIES]
+DESCRIPTIONS = {name: describe(index) for index, name in enumerate(CLASSES)}
+PENALTIES = (1e-4, 1e-3, 1e-2)
+
+
+def features(model: FineAlign, truth: Truth) -> ImageFeatures:
+    """The whole images (n, D) and their crops (n, N, D), as the fitted model sees them."""
+    weak, crops = [], []
+    for start in range(0, len(truth.paths), 32):
+        images = [np.array(read_image(path, max_pixels=10**8)) for path in truth.paths[start : start + 32]]
+        found = model._embed(*model._render(images, "las"))
+        weak.append(found.weak)
+        crops.append(found.crops)
+    return ImageFeatures(weak=torch.cat(weak), crops=torch.cat(crops))
+
+
+def probe(train: Tensor, labels: Tensor, test: Tensor, truth: Tensor) -> float:
+    """Top-1 of multinomial logistic regression on labels; the penalty is chosen on a fifth of the training images."""
+
+    def fitted(rows: Tensor, answers: Tensor, penalty: float) -> torch.nn.Linear:
+        torch.manual_seed(0)
+        linear = torch.nn.Linear(rows.shape[1], len(CLASSES))
+        optimizer = torch.optim.LBFGS(linear.parameters(), max_iter=200, line_search_fn="strong_wolfe")
+
+        def loss() -> Tensor:
+            optimizer.zero_grad()
+            value = torch.nn.functional.cross_entropy(linear(rows), answers) + penalty * linear.weight.square().sum()
+            torch.autograd.backward(value)
+            return value
+
+        optimizer.step(loss)  # type: ignore[no-untyped-call]
+        return linear
+
+    def top1(linear: torch.nn.Linear, rows: Tensor, answers: Tensor) -> float:
+        return float((linear(rows).argmax(1) == answers).float().mean())
+
+    middle, spread = train.mean(0), train.std(0) + 1e-6
+    train, test = (train - middle) / spread, (test - middle) / spread
+    cut = len(train) * 4 // 5
+    trials = {p: top1(fitted(train[:cut], labels[:cut], p), train[cut:], labels[cut:]) for p in PENALTIES}
+    return top1(fitted(train, labels, max(trials, key=trials.__getitem__)), test, truth)
+
+
+def scored(model: FineAlign, seen: ImageFeatures, truth: Truth) -> float:
+    found = model.method_.score(seen, model.method_.scores[0]).argmax(1)
+    return float((found == torch.tensor(truth.labels)).float().mean())
+
+
+def unlearned(method: str, unlabelled: Path, seed: int, **options: Any) -> FineAlign:
+    """A model of which nothing is trained: FAIR's scores come from the anchors as they start."""
+    settings = {"backbone": demo_model(), "seed": seed, "method": {"name": method, **options}}
+    return FineAlign(CLASSES, descriptions=DESCRIPTIONS, config=make_config(settings)).fit(unlabelled)
+
+
+@torch.inference_mode(False)
+def ceilings(folder: Path, seed: int) -> dict[str, float]:
+    """Probes on labels, and WCA's score part by part, on the world of one demo."""
+    world = folder / "world"
+    known, asked = (read_truth(world / name, CLASSES) for name in ("unlabelled.csv", "test.csv"))
+    answers, truth = torch.tensor(known.labels), torch.tensor(asked.labels)
+    found = {}
+    start = unlearned("wca", world / "unlabelled", seed)
+    adapted = FineAlign.load(folder / "fair")
+    for name, model in (("start", start), ("adapted", adapted)):
+        with torch.no_grad():
+            train, test = features(model, known), features(model, asked)
+        train, test = (
+            ImageFeatures(weak=one.weak.clone(), crops=one.crops.clone()) for one in (train, test)
+        )  # out of inference mode
+        found[f"probe, {name}, whole image"] = probe(train.weak, answers, test.weak, truth)
+        both = [torch.cat([one.weak, one.crops.mean(1)], 1) for one in (train, test)]
+        found[f"probe, {name}, whole image and mean crop"] = probe(both[0], answers, both[1], truth)
+        if name == "start":
+            even = {"crop_temperature": 100.0}, {"description_temperature": 100.0}
+            for label, options in (
+                ("wca as published, 8 crops", {}),
+                ("wca, crops weighted evenly", even[0]),
+                ("wca, descriptions weighted evenly", even[1]),
+                ("wca, both evenly", even[0] | even[1]),
+            ):
+                found[label] = scored(unlearned("wca", world / "unlabelled", seed, **options), test, asked)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seeds", default="0,1,2")
+    known = parser.parse_args()
+    keep_freed_memory()
+    rows: dict[str, list[float]] = {}
+    for seed in map(int, known.seeds.split(",")):
+        folder = known.out / f"seed{seed}"
+        result = known.out / f"seed{seed}.json"
+        if not result.exists():
+            demo = run_demo(folder, seed=seed, overwrite=folder.exists())
+            found = {one.method: one.top1.mean for one in demo.methods}
+            found |= {f"{one.method}, nothing learned": one.curve[0] for one in demo.methods if one.curve}
+            found |= ceilings(folder, seed)
+            result.write_text(json.dumps(found | {"seconds": demo.seconds}, indent=1), encoding="utf-8")
+        for name, value in json.loads(result.read_text(encoding="utf-8")).items():
+            rows.setdefault(name, []).append(value)
+        print(f"seed {seed} done", flush=True)
+    print(f"| | {' | '.join(f'seed {seed}' for seed in known.seeds.split(','))} | mean |")
+    print("|" + "---|" * (2 + len(known.seeds.split(","))))
+    for name, values in rows.items():
+        factor = 1 if name == "seconds" else 100
+        shown = [f"{factor * value:.1f}" for value in [*values, mean(values)]]
+        print(f"| {name} | {' | '.join(shown)} |")
+    gains = [math.nan] if not rows else [100 * (a - b) for a, b in zip(rows["fair"], rows["cupl"], strict=True)]
+    print(
+        f"\nfair over cupl: {mean(gains):+.1f} points; chance {100 / len(CLASSES):.1f}; methods: {', '.join(METHODS)}"
+    )
+
+
+if __name__ == "__main__":
+    main()
