@@ -2,9 +2,12 @@
 
     python recipes/demo_model.py --out src/finealign/demo/weights
 
-It draws a pool of birds in three styles (paper, ink, crayon), writes captions that name some of a bird's traits, and
-trains image and text tower by CLIP's loss. No species of the demo is ever drawn (every random bird is compared with all
-24), none of its names is ever written, and none of the styles is the demo's. Everything comes from the seed.
+It draws a pool of birds in three styles (paper, ink, crayon) by daylight and teaches both towers together: first single
+words, a short phrase for every value of every trait against the whole image and against each patch that shows the part
+(the drawing knows where its parts are; captions alone taught a transformer this small next to nothing in the first
+minutes), then captions that name two to five traits, by CLIP's loss, with the words going on. No species of the demo is
+ever drawn (every random bird is compared with all 24), none of their names is ever written, and none of the styles is
+the demo's. Everything comes from the seed; 39 minutes on two cores of an EPYC, with torch 2.15.
 """
 
 import argparse

@@ -24,7 +24,7 @@ class World:
 
     unlabelled: Path  # a flat folder of PNGs whose names mean nothing
     truth: Path  # a CSV path,label of the test images
-    hidden: Path  # the same of the unlabelled images: for the demo's own curves, never for training
+    hidden: Path  # the same of the unlabelled images: for a probe that shows the ceiling, never for training
     classes: tuple[str, ...]
     descriptions: dict[str, tuple[str, ...]]
 
