@@ -7,7 +7,8 @@ words, a short phrase for every value of every trait against the whole image and
 (the drawing knows where its parts are; captions alone taught a transformer this small next to nothing in the first
 minutes), then captions that name two to five traits, by CLIP's loss, with the words going on. No species of the demo is
 ever drawn (every random bird is compared with all 24), none of their names is ever written, and none of the styles is
-the demo's. Everything comes from the seed; 39 minutes on two cores of an EPYC, with torch 2.15.
+the demo's. Everything comes from the seed; 39 minutes on two cores of an EPYC, with torch 2.15 (2.9 or newer is
+needed, for Muon).
 """
 
 import argparse
