@@ -36,7 +36,7 @@ def features(model: FineAlign, truth: Truth) -> ImageFeatures:
     weak, crops = [], []
     for start in range(0, len(truth.paths), 32):
         images = [np.array(read_image(path, max_pixels=10**8)) for path in truth.paths[start : start + 32]]
-        found = model._embed(*model._render(images, "las"))
+        found = model._embed([model._render(pixels, "las") for pixels in images])
         weak.append(found.weak)
         crops.append(found.crops)
     return ImageFeatures(weak=torch.cat(weak), crops=torch.cat(crops))

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -311,6 +312,143 @@ def test_encode_images__gradient_reaches_the_norms_alone(tiny_backbone: Tiny, to
     assert not backbone.embed(pictures(4)).requires_grad
 
 
+def learning(backbone: Backbone) -> Backbone:
+    for parameter in backbone.norm_parameters().values():
+        parameter.requires_grad_(True)
+    return backbone
+
+
+def gradients(backbone: Backbone, features: Tensor) -> dict[str, Tensor]:
+    weights = torch.randn(features.shape, generator=torch.Generator().manual_seed(0))
+    torch.autograd.backward((features * weights).sum())
+    return {
+        name: parameter.grad for name, parameter in backbone.norm_parameters().items() if parameter.grad is not None
+    }
+
+
+def room_for(images: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine on which the gradient of one image takes 100 bytes, and this many fit."""
+    monkeypatch.setattr(room, "_bytes_kept", lambda encode, *, beside: 100)
+    monkeypatch.setattr(room, "_memory", lambda device: 1000 * images + 999)
+    monkeypatch.setattr(room, "ACTIVATION_SHARE", 0.1)
+
+
+def watch_encoding(backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The number of images of each call that runs the tower, from now on."""
+    seen: list[int] = []
+    encode = backbone._encode
+
+    def watched(images: Tensor) -> Tensor:
+        seen.append(len(images))
+        return encode(images)
+
+    monkeypatch.setattr(backbone, "_encode", watched)
+    return seen
+
+
+@pytest.mark.parametrize("tower", TOWERS)
+@pytest.mark.parametrize(
+    ("fitting", "sizes"),
+    [(0, [1] * 7), (1, [1] * 7), (2, [2, 2, 2, 1]), (3, [3, 3, 1]), (6, [6, 1]), (7, [7]), (8, [7]), (10**9, [7])],
+)
+def test_encode_images__in_chunks_gives_the_same_gradients(
+    tiny_backbone: Tiny, tower: str, fitting: int, sizes: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(room, "_memory", lambda device: 10**15)
+    whole = learning(load_backbone(tiny_backbone(tower)))
+    features = whole.encode_images(pictures(7))
+    wanted = gradients(whole, features)
+
+    room_for(fitting, monkeypatch)
+    backbone = learning(load_backbone(tiny_backbone(tower)))
+    seen = watch_encoding(backbone, monkeypatch)
+    found = backbone.encode_images(pictures(7))
+    assert seen == sizes
+    torch.testing.assert_close(found, features, rtol=0, atol=1e-6)
+    parts = gradients(backbone, found)
+    again = sorted(sizes) if len(sizes) > 1 else []  # once more in the backward pass, in whatever order
+    assert sorted(seen[len(sizes) :]) == again
+    assert parts.keys() == wanted.keys() == backbone.norm_parameters().keys()
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(parts[name], gradient, rtol=1e-5, atol=1e-5 * float(gradient.abs().max()))
+
+
+@pytest.mark.parametrize("tower", TOWERS)
+def test_encode_images__in_chunks_in_bf16(tiny_backbone: Tiny, tower: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for fitting in (2, 100):
+        room_for(fitting, monkeypatch)
+        backbone = learning(load_backbone(tiny_backbone(tower), precision="bf16"))
+        features = backbone.encode_images(pictures(7))
+        found.append((features.detach(), torch.cat(list(gradients(backbone, features).values()))))
+    for parts, whole in zip(*found, strict=True):
+        torch.testing.assert_close(parts, whole, rtol=0, atol=0.02 * float(whole.abs().max()))
+
+
+@pytest.mark.parametrize("why", ["nothing learns", "no_grad", "inference_mode", "embed"])
+def test_encode_images__without_gradient_is_in_one_piece(
+    tiny_backbone: Tiny, why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    room_for(2, monkeypatch)
+    backbone = load_backbone(tiny_backbone("transformer"))
+    if why != "nothing learns":
+        learning(backbone)
+    seen = watch_encoding(backbone, monkeypatch)
+    modes = {"no_grad": torch.no_grad(), "inference_mode": torch.inference_mode()}
+    with modes.get(why, nullcontext()):
+        features = backbone.embed(pictures(7)) if why == "embed" else backbone.encode_images(pictures(7))
+    assert not features.requires_grad
+    assert seen == [7]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_encode_images__splits_by_what_one_image_was_measured_to_take(
+    tiny_backbone: Tiny, precision: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backbone = learning(load_backbone(tiny_backbone("transformer"), precision=precision))
+    weights = backbone._encoder(backbone._working_type).visual.parameters()
+    one = room._bytes_kept(lambda: backbone._encode(pictures(1)), beside=weights)
+    monkeypatch.setattr(room, "_memory", lambda device: int(3.5 * one / room.ACTIVATION_SHARE))
+    seen = watch_encoding(backbone, monkeypatch)
+    for count, sizes in ((7, [3, 3, 1]), (2, [2]), (4, [3, 1])):
+        backbone.encode_images(pictures(count))
+        assert seen == ([1, *sizes] if count == 7 else sizes)  # measured once
+        seen.clear()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("tower", TOWERS)
+def test_bytes_kept__grow_with_the_images_and_hold_no_weights(tiny_backbone: Tiny, tower: str, precision: Any) -> None:
+    backbone = learning(load_backbone(tiny_backbone(tower), precision=precision))
+    visual = backbone._encoder(backbone._working_type).visual
+
+    def kept(images: Tensor) -> int:
+        return room._bytes_kept(lambda: backbone._encode(images), beside=visual.parameters())
+
+    one, two, four, sixteen = (kept(pictures(count)) for count in (1, 2, 4, 16))
+    each = (sixteen - four) / 12
+    assert each > 32 * 32 * 3  # more than the pixels
+    constant = four - 4 * each
+    weights = sum(parameter.nbytes for parameter in visual.parameters() if parameter.ndim > 1)
+    assert abs(constant) < 0.05 * weights
+    assert two - one == pytest.approx(each, rel=0.1)
+
+
+def test_bytes_kept__of_a_known_computation() -> None:
+    weight = torch.ones(3, 5, requires_grad=True)
+    given = torch.ones(4, 3)
+
+    def encode() -> Tensor:
+        hidden = given @ weight  # keeps ``given``; and were a gradient wanted for that, the weight
+        return hidden.exp().sin() * 2.0  # keep the result of exp, which is what sin is given
+
+    assert room._bytes_kept(encode, beside=[weight]) == 4 * (4 * 3 + 4 * 5)
+    assert room._bytes_kept(lambda: given.requires_grad_() @ weight, beside=[weight]) == 4 * (4 * 3)
+    assert room._bytes_kept(lambda: given @ weight, beside=[]) == 4 * (4 * 3 + 3 * 5)
+    with torch.no_grad():
+        assert room._bytes_kept(encode, beside=[weight]) == 0
+
+
 # --- what may be trained ----------------------------------------------------------------------------------------------
 
 
@@ -424,6 +562,26 @@ def test_save__open_clip_opens_a_named_architecture(architecture: str, tmp_path:
     assert saved["model_cfg"]["quick_gelu"] is True
 
 
+@pytest.mark.parametrize("tower", TOWERS)
+def test_save__trained_in_bf16_differs_in_the_norms_alone(tiny_backbone: Tiny, tmp_path: Path, tower: str) -> None:
+    backbone = learning(load_backbone(tiny_backbone(tower), precision="bf16"))
+    optimizer = torch.optim.SGD(backbone.norm_parameters().values(), lr=0.1)
+    for seed in range(2):
+        optimizer.zero_grad()
+        gradients(backbone, backbone.encode_images(pictures(4, seed=seed)))
+        optimizer.step()
+    backbone.save(tmp_path / "saved")
+    before = load_file(Path(tiny_backbone(tower).removeprefix("local-dir:")) / "open_clip_model.safetensors")
+    after = load_file(tmp_path / "saved" / "open_clip_model.safetensors")
+    assert after.keys() == before.keys()
+    assert all(value.dtype == before[name].dtype for name, value in after.items())
+    assert {value.dtype for value in after.values() if value.is_floating_point()} == {torch.float32}
+    changed = {name for name, value in after.items() if not torch.equal(value, before[name])}
+    assert changed == {f"visual.{name}" for name in backbone.norm_parameters()}
+    again = load_backbone(f"local-dir:{tmp_path / 'saved'}", precision="bf16")
+    assert torch.equal(again.embed(pictures(4)), backbone.embed(pictures(4)))
+
+
 # --- texts ------------------------------------------------------------------------------------------------------------
 
 
@@ -449,13 +607,48 @@ def test_encode_texts__names_are_the_mean_over_templates(tiny_backbone: Tiny) ->
 
 
 def test_encode_texts__any_chunking_equals_one_piece(tiny_backbone: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    backbone = load_backbone(tiny_backbone("transformer"))
     given = texts(("dark red", "like blood"), ("leafy",), templates=("a {}.", "the {}"))
-    whole = backbone.encode_texts(given)
+    whole = load_backbone(tiny_backbone("transformer")).encode_texts(given)
     monkeypatch.setattr(room, "TEXT_CHUNK", 2)
-    parts = backbone.encode_texts(given)
+    parts = load_backbone(tiny_backbone("transformer")).encode_texts(given)  # another: one encodes the same texts once
     torch.testing.assert_close(parts.names, whole.names, rtol=0, atol=1e-6)
     torch.testing.assert_close(parts.descriptions, whole.descriptions, rtol=0, atol=1e-6)
+
+
+def test_encode_texts__the_same_texts_are_encoded_once(tiny_backbone: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone = load_backbone(tiny_backbone("transformer"))
+    seen: list[int] = []
+    encode = backbone.model.encode_text
+
+    def watched(tokens: Tensor) -> Any:
+        seen.append(len(tokens))
+        return encode(tokens)
+
+    monkeypatch.setattr(backbone.model, "encode_text", watched)
+    first = backbone.encode_texts(texts(("dark red",), ("leafy",)))
+    assert seen == [4]
+    assert backbone.encode_texts(texts(("dark red",), ("leafy",))) is first
+    assert seen == [4]
+    for other in (
+        texts(("dark red",), ("leafy", "grassy")),
+        texts(("leafy",), ("dark red",)),
+        texts(("dark red",), ("leafy",), templates=("one {}",)),
+        Texts(("green", "red"), (("dark red",), ("leafy",)), ("a photo of a {}.",)),
+    ):
+        seen.clear()
+        found = backbone.encode_texts(other)
+        assert seen == [2 + sum(len(group) for group in other.descriptions)]
+        alone = load_backbone(tiny_backbone("transformer")).encode_texts(other)
+        assert torch.equal(found.names, alone.names)
+        assert torch.equal(found.descriptions, alone.descriptions)
+        assert torch.equal(found.class_of, alone.class_of)
+
+
+def test_encode_texts__what_was_refused_is_refused_again(tiny_backbone: Tiny) -> None:
+    backbone = load_backbone(tiny_backbone("transformer"))
+    for _ in range(2):
+        with pytest.raises(BackboneError, match="1 texts are longer"):
+            backbone.encode_texts(texts(("a " * 80,), ("a dog",)))
 
 
 def test_encode_texts__exactly_the_window_is_accepted(tiny_backbone: Tiny) -> None:

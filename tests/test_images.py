@@ -11,6 +11,7 @@ import threading
 import warnings
 import zlib
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +23,14 @@ from PIL import Image
 
 from finealign.errors import ImageInputError, OutputError
 from finealign.images import (
-    DecodedImage,
     ImageReadError,
-    decode_all,
     display_path,
+    in_order,
     list_images,
     read_image,
+    read_pixels,
     read_table,
     set_aside_csv,
-    stream_images,
 )
 from finealign.types import SetAside
 
@@ -713,7 +713,7 @@ def test_read_image__threads_leave_the_warning_filters_as_they_were(tmp_path: Pa
     with warnings.catch_warnings(record=True) as heard:
         warnings.simplefilter("always")
         before = list(warnings.filters)
-        assert len(list(stream_images(paths, threads=8))) == 90
+        assert len(list(in_order(read_image, paths, threads=8))) == 90
         assert list(warnings.filters) == before
     assert heard == []
 
@@ -737,14 +737,14 @@ def test_read_image__file_is_closed_and_can_be_deleted(tmp_path: Path) -> None:
     assert kept.getpixel((0, 0)) == (255, 0, 0)
 
 
-# stream_images
+# in_order
 
 
-def test_stream_images__keeps_order_and_sets_aside(tmp_path: Path) -> None:
+def test_in_order__keeps_order_and_sets_aside(tmp_path: Path) -> None:
     paths = [picture(tmp_path / f"{i}.png", (i + 1, 1)) for i in range(20)]
     paths[7].write_text("not a picture")
     paths.append(tmp_path / "gone.png")
-    results = list(stream_images(paths, threads=4))
+    results = list(in_order(read_image, paths, threads=4))
     assert [path for path, _ in results] == paths
     for i, (path, result) in enumerate(results):
         if i == 7:
@@ -755,13 +755,13 @@ def test_stream_images__keeps_order_and_sets_aside(tmp_path: Path) -> None:
             assert isinstance(result, Image.Image) and result.size == (i + 1, 1)
 
 
-def test_stream_images__passes_the_limit_on(tmp_path: Path) -> None:
+def test_in_order__passes_the_limit_on(tmp_path: Path) -> None:
     path = picture(tmp_path / "a.png", (4, 3))
-    ((_, result),) = stream_images([path], max_pixels=11)
+    ((_, result),) = in_order(partial(read_image, max_pixels=11), [path])
     assert result == SetAside(str(path), "4 x 3 pixels, over the limit of 11")
 
 
-def test_stream_images__looks_ahead_no_further_than_two_a_thread(tmp_path: Path) -> None:
+def test_in_order__looks_ahead_no_further_than_two_a_thread(tmp_path: Path) -> None:
     taken, path = 0, picture(tmp_path / "a.png")
 
     def endless() -> Iterator[Path]:
@@ -770,22 +770,22 @@ def test_stream_images__looks_ahead_no_further_than_two_a_thread(tmp_path: Path)
             taken += 1
             yield path
 
-    stream = stream_images(endless(), threads=3)
+    stream = in_order(read_image, endless(), threads=3)
     assert taken == 0
     for done in range(1, 30):
         next(stream)
         assert taken <= done - 1 + 6
 
 
-def test_stream_images__stopping_early_leaves_no_threads(tmp_path: Path) -> None:
+def test_in_order__stopping_early_leaves_no_threads(tmp_path: Path) -> None:
     before = threading.active_count()
-    stream = stream_images([picture(tmp_path / "a.png")] * 50, threads=4)
+    stream = in_order(read_image, [picture(tmp_path / "a.png")] * 50, threads=4)
     next(stream)
-    stream.close()  # type: ignore[attr-defined]
+    stream.close()
     assert threading.active_count() == before
 
 
-def test_stream_images__stopping_early_reads_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_in_order__stopping_early_reads_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
     read, go_on = [], threading.Event()
 
     def wait(path: Path, **options: Any) -> Image.Image:
@@ -794,71 +794,54 @@ def test_stream_images__stopping_early_reads_no_more(monkeypatch: pytest.MonkeyP
             go_on.wait(10)
         return Image.new("RGB", (1, 1))
 
-    monkeypatch.setattr("finealign.images.read_image", wait)
-    stream = stream_images([Path(str(i)) for i in range(9)], threads=2)
+    stream = in_order(wait, [Path(str(i)) for i in range(9)], threads=2)
     next(stream)
     timer = threading.Timer(0.1, go_on.set)
     timer.start()
-    stream.close()  # type: ignore[attr-defined]
+    stream.close()
     timer.join()
     assert set(read) <= {"0", "1", "2"}  # "3" was queued behind the two that wait
 
 
-def test_stream_images__no_paths() -> None:
-    assert list(stream_images([])) == []
+def test_in_order__no_paths() -> None:
+    assert list(in_order(read_image, [])) == []
 
 
-def test_stream_images__other_errors_are_not_swallowed() -> None:
+def test_in_order__other_errors_are_not_swallowed() -> None:
     with pytest.raises(AttributeError):
-        list(stream_images(["a string, not a path"]))  # type: ignore[list-item]
+        list(in_order(read_image, ["a string, not a path"]))  # type: ignore[list-item]
 
 
-# decode_all
+# read_pixels
 
 
-def test_decode_all__order_set_aside_and_progress(tmp_path: Path) -> None:
-    paths = [picture(tmp_path / "b.png"), tmp_path / "gone.png", picture(tmp_path / "a.png", colour="blue")]
-    progress: list[tuple[int, int]] = []
-    decoded, aside = decode_all(
-        paths, shorter_side=None, on_progress=lambda done: progress.append((done, threading.get_ident())), threads=3
-    )
-    assert [image.path for image in decoded] == [paths[0], paths[2]]
-    assert (decoded[0].pixels == (255, 0, 0)).all() and (decoded[1].pixels == (0, 0, 255)).all()
-    assert aside == [SetAside(str(paths[1]), "no such file")]
-    assert progress == [(done, threading.get_ident()) for done in (1, 2, 3)]
-
-
-def test_decode_all__pixels_are_writable_bytes_in_rows(tmp_path: Path) -> None:
+def test_read_pixels__are_writable_bytes_in_rows(tmp_path: Path) -> None:
     image = noise(5, 7)
-    (decoded,), _ = decode_all([save(image, tmp_path / "a.png")], shorter_side=None)
-    assert isinstance(decoded, DecodedImage)
-    assert decoded.pixels.shape == (5, 7, 3) and decoded.pixels.dtype == np.uint8 and decoded.pixels.flags.writeable
-    assert (decoded.pixels == np.asarray(image)).all()
+    found = read_pixels(save(image, tmp_path / "a.png"), shorter_side=8)
+    assert type(found) is np.ndarray and found.shape == (5, 7, 3) and found.dtype == np.uint8 and found.flags.writeable
+    assert (found == np.asarray(image)).all()
 
 
 @pytest.mark.parametrize(
     ("size", "expected"),
     [((40, 20), (16, 8)), ((20, 40), (8, 16)), ((30, 9), (27, 8)), ((8, 50), (8, 50)), ((7, 50), (7, 50))],
 )
-def test_decode_all__reduces_the_shorter_side_and_never_enlarges(
+def test_read_pixels__reduces_the_shorter_side_and_never_enlarges(
     tmp_path: Path, size: tuple[int, int], expected: tuple[int, int]
 ) -> None:
-    (decoded,), _ = decode_all([picture(tmp_path / "a.png", size)], shorter_side=8)
-    assert decoded.pixels.shape == (expected[1], expected[0], 3)
+    assert read_pixels(picture(tmp_path / "a.png", size), shorter_side=8).shape == (expected[1], expected[0], 3)
 
 
-def test_decode_all__reduces_as_pillow_does(tmp_path: Path) -> None:
+def test_read_pixels__reduces_as_pillow_does(tmp_path: Path) -> None:
     image = noise(60, 90)
-    (decoded,), _ = decode_all([save(image, tmp_path / "a.png")], shorter_side=8)
     expected = image.resize((12, 8), Image.Resampling.BICUBIC, reducing_gap=3.0)
-    assert (decoded.pixels == np.asarray(expected)).all()
+    assert (read_pixels(save(image, tmp_path / "a.png"), shorter_side=8) == np.asarray(expected)).all()
 
 
 @same_folder
 @given(width=st.integers(1, 60), height=st.integers(1, 60), side=st.integers(1, 30))
-def test_decode_all__sizes(tmp_path: Path, width: int, height: int, side: int) -> None:
-    (decoded,), _ = decode_all([picture(tmp_path / "a.bmp", (width, height))], shorter_side=side, threads=1)
-    new_height, new_width, _ = decoded.pixels.shape
+def test_read_pixels__sizes(tmp_path: Path, width: int, height: int, side: int) -> None:
+    new_height, new_width, _ = read_pixels(picture(tmp_path / "a.bmp", (width, height)), shorter_side=side).shape
     assert min(new_height, new_width) == min(side, width, height)
     if min(width, height) > side:
         assert abs(new_width * height - new_height * width) <= max(width, height) / 2 + 1e-9
@@ -866,30 +849,12 @@ def test_decode_all__sizes(tmp_path: Path, width: int, height: int, side: int) -
         assert (new_width, new_height) == (width, height)
 
 
-def test_decode_all__none_readable(tmp_path: Path) -> None:
-    paths = [tmp_path / f"{i}.jpg" for i in range(5)]
-    with pytest.raises(ImageInputError) as caught:
-        decode_all(paths, shorter_side=8)
-    message = str(caught.value)
-    assert "None of the 5 images" in message
-    assert f"{paths[0]}: no such file; {paths[1]}: no such file; {paths[2]}: no such file" in message
-    assert str(paths[3]) not in message
-
-
-def test_decode_all__no_paths() -> None:
-    with pytest.raises(ImageInputError, match="None of the 0 images"):
-        decode_all([], shorter_side=8)
-
-
-def test_decode_all__stops_when_progress_raises(tmp_path: Path) -> None:
-    def stop(done: int) -> None:
-        raise KeyboardInterrupt
-
-    before = threading.active_count()
-    with pytest.raises(KeyboardInterrupt) as caught:
-        decode_all([picture(tmp_path / "a.png")] * 50, shorter_side=8, on_progress=stop, threads=2)
-    assert threading.active_count() == before  # though the traceback in `caught` still holds the frames
-    assert caught.value
+def test_read_pixels__refuses_what_read_image_refuses(tmp_path: Path) -> None:
+    path = picture(tmp_path / "a.png", (4, 3))
+    with pytest.raises(ImageReadError, match=r"^4 x 3 pixels, over the limit of 11$"):
+        read_pixels(path, shorter_side=8, max_pixels=11)
+    with pytest.raises(ImageReadError, match=r"^no such file$"):
+        read_pixels(tmp_path / "gone.png", shorter_side=8)
 
 
 # display_path and set_aside_csv

@@ -387,7 +387,7 @@ def test_pseudo_label__of_fair_is_steps_3_to_6(weight: WeightKind, kept: int | s
         agree(found.probabilities, wanted.probabilities)
         assert bool(((found.weights >= 0) & (found.weights <= 1)).all())
         agree(found.probabilities.sum(1), [1.0] * 6)
-        assert method.state_dict()["pair_counts"].tolist() == counts
+        assert method.state_dict()["pair_counts"].tolist() == (counts if "confusion" in weight else [])
 
 
 @over_kinds
@@ -647,9 +647,9 @@ def test_loss__steps_down_its_own_gradient() -> None:
 # --- state ------------------------------------------------------------------------------------------------------------
 
 
-def trained_a_little(name: str, known: TextFeatures) -> Method:
-    options: dict[str, Any] = {"fairness": "running"} if name in TRAINED else {}
-    method = make(name, known, **options)
+def trained_a_little(name: str, known: TextFeatures, **options: Any) -> Method:
+    running: dict[str, Any] = {"fairness": "running"} if name in TRAINED else {}
+    method = make(name, known, **running, **options)
     if isinstance(method, SelfTrainingMethod):
         optimizer = torch.optim.SGD(method.parameters(), lr=0.1)
         for seed in range(3):
@@ -659,12 +659,17 @@ def trained_a_little(name: str, known: TextFeatures) -> Method:
     return method
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_state_dict__is_the_whole_state_even_in_a_method_made_from_other_texts(name: str) -> None:
-    method = trained_a_little(name, texts())
+WITH_PAIRS: dict[str, Any] = {"weight": "margin*agreement*confusion"}
+
+
+@pytest.mark.parametrize(("name", "options"), [*((name, {}) for name in NAMES), ("fair", WITH_PAIRS)], ids=str)
+def test_state_dict__is_the_whole_state_even_in_a_method_made_from_other_texts(
+    name: str, options: dict[str, Any]
+) -> None:
+    method = trained_a_little(name, texts(), **options)
     state = {key: value.clone() for key, value in method.state_dict().items()}
     for known in (texts(), texts(seed=9)):
-        other = make(name, known)
+        other = make(name, known, **options)
         other.load_state_dict(state)
         for kind in SCORES:
             assert torch.equal(other.score(images(seed=5), kind), method.score(images(seed=5), kind))
@@ -673,10 +678,14 @@ def test_state_dict__is_the_whole_state_even_in_a_method_made_from_other_texts(n
             assert torch.equal(value, state[key])
 
 
-@pytest.mark.parametrize("name", TRAINED)
-def test_state_dict__lets_training_go_on_as_if_never_stopped(name: str) -> None:
-    method = trained_a_little(name, texts())
-    other = make_trained(name, fairness="running")
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [*((name, {}) for name in TRAINED), ("fair", WITH_PAIRS)],
+    ids=str,
+)
+def test_state_dict__lets_training_go_on_as_if_never_stopped(name: str, options: dict[str, Any]) -> None:
+    method = trained_a_little(name, texts(), **options)
+    other = make_trained(name, fairness="running", **options)
     assert isinstance(method, SelfTrainingMethod)
     assert not torch.equal(other.mean_prediction, method.mean_prediction)
     other.load_state_dict(method.state_dict())
@@ -686,7 +695,7 @@ def test_state_dict__lets_training_go_on_as_if_never_stopped(name: str) -> None:
         losses.append(one.loss(unit(3, 6, seed=6), pseudo))
     assert torch.equal(losses[0].total, losses[1].total)
     assert torch.equal(other.mean_prediction, method.mean_prediction)
-    if name == "fair":
+    if options == WITH_PAIRS:
         assert torch.equal(other.state_dict()["pair_counts"], method.state_dict()["pair_counts"])
         assert other.state_dict()["pair_counts"].sum() == 3 * 4
 
@@ -695,6 +704,12 @@ def test_state_dict__holds_what_is_remembered() -> None:
     assert set(make("fair").state_dict()) >= {"anchors", "mean_prediction", "pair_counts"}
     assert set(make("self-training").state_dict()) >= {"anchors", "mean_prediction", "fixed"}
     agree(make_trained("fair", texts(5)).mean_prediction, [0.2] * 5)
+
+
+@over_kinds
+def test_state_dict__of_fair_has_a_place_for_pairs_only_where_confusion_is_named(weight: WeightKind) -> None:
+    side = 5 if "confusion" in weight.split("*") else 0
+    assert make("fair", texts(5), weight=weight).state_dict()["pair_counts"].shape == (side, side)
 
 
 @pytest.mark.parametrize("name", TRAINED)

@@ -344,6 +344,21 @@ def test_self_training_weight__is_in_the_unit_interval(
         assert bool(((found >= 0) & (found <= 1)).all())
 
 
+@over_kinds
+def test_self_training_weight__without_confusability_unless_it_names_confusion(kind: WeightKind) -> None:
+    probabilities, whole = predictions(6, 4), predictions(6, 4, seed=1)
+    labels = probabilities.argmax(1)
+
+    def without() -> Tensor:
+        return self_training_weight(kind, probabilities=probabilities, global_probabilities=whole, labels=labels)
+
+    if "confusion" in kind:
+        with pytest.raises(ValueError, match="confusion weight needs the classes' confusability"):
+            without()
+    else:
+        assert torch.equal(without(), weight(kind, probabilities, whole, labels, any_kappa(4)))
+
+
 def test_self_training_weight__none_is_one() -> None:
     even = torch.full((3, 4), 0.25)
     assert weight("none", even, even, torch.arange(3), torch.ones(4, 4)).tolist() == [1.0] * 3

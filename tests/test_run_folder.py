@@ -61,6 +61,11 @@ def learned(folder: Path) -> list[str]:
     return [sha256((folder / "model" / name).read_bytes()).hexdigest() for name in names]
 
 
+def checkpoints(folder: Path) -> list[str]:
+    """What the folder of checkpoints holds, without the suffix of whole files."""
+    return sorted(path.name.removesuffix(".safetensors") for path in (folder / "checkpoints").glob("*"))
+
+
 def metrics(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
@@ -96,10 +101,7 @@ def run(finished: Path, tmp_path: Path) -> Path:
 def test_adapt_into__leaves_the_contract(finished: Path) -> None:
     assert {path.name for path in finished.iterdir()} - {"report.html"} == CONTRACT
     assert {path.suffix for path in (finished / "model").iterdir()} == {".json", ".safetensors"}
-    assert [path.name for path in sorted((finished / "checkpoints").iterdir())] == [
-        "epoch-0003.safetensors",
-        "epoch-0004.safetensors",
-    ]
+    assert checkpoints(finished) == ["epoch-0003", "epoch-0004", "features-0002", "features-0003"]
     assert not list(finished.rglob("*.part"))
 
 
@@ -173,7 +175,8 @@ def test_adapt_into__the_configuration_is_resolved_and_gives_the_same_run(
         for section in ("data", "views", "training")
         for key in written[section]
     }
-    assert "auto" not in resolved.values()
+    # Where a run runs may differ, so it is written as it was asked for.
+    assert {name for name, value in resolved.items() if value == "auto"} == {"data.cache", "data.workers"}
     assert resolved["training.epochs"] == 2
     assert resolved["data.working_size"] == 64  # 32 pixels, crops of half a side
     adapt(tmp_path / "second", album, read_config(tmp_path / "first" / "config.yaml"))
@@ -266,16 +269,14 @@ def test_adapt_into__overwrite_removes_what_is_ours_alone(run: Path, album: Path
     (run / "thesis.txt").write_text("years of work", encoding="utf-8")
     (run / "notes").mkdir()
     (run / "notes" / "a.txt").write_text("mine", encoding="utf-8")
-    (run / "checkpoints" / "epoch-0009.safetensors").write_bytes(b"of the run before")
+    for name in ("epoch-0009", "features-0009"):
+        (run / "checkpoints" / f"{name}.safetensors").write_bytes(b"of the run before")
     before = learned(run)
     adapt(run, album, four_epochs(tiny_backbone("transformer"), seed=5, training__epochs=2), overwrite=True)
     assert (run / "thesis.txt").read_text(encoding="utf-8") == "years of work"
     assert (run / "notes" / "a.txt").read_text(encoding="utf-8") == "mine"
     assert {path.name for path in run.iterdir()} - {"report.html"} == CONTRACT | {"thesis.txt", "notes"}
-    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == [
-        "epoch-0001.safetensors",
-        "epoch-0002.safetensors",
-    ]
+    assert checkpoints(run) == ["epoch-0001", "epoch-0002", "features-0000", "features-0001"]
     assert [line["epoch"] for line in metrics(run)] == [1, 2]
     assert run_json(run)["seed"] == 5
     assert learned(run) != before
@@ -332,12 +333,12 @@ class _Ear:
         self.owner, self.listening = owner, listening
 
     def advance(self, images: int) -> None:
-        self._hear("advance")
+        self.hear("advance")
 
     def note(self, text: str) -> None:
-        self._hear("note")
+        self.hear("note")
 
-    def _hear(self, call: str) -> None:
+    def hear(self, call: str) -> None:
         if not self.listening or call != self.owner.call:
             return
         self.owner.left -= 1
@@ -346,21 +347,39 @@ class _Ear:
             raise StoppedError
 
 
+# What lies among the checkpoints after two epochs, and the files of features there are once the third has begun.
+TWO, THIRD = ["epoch-0001", "epoch-0002", "features-0000", "features-0001"], ["features-0001", "features-0002"]
+
+
 def interrupt(folder: Path, album: Path, config: Config, stage: str, call: str, count: int) -> dict[str, Any]:
-    """A run that stops in the middle; what its run.json said at that moment."""
+    """A run that stops in the middle; what its run.json said at that moment.
+
+    ``stage`` and ``call`` as Interrupting wants them, or "metrics" and "line": when the line of an epoch is written.
+    """
     progress = Interrupting(stage, call, count, folder)
+    lines = _Ear(progress, stage == "metrics")
     with pytest.raises(StoppedError):
-        adapt(folder, album, config, progress=progress)
+        adapt(folder, album, config, progress=progress, on_epoch=lambda record: lines.hear("line"))
     return progress.seen
 
 
 @pytest.mark.parametrize(
     ("stage", "call", "count", "lines", "kept"),
     [
-        pytest.param("adapting", "advance", 2, 0, [], id="in the first epoch"),
-        pytest.param("adapting", "advance", 8, 2, [1, 2], id="in the third epoch"),
-        pytest.param("adapting", "note", 3, 3, [1, 2], id="between the third line and the third checkpoint"),
-        pytest.param("predicting", "advance", 5, 4, [3, 4], id="while predicting"),
+        pytest.param("label pass", "advance", 1, 0, ["features-0000.part"], id="in the first label pass"),
+        pytest.param("adapting", "advance", 2, 0, ["features-0000"], id="in the first epoch"),
+        pytest.param("label pass", "advance", 3, 2, [*TWO, "features-0002.part"], id="in the third label pass"),
+        pytest.param("adapting", "advance", 8, 2, [*TWO[:2], *THIRD], id="in the third epoch"),
+        pytest.param("adapting", "note", 3, 2, [*TWO[:2], *THIRD], id="before the third line"),
+        pytest.param("metrics", "line", 3, 3, [*TWO[:2], *THIRD], id="between the third line and the third checkpoint"),
+        pytest.param(
+            "predicting",
+            "advance",
+            5,
+            4,
+            ["epoch-0003", "epoch-0004", "features-0002", "features-0003"],
+            id="while predicting",
+        ),
     ],
 )
 def test_adapt_into__resumed_is_the_uninterrupted_run(
@@ -372,16 +391,14 @@ def test_adapt_into__resumed_is_the_uninterrupted_run(
     call: str,
     count: int,
     lines: int,
-    kept: list[int],
+    kept: list[str],
 ) -> None:
     folder, config = tmp_path / "run", four_epochs(tiny_backbone("transformer"))
     meanwhile = interrupt(folder, album, config, stage, call, count)
     assert meanwhile["status"] == run_json(folder)["status"] == "running"
     assert (folder / "config.yaml").is_file()
     assert len(metrics(folder)) == lines
-    assert sorted((folder / "checkpoints").glob("*")) == [
-        folder / "checkpoints" / f"epoch-{epoch:04d}.safetensors" for epoch in kept
-    ]
+    assert checkpoints(folder) == kept
     summary = adapt(folder, album, config, resume=True)
     assert learned(folder) == learned(finished)
     assert (folder / "predictions.csv").read_bytes() == (finished / "predictions.csv").read_bytes()
@@ -397,7 +414,7 @@ def test_adapt_into__a_torn_last_line_of_metrics_survives(
     finished: Path, album: Path, tiny_backbone: Tiny, tmp_path: Path
 ) -> None:
     folder, config = tmp_path / "run", four_epochs(tiny_backbone("transformer"))
-    interrupt(folder, album, config, "adapting", "note", 3)
+    interrupt(folder, album, config, "metrics", "line", 3)
     path = folder / "metrics.jsonl"
     path.write_bytes(path.read_bytes()[:-25])
     with pytest.raises(ValueError, match=r"delimiter|Unterminated|Expecting"):
@@ -418,6 +435,18 @@ def test_adapt_into__a_finished_run_resumed_stays_as_it_is(
     assert summary.epochs == EPOCHS
     assert learned(run) == learned(finished)
     assert [line["epoch"] for line in metrics(run)] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    "where", [{"data__cache": "temporary"}, {"data__cache_gb": 0.0}, {"data__workers": 1}], ids=str
+)
+def test_adapt_into__resumed_elsewhere_is_the_same_run(
+    finished: Path, album: Path, tiny_backbone: Tiny, tmp_path: Path, where: dict[str, Any]
+) -> None:
+    folder, backbone = tmp_path / "run", tiny_backbone("transformer")
+    interrupt(folder, album, four_epochs(backbone), "adapting", "advance", 8)
+    adapt(folder, album, four_epochs(backbone, **where), resume=True)
+    assert learned(folder) == learned(finished)
 
 
 Change = Callable[[dict[str, Any], Path], None]
@@ -447,6 +476,11 @@ def another_seed(given: dict[str, Any], photos: Path) -> None:
     given["config"] = given["config"].model_copy(update={"seed": 7})
 
 
+def another_working_size(given: dict[str, Any], photos: Path) -> None:
+    config = given["config"]
+    given["config"] = config.model_copy(update={"data": config.data.model_copy(update={"working_size": 48})})
+
+
 def all_at_once(given: dict[str, Any], photos: Path) -> None:
     for change in (another_image, other_classes, another_seed):
         change(given, photos)
@@ -461,6 +495,7 @@ def all_at_once(given: dict[str, Any], photos: Path) -> None:
         (another_order, "texts"),
         (descriptions_too, "texts"),
         (another_seed, "settings"),
+        (another_working_size, "settings"),
         (all_at_once, "settings and texts and images"),
     ],
 )

@@ -11,13 +11,36 @@ import pytest
 import torch
 
 from conftest import CLASSES, tiny_config, write_photos
+from finealign import training
+from finealign.backbone import Backbone
+from finealign.checkpoints import read_last_checkpoint
 from finealign.classifier import FineAlign
-from finealign.errors import FinealignError
-from finealign.training import EpochRecord, _batches, adapt
+from finealign.devices import choose_workers
+from finealign.errors import FinealignError, ImageInputError, ModelError
+from finealign.images import Pixels, read_image
+from finealign.mapped import read_mapped
+from finealign.progress import Progress
+from finealign.training import EncodedAfresh, EpochRecord, _batches, adapt
 
 Tiny = Callable[[str], str]
 METHODS = ["fair", "self-training"]
 TOWERS = ["transformer", "convolutional"]
+
+
+class KilledError(Exception):
+    """What a test raises in the middle of a run."""
+
+
+def killed_after(epochs: int, photos: Path, backbone: str, checkpoints: Path, **overrides: Any) -> None:
+    """A run that ends when the record of the last of these epochs is out and its checkpoint is not."""
+
+    def stop(record: EpochRecord) -> None:
+        if record.epoch == epochs:
+            raise KilledError
+
+    model = FineAlign(CLASSES, config=tiny_config(backbone, **overrides))
+    with pytest.raises(KilledError):
+        model.fit(photos, checkpoints=checkpoints, on_epoch=stop)
 
 
 def fit(photos: Path, backbone: str, checkpoints: Path | None = None, **overrides: Any) -> FineAlign:
@@ -81,17 +104,7 @@ def test_adapt__resumed_is_bit_for_bit_the_uninterrupted(
     settings: dict[str, Any] = {"training__encoder": encoder, "views__refresh_epochs": refresh, "training__epochs": 4}
     backbone = tiny_backbone("transformer")
     whole = state(fit(photos, backbone, **settings))
-
-    class KilledError(Exception):
-        pass
-
-    def stop_after_three(record: EpochRecord) -> None:
-        if record.epoch == 3:
-            raise KilledError
-
-    model = FineAlign(CLASSES, config=tiny_config(backbone, **settings))
-    with pytest.raises(KilledError):
-        model.fit(photos, checkpoints=tmp_path / "kept", on_epoch=stop_after_three)
+    killed_after(3, photos, backbone, tmp_path / "kept", **settings)
     resumed = fit(photos, backbone, checkpoints=tmp_path / "kept", **settings)
     assert [record.epoch for record in resumed.history_] == [3, 4]
     assert not differing(whole, state(resumed))
@@ -175,6 +188,272 @@ def test_adapt__records_say_what_happened(photos: Path, tiny_backbone: Tiny, met
     assert rates == sorted(rates, reverse=True)
 
 
+# --- processes --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("settings", [{}, {"training__encoder": "frozen"}, {"method__name": "self-training"}], ids=str)
+def test_adapt__views_made_by_processes_give_identical_weights(
+    photos: Path, tiny_backbone: Tiny, settings: dict[str, Any]
+) -> None:
+    first, second = (
+        state(fit(photos, tiny_backbone("transformer"), data__workers=workers, training__epochs=2, **settings))
+        for workers in (0, 2)
+    )
+    assert not differing(first, second)
+
+
+@pytest.mark.parametrize(("wanted", "expected"), [(0, 0), (3, 3), ("auto", 0)])
+def test_adapt__views_are_made_by_as_many_processes_as_asked(
+    photos: Path, tiny_backbone: Tiny, monkeypatch: pytest.MonkeyPatch, wanted: int | str, expected: int
+) -> None:
+    seen: list[int] = []
+
+    def watched(work: Any, items: Any, *, workers: int, pinned: bool) -> Any:
+        assert not pinned  # that is for a GPU
+        seen.append(workers)
+        return map(work, items)
+
+    monkeypatch.setattr(training, "ahead", watched)
+    fit(photos, tiny_backbone("transformer"), data__workers=wanted, training__epochs=1)
+    assert set(seen) == {expected}
+
+
+@pytest.mark.parametrize(("cores", "expected"), [(None, 1), (1, 1), (2, 1), (4, 3), (9, 8), (64, 8)])
+def test_choose_workers__leave_a_core_to_the_model(
+    monkeypatch: pytest.MonkeyPatch, cores: int | None, expected: int
+) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: cores)
+    assert choose_workers("auto", torch.device("cuda")) == expected
+    assert choose_workers("auto", torch.device("cpu")) == 0
+    assert choose_workers(5, torch.device("cpu")) == choose_workers(5, torch.device("cuda")) == 5
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_adapt__an_image_that_goes_away_is_named(photos: Path, tiny_backbone: Tiny, workers: int) -> None:
+    """Images beyond the cache are read at each use; the command line prints the message as it is."""
+
+    def remove(record: EpochRecord) -> None:
+        (photos / "red" / "3.png").unlink()
+
+    config = tiny_config(tiny_backbone("transformer"), data__cache_gb=0, data__workers=workers)
+    with pytest.raises(ImageInputError, match=r"^'[^']*3.png' could be read at the start of the run") as caught:
+        FineAlign(CLASSES, config=config).fit(photos, on_epoch=remove)
+    assert "Traceback" not in str(caught.value)
+
+
+# --- label features ---------------------------------------------------------------------------------------------------
+
+
+def kept_features(folder: Path) -> list[str]:
+    return sorted(path.name.removesuffix(".safetensors") for path in folder.glob("features-*"))
+
+
+def source_of(model: FineAlign, images: list[Pixels], folder: Path, **how: Any) -> EncodedAfresh:
+    given: dict[str, Any] = {"refresh": 1, "crops": True, "progress": Progress()} | how
+    return EncodedAfresh(images, model._views, model.backbone_, folder=folder, **given)
+
+
+@pytest.fixture
+def start(photos: Path, tiny_backbone: Tiny) -> FineAlign:
+    return fit(photos, tiny_backbone("transformer"), method__name="cupl", views__crops=3)
+
+
+@pytest.fixture
+def pictures(photos: Path) -> list[Pixels]:
+    return [np.array(read_image(path, max_pixels=10**6)) for path in sorted(photos.rglob("*.png"))[:7]]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("chunk", [1, 3, 100])
+@pytest.mark.parametrize("refresh", [0, 1])
+def test_label_features__are_those_of_each_images_views(
+    start: FineAlign,
+    pictures: list[Pixels],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    refresh: int,
+    chunk: int,
+    workers: int,
+) -> None:
+    monkeypatch.setattr(training, "RENDER_CHUNK", chunk)
+    source = source_of(start, pictures, tmp_path, refresh=refresh, workers=workers)
+    source.start_epoch(4)
+    found = source.label_features(torch.tensor([5, 0, 2]), 4)
+    embed = start.backbone_.embed
+    for row, image in enumerate((5, 0, 2)):
+        pixels = pictures[image]
+        weak = embed(start._views.weak(pixels)[None])[0]
+        crops = embed(start._views.crops(pixels, epoch=4, image=image))
+        torch.testing.assert_close(found.weak[row], weak, rtol=0, atol=1e-6)
+        torch.testing.assert_close(found.crops[row], crops, rtol=0, atol=1e-6)
+    assert not found.weak.is_inference()
+    assert not found.crops.is_inference()
+    assert kept_features(tmp_path) == (["features-0004"] if refresh else [])
+    if refresh:
+        kept = read_mapped(tmp_path / source.kept_in)
+        assert kept["weak"].shape == (7, 32)
+        assert torch.equal(kept["crops"][[5, 0, 2]], found.crops)
+
+
+@pytest.mark.parametrize("refresh", [0, 1])
+def test_label_features__of_a_method_without_crops(
+    start: FineAlign, pictures: list[Pixels], tmp_path: Path, refresh: int
+) -> None:
+    source = source_of(start, pictures, tmp_path, refresh=refresh, crops=False)
+    source.start_epoch(0)
+    found = source.label_features(torch.tensor([6, 1]), 0)
+    assert found.crops.shape == (2, 0, 32)
+    for row, image in enumerate((6, 1)):
+        weak = start.backbone_.embed(start._views.weak(pictures[image])[None])[0]
+        torch.testing.assert_close(found.weak[row], weak, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("learn", ["anchors", "norms+anchors"])
+def test_adapt__kept_for_one_epoch_or_not_at_all_is_the_same_where_no_encoder_learns(
+    photos: Path, tiny_backbone: Tiny, learn: str
+) -> None:
+    """The views of an epoch are the same; only as the encoder learns do its features grow old within it."""
+    kept, afresh = (
+        state(fit(photos, tiny_backbone("transformer"), training__learn=learn, views__refresh_epochs=refresh))
+        for refresh in (1, 0)
+    )
+    # Encoded in other batches, which may round otherwise.
+    close = all(torch.allclose(value, afresh[name], rtol=0, atol=1e-6) for name, value in kept.items())
+    assert close == (learn == "anchors")
+
+
+@pytest.mark.parametrize(
+    ("refresh", "epochs", "expected"),
+    [
+        (0, 3, []),
+        (1, 1, ["features-0000"]),
+        (1, 5, ["features-0003", "features-0004"]),
+        (2, 5, ["features-0002", "features-0004"]),
+        (9, 3, ["features-0000"]),
+    ],
+)
+def test_adapt__keeps_the_last_two_files_of_features(
+    photos: Path, tiny_backbone: Tiny, tmp_path: Path, refresh: int, epochs: int, expected: list[str]
+) -> None:
+    settings: dict[str, Any] = {"views__refresh_epochs": refresh, "training__epochs": epochs}
+    fit(photos, tiny_backbone("transformer"), tmp_path / "kept", **settings)
+    assert kept_features(tmp_path / "kept") == expected
+    found = read_last_checkpoint(tmp_path / "kept")
+    assert found is not None
+    assert found.values["features"] == (f"{expected[-1]}.safetensors" if expected else "")
+
+
+def test_adapt__without_checkpoints_leaves_no_features(
+    photos: Path, tiny_backbone: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    seen: list[Path] = []
+    model = FineAlign(CLASSES, config=tiny_config(tiny_backbone("transformer")))
+    model.fit(photos, on_epoch=lambda record: seen.extend((tmp_path / "temporary").rglob("features-*")))
+    assert seen
+    assert not list((tmp_path / "temporary").rglob("features-*"))
+
+
+def test_label_pass__keeps_its_own_file_beyond_four_digits(
+    start: FineAlign, pictures: list[Pixels], tmp_path: Path
+) -> None:
+    source = source_of(start, pictures, tmp_path)
+    for epoch in (9998, 9999, 10_000, 10_001):
+        source.start_epoch(epoch)
+        assert (tmp_path / source.kept_in).is_file()
+    assert kept_features(tmp_path) == ["features-10000", "features-10001"]
+
+
+def test_adapt__resumed_uses_the_features_that_the_checkpoint_names(
+    photos: Path, tiny_backbone: Tiny, tmp_path: Path
+) -> None:
+    settings: dict[str, Any] = {"views__refresh_epochs": 9, "training__epochs": 4}
+    backbone, folder = tiny_backbone("transformer"), tmp_path / "kept"
+    whole = state(fit(photos, backbone, **settings))
+    killed_after(3, photos, backbone, folder, **settings)
+    shutil.copytree(folder, tmp_path / "other")
+    features = folder / "features-0000.safetensors"
+    # A later file, which no checkpoint names, and one of a pass that was cut short: neither is looked at.
+    (folder / "features-0009.safetensors").write_bytes(bytes(100))
+    (folder / "features-0001.part").write_bytes(bytes(100))
+    before = features.read_bytes()
+    assert not differing(whole, state(fit(photos, backbone, folder, **settings)))
+    assert features.read_bytes() == before
+
+    other = tmp_path / "other" / "features-0000.safetensors"
+    other.write_bytes(before[:-4000] + bytes(4000))
+    assert differing(whole, state(fit(photos, backbone, tmp_path / "other", **settings)))
+
+
+@pytest.mark.parametrize("encoder", ["full", "frozen"])
+@pytest.mark.parametrize("damage", ["missing", "torn", "empty", "a folder"])
+def test_adapt__resumed_without_its_features(
+    photos: Path, tiny_backbone: Tiny, tmp_path: Path, damage: str, encoder: str
+) -> None:
+    settings: dict[str, Any] = {"views__refresh_epochs": 9, "training__epochs": 4, "training__encoder": encoder}
+    backbone, folder = tiny_backbone("transformer"), tmp_path / "kept"
+    killed_after(3, photos, backbone, folder, **settings)
+    features = folder / "features-0000.safetensors"
+    content = features.read_bytes()
+    features.unlink()
+    if damage == "torn":
+        features.write_bytes(content[:-1])
+    elif damage == "empty":
+        features.touch()
+    elif damage == "a folder":
+        features.mkdir()
+    expected = r"features-0000.safetensors, which the checkpoint beside it needs, cannot be read: .*--overwrite"
+    with pytest.raises(ModelError, match=expected):
+        fit(photos, backbone, folder, **settings)
+
+
+@pytest.mark.parametrize("refresh", [0, 1, 2, 9])
+def test_adapt__resumed_from_the_last_but_one_checkpoint(
+    photos: Path, tiny_backbone: Tiny, tmp_path: Path, refresh: int
+) -> None:
+    """Two are kept so that a torn last one loses an epoch, not the run."""
+    settings: dict[str, Any] = {"views__refresh_epochs": refresh, "training__epochs": 4}
+    backbone, folder = tiny_backbone("transformer"), tmp_path / "kept"
+    whole = state(fit(photos, backbone, **settings))
+    killed_after(3, photos, backbone, folder, **settings)
+    last = folder / "epoch-0002.safetensors"
+    last.write_bytes(last.read_bytes()[:-10])
+    resumed = fit(photos, backbone, folder, **settings)
+    assert [record.epoch for record in resumed.history_] == [2, 3, 4]
+    assert not differing(whole, state(resumed))
+
+
+@pytest.mark.parametrize("call", [1, 2, 5, 6], ids=str)
+def test_label_pass__cut_short_leaves_no_file_under_its_name(
+    photos: Path, tiny_backbone: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: int
+) -> None:
+    """24 images in three chunks, the weak views of each and then its crops: six calls of the encoder."""
+    monkeypatch.setattr(training, "RENDER_CHUNK", 8)
+    backbone, folder = tiny_backbone("transformer"), tmp_path / "kept"
+    whole = state(fit(photos, backbone))
+    calls = 0
+    embed = Backbone.embed
+
+    def killed(self: Backbone, images: torch.Tensor) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            raise KilledError
+        return embed(self, images)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Backbone, "embed", killed)
+        with pytest.raises(KilledError):
+            fit(photos, backbone, folder)
+    assert not list(folder.rglob("*.safetensors"))
+    assert not differing(whole, state(fit(photos, backbone, folder)))
+    assert not list(folder.rglob("*.part"))
+
+
+# --- batches ----------------------------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize(("images", "count"), [(1, 1), (7, 3), (64, 1), (65, 2), (100, 7)])
 def test_batches__each_image_once_and_no_runt(images: int, count: int) -> None:
     batches = _batches(images, count, seed=3, epoch=5)
@@ -182,3 +461,19 @@ def test_batches__each_image_once_and_no_runt(images: int, count: int) -> None:
     sizes = [len(batch) for batch in batches]
     assert len(sizes) == count
     assert max(sizes) - min(sizes) <= 1
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_label_pass__crops_cut_on_the_device_are_those_of_the_cpu(
+    start: FineAlign, pictures: list[Pixels], tmp_path: Path, workers: int
+) -> None:
+    """As a GPU does it: images go there whole. What differs is rounding, by 2 of 255 at the most."""
+    found = []
+    for late in (False, True):
+        source = source_of(start, pictures, tmp_path / str(late), workers=workers)
+        source.cut_late = late
+        source.label_pass(3)
+        found.append({name: kept.clone() for name, kept in source.kept.items()})
+    assert torch.equal(found[0]["weak"], found[1]["weak"])
+    torch.testing.assert_close(found[0]["crops"], found[1]["crops"], rtol=0, atol=2e-3)
+    assert not torch.equal(found[0]["crops"], found[0]["crops"].roll(1, 0))

@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 from finealign import views as views_module
 from finealign.config import ViewSettings
-from finealign.views import ASPECT, CROP, PREDICTION_EPOCH, STRONG, Views, crop_box, draw, strong_box
+from finealign.views import ASPECT, CROP, PREDICTION_EPOCH, STRONG, Views, crop_box, cut_and_resize, draw, strong_box
 
 Pixels = NDArray[np.uint8]
 
@@ -433,3 +434,22 @@ def test_crop_boxes__draw_the_same_as_ever() -> None:
     """Boxes written down when ``crops`` drew its own: another draw would be another experiment."""
     boxes = make(seed=0, crops=3).crop_boxes(48, 64, epoch=1, image=2)
     assert boxes == [(13, 12, 48, 47), (18, 3, 60, 45), (26, 7, 62, 43)]
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    height=st.integers(1, 90), width=st.integers(1, 90), size=st.integers(1, 70), seed=st.integers(0, 9), data=st.data()
+)
+def test_cut_and_resize__is_the_cpu_s_crops(height: int, width: int, size: int, seed: int, data: st.DataObject) -> None:
+    """PyTorch's own uint8 kernel, box by box, is the independent statement; its weights are rounded."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    boxes = []
+    for _ in range(data.draw(st.integers(1, 4))):
+        left, top = data.draw(st.integers(0, width - 1)), data.draw(st.integers(0, height - 1))
+        boxes.append((left, top, data.draw(st.integers(left + 1, width)), data.draw(st.integers(top + 1, height))))
+    found = cut_and_resize(torch.from_numpy(pixels).permute(2, 0, 1), boxes, size)
+    assert found.dtype == torch.uint8 and found.shape == (len(boxes), 3, size, size)
+    for one, (left, top, right, bottom) in zip(found, boxes, strict=True):
+        part = torch.from_numpy(pixels[top:bottom, left:right]).permute(2, 0, 1)[None]
+        expected = interpolate(part, size=(size, size), mode="bicubic", antialias=True)[0]
+        assert (one.int() - expected.int()).abs().max() <= 2

@@ -5,23 +5,30 @@ import json
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+import psutil
 import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import normalize
+from torch.utils.checkpoint import checkpoint
 
 from finealign.errors import BackboneError, unknown_name
 from finealign.storage import save_tensors
+from finealign.towers import is_convolutional, is_normalisation, working_copy
 from finealign.types import TextFeatures, Texts
 
 Precision = Literal["fp32", "bf16"]
 WEIGHTS, CONFIG = "open_clip_model.safetensors", "open_clip_config.json"
 # Larger chunks fall out of the processor's caches and gain nothing; the result does not depend on it beyond rounding.
 IMAGE_CHUNK, TEXT_CHUNK = 32, 256
+# The share of memory that a step may fill with what its backward pass needs; past it, chunks are encoded again there.
+# Of all memory, not of what is free: the same machine must split a batch the same way each time.
+ACTIVATION_SHARE = 1 / 6
 
 
 @dataclass
@@ -39,6 +46,9 @@ class Backbone:
     geometry: Callable[[Image.Image], Image.Image]
     device: torch.device
     precision: Precision
+    _encoders: dict[torch.dtype, Any] = field(default_factory=dict, init=False, repr=False)
+    _kept_bytes: dict[torch.dtype, int] = field(default_factory=dict, init=False, repr=False)
+    _texts: tuple[Texts, TextFeatures] | None = field(default=None, init=False, repr=False)
 
     @property
     def input_size(self) -> int:
@@ -58,39 +68,86 @@ class Backbone:
     def encode_images(self, images: Tensor) -> Tensor:
         """Normalised embeddings of uint8 (B, 3, S, S) images on any device: (B, D) float32 on the backbone's.
 
-        Gradients flow into the normalisation parameters unless the caller forbids it.
+        Gradients flow into the normalisation parameters unless the caller forbids it. When what they need of a batch
+        this large does not fit, it is encoded in chunks and each once more in the backward pass: slower by a forward
+        pass, the same but for rounding.
         """
-        pixels = images.to(self.device, non_blocking=True).float().div_(255)
-        mean = pixels.new_tensor(self.preprocess["mean"])[:, None, None]
-        std = pixels.new_tensor(self.preprocess["std"])[:, None, None]
-        pixels = (pixels - mean) / std
-        if self.convolutional:
-            pixels = pixels.contiguous(memory_format=torch.channels_last)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            features = self.model.encode_image(pixels)
+        chunk = self._gradient_chunk(images)
+        if len(images) <= chunk:
+            return self._encode(images)
+        parts = [
+            checkpoint(self._encode, part, use_reentrant=False, preserve_rng_state=False)
+            for part in torch.split(images, chunk)
+        ]
+        return torch.cat(parts)
+
+    def _encode(self, images: Tensor) -> Tensor:
+        dtype = self._working_type
+        mean, std = self._normal
+        layout = torch.channels_last if self.convolutional else torch.contiguous_format
+        pixels = images.to(self.device, non_blocking=True).float().div_(255).sub_(mean).div_(std)
+        pixels = pixels.to(dtype).contiguous(memory_format=layout)
+        autocast = self.precision == "bf16" and dtype == torch.float32
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=autocast):
+            features = self._encoder(dtype).encode_image(pixels)
         return normalize(features.float(), dim=-1)
+
+    @cached_property  # a copy to a GPU at every call would have it wait
+    def _normal(self) -> tuple[Tensor, Tensor]:
+        mean, std = torch.tensor([self.preprocess["mean"], self.preprocess["std"]], device=self.device)
+        return mean[:, None, None], std[:, None, None]
+
+    @property
+    def _working_type(self) -> torch.dtype:
+        """On a CPU the tower is cast whole: autocast would cast every weight anew at each call."""
+        whole = self.precision == "bf16" and self.device.type == "cpu"
+        return torch.bfloat16 if whole else torch.float32
+
+    def _encoder(self, dtype: torch.dtype) -> Any:
+        """The model around a working copy of its image tower."""
+        if dtype not in self._encoders:
+            encoder = copy.copy(self.model)
+            with torch.inference_mode(False):  # or its buffers could never take part in a gradient
+                visual = working_copy(self.model.visual, dtype=dtype)
+            encoder._modules = {**self.model._modules, "visual": visual}
+            self._encoders[dtype] = encoder
+        return self._encoders[dtype]
+
+    def _gradient_chunk(self, images: Tensor) -> int:
+        """How many images may be encoded with gradient at once; all of them where none is recorded."""
+        if not torch.is_grad_enabled() or not any(p.requires_grad for p in self.model.visual.parameters()):
+            return len(images)
+        dtype = self._working_type
+        if dtype not in self._kept_bytes:
+            weights = self._encoder(dtype).visual.parameters()
+            self._kept_bytes[dtype] = max(1, _bytes_kept(lambda: self._encode(images[:1]), beside=weights))
+        return max(1, int(ACTIVATION_SHARE * _memory(self.device)) // self._kept_bytes[dtype])
 
     @torch.inference_mode()
     def embed(self, images: Tensor) -> Tensor:
         """As ``encode_images`` without gradients, in chunks that bound the memory."""
-        return torch.cat([self.encode_images(chunk) for chunk in torch.split(images, IMAGE_CHUNK)])
+        return torch.cat([self._encode(chunk) for chunk in torch.split(images, IMAGE_CHUNK)])
 
     @torch.inference_mode()
     def encode_texts(self, texts: Texts) -> TextFeatures:
-        """The class names in every template and all descriptions, encoded once in float32.
+        """The class names in every template and all descriptions, in float32; the same texts are encoded once.
 
         Raises BackboneError when a text is longer than the tokenizer's window, which would cut it silently.
         """
+        if self._texts is not None and self._texts[0] == texts:
+            return self._texts[1]
         prompts = [template.replace("{}", name) for name in texts.classes for template in texts.templates]
         sentences = [sentence for group in texts.descriptions for sentence in group]
         encoded = self._encode_sentences(prompts + sentences)
         names = encoded[: len(prompts)].reshape(len(texts.classes), len(texts.templates), -1).mean(1)
         class_of = [index for index, group in enumerate(texts.descriptions) for _ in group]
-        return TextFeatures(
+        features = TextFeatures(
             names=normalize(names, dim=-1),
             descriptions=encoded[len(prompts) :],
             class_of=torch.tensor(class_of, device=self.device),
         )
+        self._texts = texts, features
+        return features
 
     def _encode_sentences(self, sentences: list[str]) -> Tensor:
         features = []
@@ -115,8 +172,8 @@ class Backbone:
 
     @property
     def convolutional(self) -> bool:
-        """Whether BatchNorm marks the image tower as a convolutional one."""
-        return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in self.model.visual.modules())
+        """Whether the image tower is a convolutional one."""
+        return is_convolutional(self.model.visual)
 
     def norm_parameters(self) -> dict[str, nn.Parameter]:
         """Scale and shift of every normalisation layer of the image tower, by name. Step 8 of METHOD.
@@ -126,7 +183,7 @@ class Backbone:
         found = {
             f"{prefix}.{name}" if prefix else name: parameter
             for prefix, module in self.model.visual.named_modules()
-            if _is_normalisation(module)
+            if is_normalisation(module)
             for name, parameter in module.named_parameters(recurse=False)
         }
         if not found:
@@ -303,11 +360,28 @@ def _model_config(name: str) -> dict[str, Any]:
     return found
 
 
-def _is_normalisation(module: nn.Module) -> bool:
-    from timm.layers import RmsNorm, RmsNorm2d
+def _memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return int(psutil.virtual_memory().total)
 
-    kinds = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._BatchNorm, RmsNorm, RmsNorm2d)
-    return isinstance(module, kinds)
+
+def _bytes_kept(encode: Callable[[], Tensor], *, beside: Iterable[Tensor]) -> int:
+    """What autograd keeps of a forward pass for the backward pass, beside the weights."""
+    weights = {weight.untyped_storage().data_ptr() for weight in beside}
+    storages: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:  # a linear layer keeps its weight as a transposed view
+            storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        encoded = encode()  # alive until the sum is taken, so that no address is used twice
+    kept = sum(storages.values())
+    del encoded
+    return kept
 
 
 def list_backbones() -> list[str]:

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from itertools import islice
 from pathlib import Path
 from typing import Self, TypeVar
@@ -9,20 +10,22 @@ from typing import Self, TypeVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from platformdirs import user_cache_dir
 from torch import Tensor
 
 from finealign.backbone import Backbone, load_backbone
 from finealign.config import DEFAULT_BACKBONE, Config, MethodSettings, make_config, resolve
 from finealign.devices import WantedPrecision, choose_device, choose_precision
 from finealign.errors import ConfigError, FinealignError, ImageInputError
-from finealign.images import ImageReadError, decode_all, display_path, list_images, read_image, stream_images
+from finealign.images import ImageReadError, Pixels, display_path, in_order, list_images, read_image
 from finealign.methods import Method, create_method, find_method, method_options
 from finealign.model_folder import SavedModel, read_model, write_model
+from finealign.pixels import store_pixels
 from finealign.progress import Progress
 from finealign.prompts import make_texts
 from finealign.training import EpochRecord, adapt
 from finealign.types import Explanation, ImageFeatures, Prediction, Score, SetAside, TextFeatures, Texts
-from finealign.views import PREDICTION_EPOCH, Pixels, Views
+from finealign.views import PREDICTION_EPOCH, Views
 
 Images = str | Path | Sequence[str | Path]  # a folder, a list file, a CSV, one image, or paths
 
@@ -193,12 +196,17 @@ class FineAlign:
         """
         self._require_fitted()
         kind = _choose_score(type(self.method_), self.config_.prediction.score, score)
-        max_pixels = self.config_.data.max_pixels
-        for chunk in _chunks(stream_images(paths, max_pixels=max_pixels), PREDICTION_CHUNK):
-            read = [(path, np.array(found)) for path, found in chunk if not isinstance(found, SetAside)]
-            scored = iter(self._score([pixels for _, pixels in read], [p for p, _ in read], kind, with_start))
-            for _, found in chunk:
-                yield found if isinstance(found, SetAside) else next(scored)
+
+        def see(path: Path) -> tuple[Tensor, Tensor]:
+            return self._render(np.array(read_image(path, max_pixels=self.config_.data.max_pixels)), kind)
+
+        # Decoded and cut by threads, a chunk ahead of the model.
+        with closing(in_order(see, paths, held=2 * PREDICTION_CHUNK)) as seen:
+            for chunk in _chunks(seen, PREDICTION_CHUNK):
+                read = [(path, views) for path, views in chunk if not isinstance(views, SetAside)]
+                scored = iter(self._score(read, kind, with_start))
+                for _, found in chunk:
+                    yield found if isinstance(found, SetAside) else next(scored)
 
     def readable_predictions(
         self,
@@ -240,7 +248,7 @@ class FineAlign:
             ) from error
         height, width = pixels.shape[:2]
         with torch.inference_mode():
-            features = self._embed(*self._render([pixels], kind))
+            features = self._embed([self._render(pixels, kind)])
             weights = self.method_.crop_weights(features)
             scores, probabilities = self._with_probabilities(self.method_, features, kind)
         return Explanation(
@@ -298,10 +306,13 @@ class FineAlign:
                 config.backbone, device=device, precision=choose_precision(config.precision, device), seed=config.seed
             )
 
-    def _decode(self, paths: list[Path], config: Config, progress: Progress) -> list[Pixels]:
-        working_size = config.data.working_size
-        if working_size == "auto":
+    def _decode(self, paths: list[Path], config: Config, progress: Progress) -> Sequence[Pixels]:
+        data = config.data
+        if data.working_size == "auto":
             raise ValueError("the configuration is not resolved")
+        folder = None if data.cache == "temporary" else Path(data.cache).expanduser()
+        if data.cache == "auto":
+            folder = Path(user_cache_dir("finealign", appauthor=False)) / "pixels"
         with progress.stage("reading images", len(paths)) as stage:
             done = 0
 
@@ -310,35 +321,42 @@ class FineAlign:
                 stage.advance(count - done)
                 done = count
 
-            decoded, self.set_aside_ = decode_all(
-                paths, shorter_side=working_size, max_pixels=config.data.max_pixels, on_progress=advance
+            stored, self.set_aside_ = store_pixels(
+                paths,
+                shorter_side=data.working_size,
+                max_pixels=data.max_pixels,
+                folder=folder,
+                max_bytes=int(data.cache_gb * 1e9),
+                on_progress=advance,
             )
-        self.paths_ = [image.path for image in decoded]
-        return [image.pixels for image in decoded]
+        self.paths_ = stored.paths
+        return stored
 
     @torch.inference_mode()
-    def _score(self, images: list[Pixels], paths: list[Path], kind: Score, with_start: bool) -> Iterator[Prediction]:
-        if not images:
+    def _score(
+        self, seen: Sequence[tuple[Path, tuple[Tensor, Tensor]]], kind: Score, with_start: bool
+    ) -> Iterator[Prediction]:
+        if not seen:
             return
-        weak, crops = self._render(images, kind)
-        features = self._embed(weak, crops)
+        views = [found for _, found in seen]
+        features = self._embed(views)
         scored = [self._with_probabilities(self.method_, features, kind)]
         if with_start:
             at_start = features
             if self._saved.start_norms:
                 with self.backbone_.with_norms(self._saved.start_norms):
-                    at_start = self._embed(weak, None)
+                    at_start = self._embed([(weak, weak.new_empty(0, *weak.shape)) for weak, _ in views])
             scored.append(self._with_probabilities(self._start, at_start, "global"))
-        for index, path in enumerate(paths):
+        for index, (path, _) in enumerate(seen):
             yield Prediction(path, *(rows[index] for pair in scored for rows in pair))
 
-    def _render(self, images: list[Pixels], kind: Score) -> tuple[Tensor, Tensor | None]:
-        """What a score looks at, uint8: weak views (B, 3, S, S), and crops (B * N, 3, S, S) unless it needs none."""
-        weak = torch.stack([self._views.weak(pixels) for pixels in images])
+    def _render(self, pixels: Pixels, kind: Score) -> tuple[Tensor, Tensor]:
+        """What a score looks at, uint8: the weak view (3, S, S), and the crops (N, 3, S, S), N = 0 if it needs none."""
+        weak = self._views.weak(pixels)
         if kind == "global":
-            return weak, None
+            return weak, weak.new_empty(0, *weak.shape)
         # Every image gets the same draws, so its scores do not depend on its neighbours or its place in a list.
-        return weak, torch.cat([self._views.crops(pixels, epoch=PREDICTION_EPOCH, image=0) for pixels in images])
+        return weak, self._views.crops(pixels, epoch=PREDICTION_EPOCH, image=0)
 
     @staticmethod
     def _with_probabilities(
@@ -347,11 +365,12 @@ class FineAlign:
         scores = method.score(features, kind)
         return scores.cpu().numpy(), method.probabilities(scores).cpu().numpy()
 
-    def _embed(self, weak: Tensor, crops: Tensor | None) -> ImageFeatures:
-        whole = self.backbone_.embed(weak)
-        if crops is None:
-            return ImageFeatures(weak=whole, crops=whole.new_zeros(len(whole), 0, whole.shape[1]))
-        return ImageFeatures(weak=whole, crops=self.backbone_.embed(crops).reshape(len(whole), -1, whole.shape[1]))
+    def _embed(self, seen: Sequence[tuple[Tensor, Tensor]]) -> ImageFeatures:
+        """The features of rendered images, one or more."""
+        whole = self.backbone_.embed(torch.stack([weak for weak, _ in seen]))
+        crops = torch.cat([parts for _, parts in seen])
+        parts = self.backbone_.embed(crops) if len(crops) else whole.new_zeros(0, whole.shape[1])
+        return ImageFeatures(weak=whole, crops=parts.reshape(len(seen), -1, whole.shape[1]))
 
 
 def _views(config: Config, backbone: Backbone) -> Views:

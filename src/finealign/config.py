@@ -35,7 +35,16 @@ class DataSettings(Settings):
 
     max_pixels: Positive = Field(200_000_000, description="images with more pixels than this are set aside unread")
     working_size: Positive | Auto = Field(
-        "auto", description="shorter side kept in memory; auto: the input size over the smallest crop's share"
+        "auto", description="shorter side images are reduced to; auto: the input size over the smallest crop's share"
+    )
+    cache: str = Field(
+        "auto", description="folder for decoded images; auto: the user's cache folder; temporary: gone after the run"
+    )
+    cache_gb: Annotated[float, Field(ge=0)] = Field(
+        8.0, description="bound on the decoded images kept there; those beyond it are decoded at each use"
+    )
+    workers: Annotated[int, Field(ge=0)] | Auto = Field(
+        "auto", description="processes that make views; 0: a thread; auto: 0 on a CPU, up to 8 for a GPU"
     )
 
 

@@ -1,6 +1,7 @@
-"""Which device and which precision: asked of accelerate and of the processor, never assumed."""
+"""Which device, which precision and how many workers: asked of accelerate and of the machine, never assumed."""
 
 import ctypes
+import os
 from typing import Literal
 
 import torch
@@ -59,3 +60,10 @@ def choose_precision(wanted: WantedPrecision, device: torch.device) -> Precision
     if wanted == "auto":
         return "bf16" if good_at_bf16(device) else "fp32"
     return wanted
+
+
+def choose_workers(wanted: int | Literal["auto"], device: torch.device) -> int:
+    """Processes that make views. On a CPU the model takes every core, and one thread beside it keeps ahead of it."""
+    if wanted != "auto":
+        return wanted
+    return 0 if device.type == "cpu" else min(8, max(1, (os.cpu_count() or 1) - 1))

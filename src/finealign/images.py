@@ -13,16 +13,15 @@ import stat
 import threading
 import warnings
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, suppress
-from dataclasses import dataclass
-from functools import partial
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import (
     BmpImagePlugin,
     ExifTags,
@@ -40,6 +39,8 @@ from finealign.types import SetAside
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".jpe", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
 MAX_PIXELS = 200_000_000
+
+Pixels = NDArray[np.uint8]  # (H, W, 3)
 
 _SUFFIXES_SHOWN = ", ".join(sorted(IMAGE_SUFFIXES))
 # Only these decoders ever see a file: Pillow's others start programs (EPS) or read formats no suffix above promises.
@@ -69,14 +70,6 @@ _T = TypeVar("_T")
 
 class ImageReadError(ImageInputError):
     """One image cannot be read; the message is the bare reason, without the path."""
-
-
-@dataclass(frozen=True, eq=False)
-class DecodedImage:
-    """An image in memory."""
-
-    path: Path
-    pixels: np.ndarray[tuple[int, int, int], np.dtype[np.uint8]]  # (H, W, 3)
 
 
 def display_path(path: str | Path) -> str:
@@ -195,7 +188,7 @@ def read_image(path: Path, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     Raises:
         ImageReadError: the file is not a whole image of at most ``max_pixels``; the message is the reason alone.
     """
-    with _open_regular(path) as file, _quiet_pillow:
+    with open_regular(path) as file, _quiet_pillow:
         try:
             image = _identify(file)
             width, height = image.size
@@ -206,53 +199,93 @@ def read_image(path: Path, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
         except ImageReadError:
             raise
         except Exception as exc:  # damaged files make Pillow raise nearly anything, and one file must not end a run
-            raise ImageReadError(_reason(exc)) from exc
+            raise ImageReadError(reason_of(exc)) from exc
 
 
-def stream_images(
-    paths: Iterable[Path], *, max_pixels: int = MAX_PIXELS, threads: int | None = None
-) -> Iterator[tuple[Path, Image.Image | SetAside]]:
-    """Each path with its image, or with why it is set aside, in the order given.
+def read_pixels(path: Path, *, shorter_side: int, max_pixels: int = MAX_PIXELS) -> Pixels:
+    """The image as ``read_image`` gives it, as an array of its own that may be written to: (H, W, 3) uint8.
 
-    Reads ahead on ``threads`` threads (default: one a core, at most 8) and holds at most two images a thread.
-    """
-    return _in_order(partial(read_image, max_pixels=max_pixels), paths, threads)
-
-
-def decode_all(
-    paths: Sequence[Path],
-    *,
-    shorter_side: int | None,
-    max_pixels: int = MAX_PIXELS,
-    on_progress: Callable[[int], None] | None = None,
-    threads: int | None = None,
-) -> tuple[list[DecodedImage], list[SetAside]]:
-    """Every image in memory, and those set aside, each in the order given.
-
-    Images whose shorter side exceeds ``shorter_side`` are reduced to it, keeping the aspect ratio; none is enlarged,
-    and ``None`` reduces none. ``on_progress`` is called in this thread with the number of paths done so far.
+    If its shorter side exceeds ``shorter_side`` it is reduced to that, keeping the aspect ratio; it is never enlarged.
 
     Raises:
-        ImageInputError: no image could be read.
+        ImageReadError: as ``read_image``.
     """
-    decoded: list[DecodedImage] = []
-    set_aside: list[SetAside] = []
-    read = partial(_read_pixels, shorter_side=shorter_side, max_pixels=max_pixels)
-    with closing(_in_order(read, paths, threads)) as results:
-        for done, (path, result) in enumerate(results, start=1):
-            if isinstance(result, SetAside):
-                set_aside.append(result)
-            else:
-                decoded.append(DecodedImage(path, result))
-            if on_progress is not None:
-                on_progress(done)
-    if not decoded:
-        first = "; ".join(f"{row.path}: {row.reason}" for row in set_aside[:3])
-        raise ImageInputError(
-            f"None of the {len(paths)} images tried could be read{f' ({first})' if first else ''}. "
-            "Wanted at least one. Check the paths and the files."
-        )
-    return decoded, set_aside
+    image = read_image(path, max_pixels=max_pixels)
+    if min(image.size) > shorter_side:
+        scale = shorter_side / min(image.size)
+        width, height = (round(side * scale) for side in image.size)
+        image = image.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=3.0)
+    return np.array(image)  # a copy, since torch warns of arrays it may not write to
+
+
+def in_order(
+    read: Callable[[Path], _T], paths: Iterable[Path], *, threads: int | None = None, held: int | None = None
+) -> Generator[tuple[Path, _T | SetAside], None, None]:
+    """Each path with what ``read`` makes of it, or with why it is set aside, in the order given.
+
+    Reads ahead on ``threads`` threads (default: one a core, at most 8) and holds at most ``held`` results (default:
+    two a thread). To be closed by who stops early, else the threads go on.
+
+    Raises:
+        Exception: what ``read`` raises other than ImageReadError, which sets aside.
+    """
+
+    def attempt(path: Path) -> _T | SetAside:
+        try:
+            return read(path)
+        except ImageReadError as exc:
+            return SetAside(display_path(path), str(exc))
+
+    threads = min(8, os.cpu_count() or 1) if threads is None else threads
+    held = 2 * threads if held is None else held
+    pending: deque[tuple[Path, Future[_T | SetAside]]] = deque()
+    with ThreadPoolExecutor(threads) as pool:
+        try:
+            for path in paths:
+                pending.append((path, pool.submit(attempt, path)))
+                if len(pending) >= held:
+                    first, future = pending.popleft()
+                    yield first, future.result()
+            while pending:
+                first, future = pending.popleft()
+                yield first, future.result()
+        finally:  # the reader may stop early
+            for _, future in pending:
+                future.cancel()
+
+
+def open_regular(path: Path) -> io.BufferedReader:
+    """The file at ``path``, open for reading bytes.
+
+    Raises:
+        ImageReadError: it cannot be opened, is not a regular file, or is empty; the message is the reason alone.
+    """
+    # Asked before opening: to open a pipe or a device can wait for ever.
+    status = _stat(path)
+    if not stat.S_ISREG(status.st_mode):
+        raise ImageReadError("not a regular file")
+    if status.st_size == 0:
+        raise ImageReadError("empty file")
+    try:
+        return path.open("rb")
+    except OSError as exc:
+        raise ImageReadError(reason_of(exc)) from exc
+
+
+def reason_of(exc: Exception) -> str:
+    """Why a file cannot be read or written, in a few plain words, by what reading or writing it raised."""
+    match exc:
+        case FileNotFoundError():
+            return "no such file"
+        case PermissionError():
+            return "permission denied"
+        case MemoryError():
+            return "not enough memory to decode it"
+        case Image.DecompressionBombError():
+            return "more pixels than Pillow allows"
+        case OSError(strerror=str(text)):
+            return text.lower()
+    return "truncated file" if "truncated" in str(exc).lower() else "damaged or truncated file"
 
 
 def set_aside_csv(rows: Sequence[SetAside], path: Path) -> None:
@@ -268,14 +301,14 @@ def set_aside_csv(rows: Sequence[SetAside], path: Path) -> None:
             writer.writerows([row.path, row.reason] for row in rows)
     except OSError as exc:
         raise OutputError(
-            f"Cannot write '{display_path(path)}': {_reason(exc)}. Choose an output folder that can be written."
+            f"Cannot write '{display_path(path)}': {reason_of(exc)}. Choose an output folder that can be written."
         ) from exc
 
 
 def _walk(root: Path) -> list[Path]:
     def refuse(error: OSError) -> None:
         raise ImageInputError(
-            f"Cannot list folder '{display_path(error.filename)}': {_reason(error)}. "
+            f"Cannot list folder '{display_path(error.filename)}': {reason_of(error)}. "
             "Make it readable, or move it out of the images."
         ) from error
 
@@ -302,10 +335,10 @@ def _walk(root: Path) -> list[Path]:
 def _read_text(path: Path) -> str:
     shown = f"'{display_path(path)}'"
     try:
-        with _open_regular(path) as file:
+        with open_regular(path) as file:
             data = file.read()
     except (ImageReadError, OSError) as exc:
-        reason = str(exc) if isinstance(exc, ImageReadError) else _reason(exc)
+        reason = str(exc) if isinstance(exc, ImageReadError) else reason_of(exc)
         raise ImageInputError(f"Cannot read {shown}: {reason}. Give a list that can be read.") from exc
     try:
         return data.decode("utf-8-sig")
@@ -320,20 +353,7 @@ def _stat(path: Path) -> os.stat_result:
     except ValueError as exc:  # a null byte, or characters the file system cannot encode
         raise ImageReadError("not a usable file name") from exc
     except OSError as exc:
-        raise ImageReadError(_reason(exc)) from exc
-
-
-def _open_regular(path: Path) -> BinaryIO:
-    # Asked before opening: to open a pipe or a device can wait for ever.
-    status = _stat(path)
-    if not stat.S_ISREG(status.st_mode):
-        raise ImageReadError("not a regular file")
-    if status.st_size == 0:
-        raise ImageReadError("empty file")
-    try:
-        return path.open("rb")
-    except OSError as exc:
-        raise ImageReadError(_reason(exc)) from exc
+        raise ImageReadError(reason_of(exc)) from exc
 
 
 def _identify(file: BinaryIO) -> ImageFile.ImageFile:
@@ -379,58 +399,6 @@ def _to_grey(image: Image.Image) -> Image.Image:
         low, high = 0.0, 1.0
     scaled = (values.astype(np.float64) - low) * (255 / (high - low or 1))
     return Image.fromarray(scaled.round().astype(np.uint8))
-
-
-def _reason(exc: Exception) -> str:
-    match exc:
-        case FileNotFoundError():
-            return "no such file"
-        case PermissionError():
-            return "permission denied"
-        case MemoryError():
-            return "not enough memory to decode it"
-        case Image.DecompressionBombError():
-            return "more pixels than Pillow allows"
-        case OSError(strerror=str(text)):
-            return text.lower()
-    return "truncated file" if "truncated" in str(exc).lower() else "damaged or truncated file"
-
-
-def _read_pixels(
-    path: Path, *, shorter_side: int | None, max_pixels: int
-) -> np.ndarray[tuple[int, int, int], np.dtype[np.uint8]]:
-    image = read_image(path, max_pixels=max_pixels)
-    if shorter_side is not None and min(image.size) > shorter_side:
-        scale = shorter_side / min(image.size)
-        width, height = (round(side * scale) for side in image.size)
-        image = image.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=3.0)
-    return np.array(image)  # a copy, since torch warns of arrays it may not write to
-
-
-def _in_order(
-    read: Callable[[Path], _T], paths: Iterable[Path], threads: int | None
-) -> Generator[tuple[Path, _T | SetAside], None, None]:
-    def attempt(path: Path) -> _T | SetAside:
-        try:
-            return read(path)
-        except ImageReadError as exc:
-            return SetAside(display_path(path), str(exc))
-
-    threads = min(8, os.cpu_count() or 1) if threads is None else threads
-    pending: deque[tuple[Path, Future[_T | SetAside]]] = deque()
-    with ThreadPoolExecutor(threads) as pool:
-        try:
-            for path in paths:
-                pending.append((path, pool.submit(attempt, path)))
-                if len(pending) == 2 * threads:
-                    first, future = pending.popleft()
-                    yield first, future.result()
-            while pending:
-                first, future = pending.popleft()
-                yield first, future.result()
-        finally:  # the reader may stop early
-            for _, future in pending:
-                future.cancel()
 
 
 class _QuietPillow:

@@ -41,16 +41,16 @@ def confusability(anchors: Tensor, pair_counts: Tensor) -> Tensor:
     With a single pair, or all pairs alike, s is 1. [R]
     """
     count = anchors.shape[0]
-    off_diagonal = ~torch.eye(count, dtype=torch.bool, device=anchors.device)
+    diagonal = torch.eye(count, dtype=torch.bool, device=anchors.device)
     cosine = anchors @ anchors.T
-    low, high = cosine[off_diagonal].min(), cosine[off_diagonal].max()
+    low, high = cosine.masked_fill(diagonal, torch.inf).min(), cosine.masked_fill(diagonal, -torch.inf).max()
     spread = high - low
     # Cosines that differ by rounding alone are all alike: stretched to [0, 1] they would be noise.
     rounding = 16 * torch.finfo(cosine.dtype).eps
     similar = torch.where(spread > rounding, (cosine - low) / spread.clamp_min(rounding), 1.0)
     both_ways = pair_counts + pair_counts.T
     frequent = both_ways / both_ways.amax().clamp_min(1)
-    return (1 - (1 - similar.clamp(0, 1)) * (1 - frequent)) * off_diagonal
+    return (1 - (1 - similar.clamp(0, 1)) * (1 - frequent)) * ~diagonal
 
 
 def confusion_weight(probabilities: Tensor, confusable: Tensor) -> Tensor:
@@ -73,9 +73,17 @@ def count_pairs(probabilities: Tensor) -> Tensor:
 
 
 def self_training_weight(
-    kind: WeightKind, *, probabilities: Tensor, global_probabilities: Tensor, labels: Tensor, confusable: Tensor
+    kind: WeightKind,
+    *,
+    probabilities: Tensor,
+    global_probabilities: Tensor,
+    labels: Tensor,
+    confusable: Tensor | None = None,
 ) -> Tensor:
-    """The named weight, or the product of those named: (B,) in [0, 1]. ``none`` is a weight of 1."""
+    """The named weight, or the product of those named: (B,) in [0, 1]. ``none`` is a weight of 1.
+
+    ``confusable`` (C, C) is looked at only where ``confusion`` is named; ValueError if it is missing there.
+    """
     weight = torch.ones_like(probabilities[:, 0])
     for name in kind.split("*"):
         if name == "margin":
@@ -83,5 +91,7 @@ def self_training_weight(
         elif name == "agreement":
             weight = weight * agreement_weight(global_probabilities, labels)
         elif name == "confusion":
+            if confusable is None:
+                raise ValueError("the confusion weight needs the classes' confusability")
             weight = weight * confusion_weight(probabilities, confusable)
     return weight

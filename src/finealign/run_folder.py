@@ -177,7 +177,7 @@ def _why_stopped(model: FineAlign) -> str:
 
 def _identity(config: Config, texts: Texts, paths: Sequence[Path]) -> dict[str, str]:
     """What must be the same for a run to be resumed, one checksum a part. Where it runs may differ."""
-    settings = config.model_dump(exclude={"device"})
+    settings = config.model_dump(exclude={"device": True, "data": {"cache", "cache_gb", "workers"}})
     files = [(display_path(path), _size(path)) for path in paths]
     parts = {"settings": settings, "texts": asdict(texts), "images": files}
     return {

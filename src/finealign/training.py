@@ -1,9 +1,10 @@
 """The one loop: label passes, steps, checkpoints, exact resumption. No label of the user's comes near it."""
 
 import math
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -12,17 +13,23 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from finealign.ahead import ahead
 from finealign.backbone import Backbone
 from finealign.checkpoints import Checkpoint, read_last_checkpoint, write_checkpoint
 from finealign.config import Config
-from finealign.errors import FinealignError
+from finealign.devices import choose_workers
+from finealign.errors import FinealignError, ModelError
+from finealign.images import Pixels
+from finealign.mapped import MappedTensors, read_mapped
 from finealign.methods import Method
 from finealign.progress import Progress
-from finealign.types import ImageFeatures, Loss, PseudoLabels
-from finealign.views import Pixels, Views
+from finealign.types import Box, ImageFeatures, Loss, PseudoLabels
+from finealign.views import Views, cut_and_resize
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+Uncut = tuple[Tensor, list[Box]]  # an image (3, H, W) and where its crops lie
 
 RENDER_CHUNK = 32  # images whose views are in memory at once in a label pass
 _ORDER = 2  # the draw that shuffles an epoch; views have numbers of their own, see views.py
@@ -57,7 +64,10 @@ class ImageSource(Protocol):
 
 
 class EncodedAfresh:
-    """Images encoded as training goes on; label features are kept for ``refresh_epochs`` and then encoded anew."""
+    """Images encoded as training goes on; label features are kept on disk for ``refresh`` epochs, then encoded anew.
+
+    ``refresh`` 0 keeps none: they are encoded at every step.
+    """
 
     def __init__(
         self,
@@ -67,75 +77,160 @@ class EncodedAfresh:
         *,
         refresh: int,
         crops: bool,
+        folder: Path,
+        workers: int = 0,
         progress: Progress,
     ) -> None:
-        self.images, self.views, self.backbone = images, views, backbone
-        self.refresh, self.crops, self.progress = refresh, crops, progress
-        self.kept: ImageFeatures | None = None
+        """``folder`` is for the kept features; ``crops`` says whether the method looks at any."""
+        self.images, self.views, self.backbone, self.progress = images, views, backbone, progress
+        self.refresh, self.crops = refresh, crops
+        self.folder, self.workers = folder, workers
+        self.cut_late = backbone.device.type == "cuda"  # where cutting costs next to nothing
+        self.kept: dict[str, Tensor] = {}  # "weak" (n, D) and "crops" (n, N, D), mapped
+        self.kept_in = ""  # the name of their file
 
     def start_epoch(self, epoch: int) -> None:
-        if self.refresh and (self.kept is None or epoch % self.refresh == 0):
-            with self.progress.stage("label pass", len(self.images)) as stage:
-                self.kept = self._encode(range(len(self.images)), epoch, stage.advance)
+        if self.refresh and (not self.kept or epoch % self.refresh == 0):
+            self.label_pass(epoch)
+
+    def label_pass(self, epoch: int) -> None:
+        """Encode the weak view and the crops of every image as the backbone is now, and keep them."""
+        name = f"features-{epoch:04d}.safetensors"
+        file: MappedTensors | None = None
+        done = 0
+        with self.progress.stage("label pass", len(self.images)) as stage:
+            for part in self._encode(range(len(self.images)), epoch):
+                if file is None:
+                    shapes = {"weak": part.weak.shape[1:], "crops": part.crops.shape[1:]}
+                    file = MappedTensors(
+                        self.folder / name, {key: (len(self.images), *rest) for key, rest in shapes.items()}
+                    )
+                rows = slice(done, done + len(part.weak))
+                file.tensors["weak"][rows] = part.weak
+                file.tensors["crops"][rows] = part.crops
+                done = rows.stop
+                stage.advance(len(part.weak))
+        if file is None:
+            raise ValueError("there are no images")
+        self.kept, self.kept_in = file.finish(), name
+        kept = sorted(self.folder.glob("features-*.safetensors"), key=lambda path: int(path.stem.partition("-")[2]))
+        for old in kept[:-2]:
+            old.unlink()  # the last two checkpoints need the last two files at most
+
+    def take_up(self, name: str) -> None:
+        """Use the features an earlier process kept. Raises ModelError."""
+        try:
+            self.kept, self.kept_in = read_mapped(self.folder / name), name
+        except (OSError, ValueError, KeyError) as error:
+            raise ModelError(
+                f"{self.folder / name}, which the checkpoint beside it needs, cannot be read: {error}. "
+                "Start afresh with --overwrite."
+            ) from error
 
     def label_features(self, batch: Tensor, epoch: int) -> ImageFeatures:
-        if self.kept is None:
-            return self._encode(batch.tolist(), epoch, lambda done: None)
-        return ImageFeatures(weak=self.kept.weak[batch], crops=self.kept.crops[batch])
+        if self.kept:
+            return ImageFeatures(weak=self._on_device("weak", batch), crops=self._on_device("crops", batch))
+        parts = list(self._encode(batch.tolist(), epoch))
+        return ImageFeatures(
+            weak=torch.cat([part.weak for part in parts]), crops=torch.cat([part.crops for part in parts])
+        )
+
+    def _on_device(self, name: str, batch: Tensor) -> Tensor:
+        rows = self.kept[name][batch]
+        if self.backbone.device.type == "cuda":
+            rows = rows.pin_memory()
+        return rows.to(self.backbone.device, non_blocking=True)
 
     def strong_features(self, epoch: int, batches: Sequence[Tensor]) -> Iterator[Tensor]:
-        def render(batch: Tensor) -> Tensor:
-            return torch.stack([self.views.strong(self.images[i], epoch=epoch, image=i) for i in batch.tolist()])
-
-        for views in _ahead(render, batches):
+        for views in self._ahead(_StrongViews(self.images, self.views, epoch), batches):
             yield self.backbone.encode_images(views)
 
-    def _encode(self, indices: Sequence[int], epoch: int, advance: Callable[[int], None]) -> ImageFeatures:
-        def render(chunk: Sequence[int]) -> tuple[Tensor, Tensor | None]:
-            weak = torch.stack([self.views.weak(self.images[i]) for i in chunk])
-            if not self.crops:
-                return weak, None
-            return weak, torch.cat([self.views.crops(self.images[i], epoch=epoch, image=i) for i in chunk])
+    def _ahead(self, work: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]:
+        return ahead(work, items, workers=self.workers, pinned=self.backbone.device.type == "cuda")
 
-        weak, crops = [], []
+    def _encode(self, indices: Sequence[int], epoch: int) -> Iterator[ImageFeatures]:
+        """Part by part, so that no more than one part's views are in memory, and the next one's."""
         chunks = [indices[start : start + RENDER_CHUNK] for start in range(0, len(indices), RENDER_CHUNK)]
-        for whole, parts in _ahead(render, chunks):
-            weak.append(self.backbone.embed(whole))
-            if parts is None:
-                crops.append(weak[-1].new_zeros(len(whole), 0, weak[-1].shape[1]))
-            else:
-                crops.append(self.backbone.embed(parts).reshape(len(whole), -1, weak[-1].shape[1]))
-            advance(len(whole))
-        # Cloned out of inference mode, so that what is learned from them may carry gradients.
-        return ImageFeatures(weak=torch.cat(weak).clone(), crops=torch.cat(crops).clone())
+        for weak, crops in self._ahead(_LabelViews(self.images, self.views, epoch, self.crops, self.cut_late), chunks):
+            whole = self.backbone.embed(weak)
+            pixels = crops if isinstance(crops, Tensor) else self._cut(crops)
+            parts = self.backbone.embed(pixels) if self.crops else whole.new_zeros(0, whole.shape[1])
+            yield ImageFeatures(weak=whole, crops=parts.reshape(len(whole), -1, whole.shape[1]))
+
+    def _cut(self, images: "list[Uncut]") -> Tensor:
+        device = self.backbone.device
+        return torch.cat(
+            [cut_and_resize(p.to(device, non_blocking=True), boxes, self.views.size) for p, boxes in images]
+        )
+
+
+@dataclass(frozen=True)
+class _StrongViews:
+    """The strong views of a batch in one epoch: (B, 3, S, S) uint8."""
+
+    images: Sequence[Pixels]
+    views: Views
+    epoch: int
+
+    def __call__(self, batch: Tensor) -> Tensor:
+        return torch.stack([self.views.strong(self.images[i], epoch=self.epoch, image=i) for i in batch.tolist()])
+
+
+@dataclass(frozen=True)
+class _LabelViews:
+    """What a label pass looks at, uint8: weak views (B, 3, S, S) and crops (B * N, 3, S, S), or (0, 3, S, S).
+
+    ``cut_late`` leaves the cutting to the device: each image (3, H, W) goes there once, with its boxes.
+    """
+
+    images: Sequence[Pixels]
+    views: Views
+    epoch: int
+    crops: bool
+    cut_late: bool
+
+    def __call__(self, chunk: Sequence[int]) -> tuple[Tensor, Tensor | list[Uncut]]:
+        seen = [(i, self.images[i]) for i in chunk]
+        weak = torch.stack([self.views.weak(pixels) for _, pixels in seen])
+        if not self.crops:
+            return weak, weak[:0]
+        if self.cut_late:
+            return weak, [(torch.from_numpy(pixels).permute(2, 0, 1), self._boxes(i, pixels)) for i, pixels in seen]
+        return weak, torch.cat([self.views.crops(pixels, epoch=self.epoch, image=i) for i, pixels in seen])
+
+    def _boxes(self, image: int, pixels: Pixels) -> list[Box]:
+        return self.views.crop_boxes(*pixels.shape[:2], epoch=self.epoch, image=image)
 
 
 class EncodedOnce:
     """Every view encoded before training, for a frozen encoder: an epoch costs next to nothing."""
 
     def __init__(self, images: EncodedAfresh, *, strong_views: int) -> None:
+        self.images = images
+        if not images.kept:
+            images.label_pass(0)
         everything = torch.arange(len(images.images))
-        images.start_epoch(0)
-        self.kept = images.kept or images.label_features(everything, 0)
-        strong = []
+        width = images.kept["weak"].shape[1]
+        # Not among the features that a checkpoint speaks of: a resumed run encodes them anew, the same ones.
+        file = MappedTensors(images.folder / "strong.safetensors", {"strong": (strong_views, len(everything), width)})
         with images.progress.stage("strong views", len(everything) * strong_views) as stage, torch.no_grad():
             for epoch in range(strong_views):
-                parts = []
+                done = 0
                 for features in images.strong_features(epoch, torch.split(everything, RENDER_CHUNK)):
-                    parts.append(features)
+                    file.tensors["strong"][epoch, done : done + len(features)] = features
+                    done += len(features)
                     stage.advance(len(features))
-                strong.append(torch.cat(parts))
-        self.strong = torch.stack(strong)  # (views, images, D)
+        self.strong = file.finish()["strong"]
 
     def start_epoch(self, epoch: int) -> None:
         pass
 
     def label_features(self, batch: Tensor, epoch: int) -> ImageFeatures:
-        return ImageFeatures(weak=self.kept.weak[batch], crops=self.kept.crops[batch])
+        return self.images.label_features(batch, epoch)
 
     def strong_features(self, epoch: int, batches: Sequence[Tensor]) -> Iterator[Tensor]:
         for batch in batches:
-            yield self.strong[epoch % len(self.strong), batch]
+            yield self.strong[epoch % len(self.strong), batch].to(self.images.backbone.device)
 
 
 def adapt(
@@ -154,54 +249,81 @@ def adapt(
     ``config`` is resolved. With ``checkpoints`` the last whole checkpoint in that folder is continued from, and each
     epoch leaves one. Raises FinealignError when the loss is no longer finite; the checkpoint before it stays.
     """
-    training = config.training
-    epochs, refresh = training.epochs, config.views.refresh_epochs
+    epochs, refresh = config.training.epochs, config.views.refresh_epochs
     if epochs == "auto" or refresh == "auto":
         raise ValueError("adapt() needs a resolved configuration")
+    with ExitStack() as leaving:
+        folder = checkpoints or Path(leaving.enter_context(tempfile.TemporaryDirectory(prefix="finealign-")))
+        source = EncodedAfresh(
+            images,
+            views,
+            backbone,
+            refresh=refresh,
+            crops=method.uses_crops,
+            folder=folder,
+            workers=choose_workers(config.data.workers, backbone.device),
+            progress=progress,
+        )
+        state = begin(backbone, method, config, images=len(images))
+        done = state.restore(checkpoints, source) if checkpoints else 0
+        records = []
+        for record in _epochs(state, source, config, range(done, epochs), progress):
+            records.append(record)
+            on_epoch(record)
+            if checkpoints:
+                state.save(checkpoints, source, record)
+        return records
+
+
+def begin(backbone: Backbone, method: Method, config: Config, *, images: int) -> "State":
+    """The state before the first step: what learns is opened to gradients, the rest is closed."""
     norms = _what_learns(backbone, method, config)
     optimizer = torch.optim.AdamW(_groups(norms, method, config), betas=(0.9, 0.999))
-    state = _State(norms=norms, method=method, optimizer=optimizer, labels=torch.full((len(images),), -1))
-    fresh = EncodedAfresh(images, views, backbone, refresh=refresh, crops=method.uses_crops, progress=progress)
-    done = state.restore(checkpoints, fresh) if checkpoints else 0
-    frozen = training.encoder == "frozen" and done < epochs
+    return State(norms=norms, method=method, optimizer=optimizer, labels=torch.full((images,), -1))
+
+
+def _epochs(
+    state: "State", fresh: EncodedAfresh, config: Config, epochs: range, progress: Progress
+) -> Iterator[EpochRecord]:
+    training, images = config.training, len(fresh.images)
+    frozen = training.encoder == "frozen" and len(epochs) > 0
     source: ImageSource = EncodedOnce(fresh, strong_views=training.strong_views) if frozen else fresh
-    batches_an_epoch = math.ceil(len(images) / training.batch_size)
-    records = []
-    with progress.stage("adapting", (epochs - done) * len(images)) as stage:
-        for epoch in range(done, epochs):
+    batches_an_epoch = math.ceil(images / training.batch_size)
+    with progress.stage("adapting", len(epochs) * images) as stage:
+        for epoch in epochs:
             began = time.perf_counter()
             source.start_epoch(epoch)
-            batches = _batches(len(images), batches_an_epoch, seed=config.seed, epoch=epoch)
-            meter = _Meter(classes=method.num_classes)
-            labels = torch.empty_like(state.labels)
+            batches = _batches(images, batches_an_epoch, seed=config.seed, epoch=epoch)
+            meter = _Meter(classes=state.method.num_classes)
             for number, (batch, strong) in enumerate(zip(batches, source.strong_features(epoch, batches), strict=True)):
-                progressed = (epoch * batches_an_epoch + number) / (epochs * batches_an_epoch)
-                _set_learning_rates(optimizer, progressed, final=training.final_learning_rate)
-                pseudo = method.pseudo_label(source.label_features(batch, epoch))
-                loss = method.loss(strong, pseudo)
-                optimizer.zero_grad(set_to_none=True)
-                torch.autograd.backward(loss.total)
-                optimizer.step()
-                labels[batch] = pseudo.labels.cpu()
-                meter.add(loss, pseudo)
+                progressed = (epoch * batches_an_epoch + number) / (epochs.stop * batches_an_epoch)
+                _set_learning_rates(state.optimizer, progressed, final=training.final_learning_rate)
+                meter.add(batch, *step(state, source.label_features(batch, epoch), strong))
                 stage.advance(len(batch))
-            record = meter.record(epoch + 1, labels, state.labels, optimizer.param_groups[0]["lr"], began)
+            labels = meter.labels()
+            record = meter.record(epoch + 1, labels, state.labels, state.optimizer.param_groups[0]["lr"], began)
             if not math.isfinite(record.loss):
                 raise FinealignError(
                     f"The loss is no longer finite in epoch {epoch + 1}. Lower training.learning_rate "
                     f"({training.learning_rate}) or training.anchor_learning_rate ({training.anchor_learning_rate})."
                 )
             state.labels = labels
-            records.append(record)
-            on_epoch(record)
-            stage.note(f"epoch {epoch + 1}/{epochs} loss {record.loss:.3f} changed {record.changed:.1%}")
-            if checkpoints:
-                state.save(checkpoints, fresh, record)
-    return records
+            stage.note(f"epoch {epoch + 1}/{epochs.stop} loss {record.loss:.3f} changed {record.changed:.1%}")
+            yield record
+
+
+def step(state: "State", features: ImageFeatures, strong: Tensor) -> tuple[Loss, PseudoLabels]:
+    """One step of the optimiser: label the batch by its weak and crop features, learn from its strong ones (B, D)."""
+    pseudo = state.method.pseudo_label(features)
+    loss = state.method.loss(strong, pseudo)
+    state.optimizer.zero_grad(set_to_none=True)
+    torch.autograd.backward(loss.total)
+    state.optimizer.step()
+    return loss, pseudo
 
 
 @dataclass
-class _State:
+class State:
     """Everything that a later step depends on."""
 
     norms: dict[str, nn.Parameter]
@@ -215,16 +337,15 @@ class _State:
         tensors |= {f"method.{name}": value for name, value in self.method.state_dict().items()}
         for index, kept in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{key}": value for key, value in kept.items()}
-        if source.kept is not None:
-            tensors |= {"kept.weak": source.kept.weak, "kept.crops": source.kept.crops}
-        write_checkpoint(folder, Checkpoint(record.epoch, tensors, {"record": asdict(record)}))
+        values = {"record": asdict(record), "features": source.kept_in}
+        write_checkpoint(folder, Checkpoint(record.epoch, tensors, values))
 
     def restore(self, folder: Path, source: EncodedAfresh) -> int:
         """Take up the last checkpoint in the folder, if any: the number of epochs it has done."""
         found = read_last_checkpoint(folder)
         if found is None:
             return 0
-        sections: dict[str, dict[str, Tensor]] = {"norms": {}, "method": {}, "optimizer": {}, "kept": {}}
+        sections: dict[str, dict[str, Tensor]] = {"norms": {}, "method": {}, "optimizer": {}}
         for name, value in found.tensors.items():
             section, _, rest = name.partition(".")
             sections.get(section, {})[rest] = value
@@ -238,11 +359,9 @@ class _State:
             index, key = name.split(".")
             kept.setdefault(int(index), {})[key] = value
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": kept})
-        if sections["kept"]:
-            device = source.backbone.device
-            source.kept = ImageFeatures(
-                weak=sections["kept"]["weak"].to(device), crops=sections["kept"]["crops"].to(device)
-            )
+        passing = source.refresh and found.epoch % source.refresh == 0  # the next epoch encodes them anew
+        if found.values.get("features") and not passing:
+            source.take_up(found.values["features"])
         return found.epoch
 
 
@@ -251,15 +370,24 @@ class _Meter:
 
     def __init__(self, *, classes: int) -> None:
         self.classes = classes
+        self.batches: list[Tensor] = []
+        self.found: list[Tensor] = []
         self.losses: list[Tensor] = []
         self.weights: list[Tensor] = []
         self.parts: dict[str, list[Tensor]] = {}
 
-    def add(self, loss: Loss, pseudo: PseudoLabels) -> None:
+    def add(self, batch: Tensor, loss: Loss, pseudo: PseudoLabels) -> None:
+        self.batches.append(batch)
+        self.found.append(pseudo.labels)
         self.losses.append(loss.total.detach())
         self.weights.append(pseudo.weights)
         for name, value in loss.parts.items():
             self.parts.setdefault(name, []).append(value)
+
+    def labels(self) -> Tensor:
+        """The pseudo-label of every image, by position: (images,) int64 on the CPU."""
+        order = torch.cat(self.batches)
+        return torch.empty_like(order).scatter_(0, order, torch.cat(self.found).cpu())
 
     def record(self, epoch: int, labels: Tensor, before: Tensor, learning_rate: float, began: float) -> EpochRecord:
         seconds = time.perf_counter() - began
@@ -308,16 +436,3 @@ def _batches(images: int, count: int, *, seed: int, epoch: int) -> list[Tensor]:
     """A shuffle of all images in ``count`` batches whose sizes differ by one at most: no runt at the end."""
     order = np.random.default_rng((seed, epoch, _ORDER)).permutation(images)
     return [torch.from_numpy(part) for part in np.array_split(order, count)]
-
-
-def _ahead(work: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]:
-    """``map`` with the next result made in the background while the caller uses this one."""
-    with ThreadPoolExecutor(max_workers=1) as pool:
-        waiting = None
-        for item in items:
-            coming = pool.submit(work, item)
-            if waiting is not None:
-                yield waiting.result()
-            waiting = coming
-        if waiting is not None:
-            yield waiting.result()

@@ -6,20 +6,18 @@ So the number of workers, the order of the images and an interruption cannot cha
 import math
 import random
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
 
 from finealign.config import ViewSettings
+from finealign.images import Pixels
 from finealign.types import Box
-
-Pixels = NDArray[np.uint8]  # (H, W, 3)
 
 STRONG, CROP = 0, 1  # the first of the N crops; crop i draws from view CROP + i
 PREDICTION_EPOCH = 2**31  # no training epoch has this number
@@ -109,6 +107,33 @@ class Views:
         with _borrowed_global_random(int(generator.integers(2**32))):
             augmented = self._augment(Image.fromarray(view.permute(1, 2, 0).numpy()))
         return _to_tensor(np.asarray(augmented))
+
+
+def cut_and_resize(image: Tensor, boxes: Sequence[Box], size: int) -> Tensor:
+    """All boxes of one image in two batched products, on the image's device: (3, H, W) uint8 -> (N, 3, S, S) uint8.
+
+    The antialiased bicubic filter of ``Views.crops``, whose weights are rounded: they differ by 1 or 2 of 255. For a
+    GPU; on a CPU one box after the other is several times faster.
+    """
+    left, top, right, bottom = torch.tensor(boxes, dtype=torch.float32).to(image.device, non_blocking=True).T
+    rows = _resampling(top, bottom, size, image.shape[1])
+    columns = _resampling(left, right, size, image.shape[2])
+    narrow = (image.float() @ columns[:, None].transpose(-1, -2)).round_().clamp_(0, 255)
+    return (rows[:, None] @ narrow).round_().clamp_(0, 255).to(torch.uint8)
+
+
+def _resampling(start: Tensor, stop: Tensor, size: int, length: int) -> Tensor:
+    """How much each of ``length`` pixels counts for each of ``size`` from start to stop (N,): (N, size, length)."""
+    scale = (stop - start) / size
+    pixels = torch.arange(length, device=start.device)
+    centres = start[:, None] + (torch.arange(size, device=start.device) + 0.5) * scale[:, None]
+    distance = ((pixels + 0.5 - centres[..., None]) / scale.clamp_min(1)[:, None, None]).abs()
+    near = 1.5 * distance**3 - 2.5 * distance**2 + 1  # Keys' cubic with a = -1/2
+    far = -0.5 * distance**3 + 2.5 * distance**2 - 4 * distance + 2
+    weight = torch.where(distance < 1, near, torch.where(distance < 2, far, 0.0))
+    inside = (pixels >= start[:, None]) & (pixels < stop[:, None])
+    weight = weight * inside[:, None]
+    return weight / weight.sum(-1, keepdim=True)
 
 
 def _to_tensor(pixels: Pixels) -> Tensor:

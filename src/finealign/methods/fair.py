@@ -37,21 +37,31 @@ class Fair(SelfTrainingMethod):
             texts.descriptions, texts.class_of, num_classes=texts.num_classes, per_class=options.anchors_per_class
         )
         super().__init__(options, texts, anchors, logit_scale=logit_scale)
-        self.register_buffer("pair_counts", anchors.new_zeros(texts.num_classes, texts.num_classes))
+        # C x C: for many classes neither small nor quick, so only where the weight looks at it.
+        classes = texts.num_classes if self._by_confusion else 0
+        self.register_buffer("pair_counts", anchors.new_zeros(classes, classes))
+
+    @property
+    def _by_confusion(self) -> bool:
+        return "confusion" in self.options.weight
 
     @torch.no_grad()
     def pseudo_label(self, features: ImageFeatures) -> PseudoLabels:
         """Steps 3 to 6: q = softmax(s LAS), y its best class, omega the named weight."""
         probabilities = self.probabilities(self.score(features, "las"))
         labels = probabilities.argmax(1)
+        confusable = None
+        if self._by_confusion:
+            confusable = confusability(normalize(self.classifier().mean(1), dim=-1), self.pair_counts)
         weights = self_training_weight(
             self.options.weight,
             probabilities=probabilities,
             global_probabilities=self.probabilities(self.score(features, "global")),
             labels=labels,
-            confusable=confusability(normalize(self.classifier().mean(1), dim=-1), self.pair_counts),
+            confusable=confusable,
         )
-        self.pair_counts += count_pairs(probabilities)
+        if self._by_confusion:
+            self.pair_counts += count_pairs(probabilities)
         return PseudoLabels(labels=labels, weights=weights, probabilities=probabilities)
 
 

@@ -1,0 +1,108 @@
+"""`predict` against the loop a user would write with open_clip, on the same images, in turn, in one process.
+
+    python benchmarks/encode.py [--backbones ViT-B-32/random] [--images 256] [--pairs 5] [--json]
+
+The plain loop opens each file, applies open_clip's own preprocessing, encodes batches of 64 in float32 and compares
+with the class texts. Ours is `FineAlign.predict_proba` by the same score, the whole image, once in the precision the
+processor is good at and once in float32. Both give the same labels, up to rounding, and that is counted.
+"""
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from open_clip.transform import PreprocessCfg, image_transform_v2
+from PIL import Image
+from step import CLASSES, photos, seconds
+from torch.nn.functional import normalize
+
+from finealign import FineAlign
+from finealign.backbone import load_backbone
+from finealign.config import make_config
+from finealign.devices import choose_precision, keep_freed_memory
+
+
+class PlainLoop:
+    """What the open_clip README shows, over a list of files."""
+
+    def __init__(self, name: str, paths: list[Path]) -> None:
+        self.backbone = load_backbone(name)
+        self.backbone.model.to(memory_format=torch.contiguous_format)  # as open_clip hands it over
+        self.preprocess = image_transform_v2(PreprocessCfg(**self.backbone.preprocess), is_train=False)
+        self.paths = paths
+
+    def __call__(self, texts: torch.Tensor) -> NDArray[np.float32]:
+        found = []
+        with torch.no_grad():
+            for start in range(0, len(self.paths), 64):
+                batch = [self.preprocess(Image.open(path)) for path in self.paths[start : start + 64]]
+                features = normalize(self.backbone.model.encode_image(torch.stack(batch)), dim=-1)
+                found.append((100 * features @ texts.T).softmax(dim=-1))
+        return torch.cat(found).numpy()
+
+
+def measure(name: str, *, images: int, pairs: int) -> dict[str, Any]:
+    best = choose_precision("auto", torch.device("cpu"))
+    with tempfile.TemporaryDirectory() as folder:
+        paths = photos(Path(folder), images)
+        loop = PlainLoop(name, paths)
+        kinds = dict.fromkeys([best, "fp32"])
+        models = {}
+        for precision in kinds:
+            values = {"backbone": name, "precision": precision, "method": {"name": "zero-shot", "logit_scale": 100}}
+            models[precision] = FineAlign(CLASSES, config=make_config(values)).unlearned()
+        texts = models["fp32"].text_features_.names
+        plain = loop(texts)
+        agreement = {}
+        for precision, model in models.items():
+            ours = model.predict_proba(paths, score="global")
+            agreement[precision] = float((ours.argmax(1) == plain.argmax(1)).mean())
+        rows = []
+        for number in range(pairs):
+            row = {"plain": seconds(lambda: loop(texts))}
+            for precision, model in models.items():
+                row[precision] = seconds(lambda model=model: model.predict_proba(paths, score="global"))  # type: ignore[misc]
+            rows.append(row)
+            print(f"{name} pair {number + 1}: {row}", file=sys.stderr, flush=True)
+    return {
+        "backbone": name,
+        "images": images,
+        "pairs": pairs,
+        "plain_images_per_second": round(median(images / row["plain"] for row in rows), 1),
+        "images_per_second": {kind: round(median(images / row[kind] for row in rows), 1) for kind in kinds},
+        "ratio": {kind: round(median(row["plain"] / row[kind] for row in rows), 2) for kind in kinds},
+        "same_label": {kind: round(share, 4) for kind, share in agreement.items()},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    shared = Path(os.environ.get("FINEALIGN_SHARED", Path(__file__).parents[2] / "shared")) / "models" / "miniclip"
+    parser.add_argument(
+        "--backbones", default=",".join(["ViT-B-32/random", *([f"local-dir:{shared}"] if shared.is_dir() else [])])
+    )
+    parser.add_argument("--images", type=int, default=256)
+    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--json", action="store_true")
+    known = parser.parse_args()
+    keep_freed_memory()
+    for name in known.backbones.split(","):
+        found = measure(name, images=known.images, pairs=known.pairs)
+        if known.json:
+            print(json.dumps(found), flush=True)
+            continue
+        print(f"\n{name}")
+        for key, value in found.items():
+            print(f"  {key}: {value}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
