@@ -21,7 +21,7 @@ Fraction = Annotated[float, Field(gt=0, le=1)]
 
 DEFAULT_BACKBONE = "ViT-B-32-quickgelu/openai"
 # Label passes (fresh weak and crop features) in a run when the refresh is "auto".
-LABEL_PASSES = 4
+LABEL_PASSES = 2
 
 
 class Settings(BaseModel):
