@@ -44,7 +44,8 @@ def adapt(
 
 
 def four_epochs(backbone: str, **overrides: Any) -> Config:
-    config: Config = tiny_config(backbone, **({"training__epochs": EPOCHS} | overrides))
+    # A label pass an epoch, whatever the default is.
+    config: Config = tiny_config(backbone, **({"training__epochs": EPOCHS, "views__refresh_epochs": 1} | overrides))
     return config
 
 
@@ -166,7 +167,8 @@ def test_adapt_into__an_unreadable_image_is_set_aside(photos: Path, tiny_backbon
 def test_adapt_into__the_configuration_is_resolved_and_gives_the_same_run(
     album: Path, tiny_backbone: Tiny, tmp_path: Path
 ) -> None:
-    asked = four_epochs(tiny_backbone("transformer"), training__epochs="auto", training__steps=7)
+    automatic = {"training__epochs": "auto", "views__refresh_epochs": "auto"}
+    asked = four_epochs(tiny_backbone("transformer"), training__steps=7, **automatic)
     assert asked.views.refresh_epochs == asked.data.working_size == "auto"
     adapt(tmp_path / "first", album, asked)
     written = yaml.safe_load((tmp_path / "first" / "config.yaml").read_text(encoding="utf-8"))
