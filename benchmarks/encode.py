@@ -8,7 +8,6 @@ processor is good at and once in float32. Both give the same labels, up to round
 """
 
 import argparse
-import json
 import os
 import sys
 import tempfile
@@ -21,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
-from step import CLASSES, photos, seconds
+from step import CLASSES, photos, seconds, show
 from torch.nn.functional import normalize
 
 from finealign import FineAlign
@@ -95,13 +94,7 @@ def main() -> None:
     known = parser.parse_args()
     keep_freed_memory()
     for name in known.backbones.split(","):
-        found = measure(name, images=known.images, pairs=known.pairs)
-        if known.json:
-            print(json.dumps(found), flush=True)
-            continue
-        print(f"\n{name}")
-        for key, value in found.items():
-            print(f"  {key}: {value}", flush=True)
+        show(measure(name, images=known.images, pairs=known.pairs), as_json=known.json)
 
 
 if __name__ == "__main__":

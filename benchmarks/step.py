@@ -223,6 +223,15 @@ def measure(name: str, *, batch: int, crops: int, refresh: int, pairs: int, prec
     return found
 
 
+def show(found: dict[str, Any], *, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(found), flush=True)
+        return
+    print(f"\n{found['backbone']}")
+    for key, value in found.items():
+        print(f"  {key}: {value}", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     shared = Path(os.environ.get("FINEALIGN_SHARED", Path(__file__).parents[2] / "shared")) / "models" / "miniclip"
@@ -238,13 +247,7 @@ def main() -> None:
     keep_freed_memory()
     options = {name: getattr(known, name) for name in ("batch", "crops", "refresh", "pairs", "precision")}
     for name in known.backbones.split(","):
-        found = measure(name, **options)
-        if known.json:
-            print(json.dumps(found), flush=True)
-            continue
-        print(f"\n{name}")
-        for key, value in found.items():
-            print(f"  {key}: {value}", flush=True)
+        show(measure(name, **options), as_json=known.json)
 
 
 if __name__ == "__main__":
