@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from probe import linear_probe
 
 from finealign import FineAlign
 from finealign.config import make_config
@@ -28,7 +28,6 @@ from finealign.types import ImageFeatures, Truth
 
 CLASSES = [name for name, _ in SPECIES]
 DESCRIPTIONS = {name: describe(index) for index, name in enumerate(CLASSES)}
-PENALTIES = (1e-4, 1e-3, 1e-2)
 
 
 def features(model: FineAlign, truth: Truth) -> ImageFeatures:
@@ -40,33 +39,6 @@ def features(model: FineAlign, truth: Truth) -> ImageFeatures:
         weak.append(found.weak)
         crops.append(found.crops)
     return ImageFeatures(weak=torch.cat(weak), crops=torch.cat(crops))
-
-
-def probe(train: Tensor, labels: Tensor, test: Tensor, truth: Tensor) -> float:
-    """Top-1 of multinomial logistic regression on labels; the penalty is chosen on a fifth of the training images."""
-
-    def fitted(rows: Tensor, answers: Tensor, penalty: float) -> torch.nn.Linear:
-        torch.manual_seed(0)
-        linear = torch.nn.Linear(rows.shape[1], len(CLASSES))
-        optimizer = torch.optim.LBFGS(linear.parameters(), max_iter=200, line_search_fn="strong_wolfe")
-
-        def loss() -> Tensor:
-            optimizer.zero_grad()
-            value = torch.nn.functional.cross_entropy(linear(rows), answers) + penalty * linear.weight.square().sum()
-            torch.autograd.backward(value)
-            return value
-
-        optimizer.step(loss)  # type: ignore[no-untyped-call]
-        return linear
-
-    def top1(linear: torch.nn.Linear, rows: Tensor, answers: Tensor) -> float:
-        return float((linear(rows).argmax(1) == answers).float().mean())
-
-    middle, spread = train.mean(0), train.std(0) + 1e-6
-    train, test = (train - middle) / spread, (test - middle) / spread
-    cut = len(train) * 4 // 5
-    trials = {p: top1(fitted(train[:cut], labels[:cut], p), train[cut:], labels[cut:]) for p in PENALTIES}
-    return top1(fitted(train, labels, max(trials, key=trials.__getitem__)), test, truth)
 
 
 def scored(model: FineAlign, seen: ImageFeatures, truth: Truth) -> float:
@@ -95,9 +67,9 @@ def ceilings(folder: Path, seed: int) -> dict[str, float]:
         train, test = (
             ImageFeatures(weak=one.weak.clone(), crops=one.crops.clone()) for one in (train, test)
         )  # out of inference mode
-        found[f"probe, {name}, whole image"] = probe(train.weak, answers, test.weak, truth)
+        found[f"probe, {name}, whole image"] = linear_probe(train.weak, answers, test.weak, truth)
         both = [torch.cat([one.weak, one.crops.mean(1)], 1) for one in (train, test)]
-        found[f"probe, {name}, whole image and mean crop"] = probe(both[0], answers, both[1], truth)
+        found[f"probe, {name}, whole image and mean crop"] = linear_probe(both[0], answers, both[1], truth)
         if name == "start":
             even = {"crop_temperature": 100.0}, {"description_temperature": 100.0}
             for label, options in (

@@ -116,7 +116,7 @@ class OurStep:
     @classmethod
     def make(cls, backbone: Backbone, paths: list[Path], folder: Path, crops: int) -> "OurStep":
         config = make_config({"views": {"crops": crops}, "training": {"learning_rate": 1e-5}})
-        config = resolve(config, images=len(paths), input_size=backbone.input_size)
+        config = resolve(config, images=len(paths), classes=len(CLASSES), input_size=backbone.input_size)
         assert config.data.working_size != "auto"
         stored, _ = store_pixels(
             paths, shorter_side=config.data.working_size, max_pixels=10**9, folder=None, max_bytes=10**10

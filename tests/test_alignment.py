@@ -19,6 +19,8 @@ from finealign.alignment import (
     description_weights,
     global_score,
     learned_alignment_score,
+    normalised_cut,
+    saliency_pooled,
     weighted_alignment_score,
 )
 
@@ -583,6 +585,61 @@ def test_scores__anchors_and_descriptions_of_a_class_have_no_order(sizes: Sizes,
     agree(moved.scores(sizes.K)[kind], drawn.scores(sizes.K)[kind].tolist())
 
 
+# --- normalised_cut and saliency_pooled -------------------------------------------------------------------------------
+
+
+def two_blocks(patches: int, salient: set[int], *, width: int = 9, seed: int = 0) -> Tensor:
+    """An image (1, L, D) whose salient patches point one way and the others another, each with some noise."""
+    towards = torch.eye(width, dtype=torch.float64)[[0 if i in salient else 1 for i in range(patches)]]
+    return normalize(towards + 0.3 * unit(patches, width, seed=seed), dim=-1)[None]
+
+
+BLOCKS = [(12, {0, 1, 2}), (12, {3, 7, 8, 11}), (5, {4}), (49, {*range(20, 25), *range(27, 32)})]
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(("patches", "salient"), BLOCKS)
+def test_normalised_cut__of_two_blocks_is_the_smaller(patches: int, salient: set[int], seed: int) -> None:
+    found = normalised_cut(two_blocks(patches, salient, seed=seed))
+    assert found.tolist() == [[float(i in salient) for i in range(patches)]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_normalised_cut__each_image_on_its_own_in_its_dtype(dtype: torch.dtype) -> None:
+    images = torch.cat([two_blocks(12, salient) for salient in ({0, 1, 2}, {5, 9}, {3, 7, 8, 11})])
+    found = normalised_cut(images.to(dtype))
+    assert found.dtype == dtype
+    assert torch.equal(found, torch.cat([normalised_cut(image[None].to(dtype)) for image in images]))
+
+
+def test_normalised_cut__has_no_gradient() -> None:
+    assert not normalised_cut(two_blocks(12, {1, 2}).requires_grad_()).requires_grad
+
+
+@pytest.mark.parametrize("scale", [0.5, 10.0, 100.0])
+def test_saliency_pooled__is_the_patches_weighed_by_the_salient_ones_mean(scale: float) -> None:
+    images = torch.cat([two_blocks(12, salient) for salient in ({0, 1, 2}, {3, 7, 8, 11})])
+    lengths = torch.linspace(0.5, 3, 12, dtype=torch.float64)[:, None]
+    wanted = []
+    for image, salient in zip(images.tolist(), ({0, 1, 2}, {3, 7, 8, 11}), strict=True):
+        query = mean_direction([image[i] for i in salient], 9)
+        shares = softmax([scale * dot(query, row) for row in image])
+        pooled = [math.fsum(share * row[d] for share, row in zip(shares, image, strict=True)) for d in range(9)]
+        wanted.append([value / math.sqrt(dot(pooled, pooled)) for value in pooled])
+    agree(saliency_pooled(images * lengths, scale=scale), wanted)
+
+
+def test_saliency_pooled__patches_have_no_order() -> None:
+    image, order = two_blocks(12, {3, 7, 8, 11}), torch.randperm(12, generator=torch.Generator().manual_seed(0))
+    agree(saliency_pooled(image[:, order], scale=5.0), saliency_pooled(image, scale=5.0).tolist())
+
+
+@pytest.mark.parametrize("patches", [2, 9])
+def test_saliency_pooled__of_patches_all_alike_is_theirs(patches: int) -> None:
+    image = unit(1, 1, 5, seed=3).expand(1, patches, 5)
+    agree(saliency_pooled(2 * image, scale=10.0), image[:, 0].tolist())
+
+
 # --- dtype and gradient, promised for every function ------------------------------------------------------------------
 
 CLASS_OF = torch.tensor([0, 1, 1, 0, 1, 0])
@@ -607,6 +664,11 @@ def functions(dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], Differenti
         "weighted_alignment_score": (
             (2, 4, 3),
             lambda x: weighted_alignment_score(x, weights, descriptions, shares, CLASS_OF),
+        ),
+        # On its argument, an offset to patches that are cut the same way for any small one.
+        "saliency_pooled": (
+            (1, 6, 4),
+            lambda x: saliency_pooled(two_blocks(6, {1, 4}, width=4).to(dtype) + x / 10, scale=3.0),
         ),
         "description_weights": ((6, 3), lambda x: description_weights(x, names, CLASS_OF, temperature=0.5)),
     }

@@ -33,11 +33,11 @@ ORDER = [
     "prompts",
     "describe",
     "views",
+    "alignment",
     "towers",
     "backbone",
     "devices",
     "checkpoints",
-    "alignment",
     "pseudo_labels",
     "losses",
     "methods",
@@ -58,7 +58,7 @@ ORDER = [
     "__main__",
 ]
 PURE_MATHS = ["alignment", "pseudo_labels", "losses"]
-MAY_READ_TRUTH = {"evaluate", "cli", "demo.run"}
+MAY_READ_TRUTH = {"evaluate", "cli", "demo.run", "benchmark.catalogue", "benchmark.grid", "benchmark.table"}
 PICKLES = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
 NETWORK = {"aiohttp", "ftplib", "http", "httpx", "huggingface_hub", "requests", "socket", "ssl", "urllib", "urllib3"}
 LABELS = re.compile(r"label|target|truth|annotation|ground|^y$|^y_", re.IGNORECASE)
@@ -232,7 +232,7 @@ def test_order__a_stage_imports_only_from_those_before_it(room: str) -> None:
         return  # the front door, below
     place = ORDER.index(stage(room))
     for other, line in imported_rooms(room).items():
-        if stage(other) == stage(room) and stage(room) in ("methods", "demo"):
+        if stage(other) == stage(room) and stage(room) in ("methods", "demo", "benchmark"):
             continue  # these houses have their own order, below
         assert ORDER.index(stage(other)) < place, f"{room}, line {line}: imports {other}, which does not come before it"
 
@@ -259,6 +259,13 @@ def test_order__the_demo_is_entered_by_its_runner(room: str) -> None:
         assert inner <= {"demo.run"}
     elif room != "demo.run":
         assert not inner & {"demo.run", "demo.picture"}
+
+
+def test_order__the_benchmark_reads_as_it_runs() -> None:
+    order = ["catalogue", "published", "grid", "table"]
+    for place, name in enumerate(order):
+        inner = {other for other in imported_rooms(f"benchmark.{name}") if stage(other) == "benchmark"}
+        assert inner <= {f"benchmark.{earlier}" for earlier in order[:place]}
 
 
 @pytest.mark.parametrize("room", PURE_MATHS)
@@ -297,6 +304,17 @@ def test_truth__the_demo_hands_it_to_nothing_that_learns() -> None:
     assert len(given) == 4
     assert not [text for arguments in given for text in arguments if LABELS.search(text.replace("unlabelled", ""))]
     assert "hidden" not in mentioned(TREES["demo.run"])
+
+
+def test_truth__the_benchmark_hands_it_to_nothing_that_learns() -> None:
+    """A cell is fitted to, and judged on, the bare paths of the images without labels."""
+    given = [
+        [ast.unparse(argument) for argument in [*node.args, *(word.value for word in node.keywords)]]
+        for node in ast.walk(TREES["benchmark.grid"])
+        if isinstance(node, ast.Call) and dotted(node.func).split(".")[-1] in ("fit", "judge_model", "start_features")
+    ]
+    assert len(given) == 3
+    assert not [text for arguments in given for text in arguments if LABELS.search(text.replace("unlabelled", ""))]
 
 
 def test_truth__the_room_that_reads_it_knows_little_else() -> None:

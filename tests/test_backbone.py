@@ -20,7 +20,8 @@ from torch.nn.functional import normalize
 
 from conftest import CLASSES, TEXT_TOWER, VISION_TOWERS
 from finealign import backbone as room
-from finealign.backbone import Backbone, list_backbones, load_backbone
+from finealign.alignment import saliency_pooled
+from finealign.backbone import Backbone, Gaze, list_backbones, load_backbone
 from finealign.config import DEFAULT_BACKBONE
 from finealign.errors import BackboneError
 from finealign.types import Texts
@@ -338,9 +339,9 @@ def watch_encoding(backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> list[
     seen: list[int] = []
     encode = backbone._encode
 
-    def watched(images: Tensor) -> Tensor:
+    def watched(images: Tensor, seen_by: Gaze | None = None) -> Tensor:
         seen.append(len(images))
-        return encode(images)
+        return encode(images, seen_by)
 
     monkeypatch.setattr(backbone, "_encode", watched)
     return seen
@@ -447,6 +448,97 @@ def test_bytes_kept__of_a_known_computation() -> None:
     assert room._bytes_kept(lambda: given @ weight, beside=[]) == 4 * (4 * 3 + 3 * 5)
     with torch.no_grad():
         assert room._bytes_kept(encode, beside=[weight]) == 0
+
+
+# --- gaze -------------------------------------------------------------------------------------------------------------
+
+
+def some_prompts(count: int = 3, *, seed: int = 0) -> Tensor:
+    return torch.randn(count, 64, generator=torch.Generator().manual_seed(seed))
+
+
+def normalised_pixels(images: Tensor) -> Tensor:
+    """As the tiny backbones are fed."""
+    return (images.float() / 255 - 0.5) / 0.5
+
+
+@pytest.mark.parametrize("gaze", [Gaze(), Gaze(prompts=torch.empty(0, 64))], ids=["nothing", "no prompts"])
+def test_gaze__at_nothing_in_particular_sees_what_the_tower_sees(tiny_backbone: Tiny, gaze: Gaze) -> None:
+    backbone = load_backbone(tiny_backbone("transformer"))
+    found = backbone.embed(pictures(4), gaze)
+    torch.testing.assert_close(found, backbone.embed(pictures(4)), rtol=0, atol=1e-6)
+
+
+def test_gaze__prompts_stand_behind_the_tokens(tiny_backbone: Tiny) -> None:
+    backbone, prompts = load_backbone(tiny_backbone("transformer")), some_prompts()
+    visual = load_backbone(tiny_backbone("transformer")).model.visual
+    with torch.no_grad():
+        tokens = visual._embeds(normalised_pixels(pictures(4)))
+        seen = visual.transformer(torch.cat([tokens, prompts.expand(4, -1, -1)], dim=1))
+        wanted = normalize(visual.ln_post(seen[:, 0]) @ visual.proj, dim=-1)
+    found = backbone.embed(pictures(4), Gaze(prompts))
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-6)
+    assert (found - backbone.embed(pictures(4))).abs().max() > 1e-3
+    torch.testing.assert_close(backbone.embed(pictures(4), Gaze(prompts.flip(0))), wanted, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("prompted", [False, True])
+def test_gaze__salient_is_half_the_whole_and_half_the_salient_patches(tiny_backbone: Tiny, prompted: bool) -> None:
+    backbone, prompts = load_backbone(tiny_backbone("transformer")), some_prompts() if prompted else None
+    visual = load_backbone(tiny_backbone("transformer")).model.visual
+    with torch.no_grad():
+        tokens = visual._embeds(normalised_pixels(pictures(4)))
+        behind = tokens[:, :0] if prompts is None else prompts.expand(4, -1, -1)
+        seen = visual.ln_post(visual.transformer(torch.cat([tokens, behind], dim=1))) @ visual.proj
+        whole = normalize(seen[:, 0], dim=-1)
+        salient = saliency_pooled(seen[:, 1 : tokens.shape[1]], scale=backbone.logit_scale)
+    found = backbone.embed(pictures(4), Gaze(prompts, salient=True))
+    torch.testing.assert_close(found, normalize((whole + salient) / 2, dim=-1), rtol=0, atol=1e-5)
+    assert (found - whole).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("salient", [False, True])
+def test_gaze__gradient_reaches_the_prompts_and_the_norms_alone(
+    tiny_backbone: Tiny, salient: bool, precision: Any
+) -> None:
+    backbone = learning(load_backbone(tiny_backbone("transformer"), precision=precision))
+    prompts = some_prompts().requires_grad_()
+    features = backbone.encode_images(pictures(4), Gaze(prompts, salient))
+    assert features.dtype == torch.float32
+    assert len(gradients(backbone, features)) == len(TRANSFORMER_NORMS)
+    assert prompts.grad is not None
+    assert bool(prompts.grad.any(dim=1).all())
+    reached = {name for name, parameter in backbone.model.named_parameters() if parameter.grad is not None}
+    assert reached == {f"visual.{name}" for name in TRANSFORMER_NORMS}
+
+
+def test_gaze__in_chunks_gives_the_same_gradients(tiny_backbone: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for fitting in (2, 100):
+        room_for(fitting, monkeypatch)
+        backbone, prompts = learning(load_backbone(tiny_backbone("transformer"))), some_prompts().requires_grad_()
+        seen = watch_encoding(backbone, monkeypatch)
+        gradients(backbone, backbone.encode_images(pictures(5), Gaze(prompts)))
+        assert seen[0] == min(fitting, 5)
+        assert prompts.grad is not None
+        found.append(prompts.grad)
+    torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-5 * float(found[1].abs().max()))
+
+
+@pytest.mark.parametrize("gaze", [Gaze(some_prompts()), Gaze(salient=True)], ids=["prompts", "salient"])
+def test_gaze__leaves_nothing_behind(tiny_backbone: Tiny, gaze: Gaze) -> None:
+    backbone = load_backbone(tiny_backbone("transformer"))
+    before = backbone.embed(pictures(3))
+    backbone.embed(pictures(3), gaze)
+    assert torch.equal(backbone.embed(pictures(3)), before)
+
+
+def test_gaze__a_convolutional_tower_looks_as_it_always_does(tiny_backbone: Tiny) -> None:
+    backbone = load_backbone(tiny_backbone("convolutional"))
+    assert backbone.token_width == 0
+    found = backbone.embed(pictures(3), Gaze(some_prompts(), salient=True))
+    assert torch.equal(found, backbone.embed(pictures(3)))
 
 
 # --- what may be trained ----------------------------------------------------------------------------------------------

@@ -34,8 +34,9 @@ Tiny = Callable[[str], str]
 CLASSES = ["red", "green", "blue", "cyan", "magenta", "yellow", "black"]  # of the last four there is no photo
 PRECISE = ["--device", "cpu", "--precision", "fp32"]
 QUICK = [*PRECISE, "--set", "views.crops=2", "--set", "training.batch_size=8", "--set", "training.epochs=2"]
+QUICK += ["--set", "training.anchor_steps=0"]
 HEADLINE = {"top1", "top5", "ece", "top1_low", "top1_high"}
-VERBS = ["adapt", "predict", "evaluate", "demo", "models", "doctor"]
+VERBS = ["adapt", "predict", "evaluate", "demo", "benchmark", "methods", "models", "doctor"]
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def made(tiny_backbone: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Made:
     settings = ("epochs=8", "learning_rate=0.01", "anchor_learning_rate=0.01")
     hard = [part for setting in settings for part in ("--set", f"training.{setting}")]
     made = Made(photos, folder / "labelled", backbone, folder / "run", {})
-    return replace(made, said=only_json(command(*made.adapt("--out", made.run, "--json", *hard))))
+    return replace(made, said=only_json(command(*made.adapt("--out", made.run, "--keep-adapted", "--json", *hard))))
 
 
 def discerning(identifier: str, photos: Path, folder: Path) -> str:
@@ -186,7 +187,8 @@ def test_adapt__a_process_of_its_own_prints_one_object_and_no_bar(made: Made, tm
 
 def test_adapt__says_what_it_did(made: Made) -> None:
     assert set(made.said) == {
-        "out", "method", "backbone", "classes", "images", "set_aside", "epochs", "seconds", "stopped",
+        "out", "method", "backbone", "classes", "images", "set_aside", "epochs", "seconds", "stopped", "verdict",
+        "kept",
     }  # fmt: skip
     assert (made.said["out"], made.said["classes"], made.said["images"]) == (str(made.run), CLASSES, 24)
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
 from finealign.config import (
+    ANCHOR_RATE,
     LABEL_PASSES,
     Config,
     DataSettings,
@@ -107,6 +108,9 @@ training_values = st.fixed_dictionaries(
         "final_learning_rate": st.just(0.0) | rate,
         "weight_decay": st.just(0.0) | rate,
         "norm_weight_decay": rate,
+        "anchor_steps": st.integers(0, 10**6),
+        "anchor_batch_size": count,
+        "last_label_pass": st.booleans(),
         "strong_views": count,
     }
 )
@@ -496,7 +500,7 @@ def test_resolve__epochs_come_nearest_to_the_steps() -> None:
     grid = itertools.product([1, 2, 63, 64, 65, 1000, 50_000], [1, 7, 64, 256], [1, 40, 160, 1000], [1, 15, 60])
     for images, batch_size, steps, most in grid:
         config = all_auto(batch_size=batch_size, steps=steps, max_epochs=most)
-        epochs = resolve(config, images=images, input_size=224).training.epochs
+        epochs = resolve(config, images=images, classes=10, input_size=224).training.epochs
         assert isinstance(epochs, int)
         an_epoch = len(range(0, images, batch_size))
         distance = {passes: abs(passes * an_epoch - steps) for passes in range(1, most + 1)}
@@ -506,7 +510,7 @@ def test_resolve__epochs_come_nearest_to_the_steps() -> None:
 @pytest.mark.parametrize("epochs", [*range(1, 30), 60, 100])
 def test_resolve__refresh_is_the_shortest_that_keeps_to_the_label_passes(epochs: int) -> None:
     config = all_auto().model_copy(update={"training": TrainingSettings(epochs=epochs)})
-    refresh = resolve(config, images=100, input_size=224).views.refresh_epochs
+    refresh = resolve(config, images=100, classes=10, input_size=224).views.refresh_epochs
     assert isinstance(refresh, int)
 
     def passes(every: int) -> int:
@@ -520,7 +524,7 @@ def test_resolve__refresh_is_the_shortest_that_keeps_to_the_label_passes(epochs:
 @pytest.mark.parametrize("input_size", [1, 32, 224, 336, 337])
 def test_resolve__the_smallest_crop_fills_the_input(input_size: int, crop_low: float) -> None:
     config = make_config({"data": {"working_size": "auto"}, "views": {"crop_low": crop_low, "crop_high": 1.0}})
-    side = resolve(config, images=100, input_size=input_size).data.working_size
+    side = resolve(config, images=100, classes=10, input_size=input_size).data.working_size
     assert isinstance(side, int)
     assert side * crop_low >= input_size * (1 - 1e-9)
     assert (side - 1) * crop_low < input_size * (1 + 1e-9)
@@ -529,8 +533,13 @@ def test_resolve__the_smallest_crop_fills_the_input(input_size: int, crop_low: f
 @pytest.mark.parametrize("images", [1, 10, 100_000])
 def test_resolve__leaves_no_auto(images: int) -> None:
     config = all_auto()
-    assert autos(config) == ["data.working_size", "views.refresh_epochs", "training.epochs"]
-    resolved = resolve(config, images=images, input_size=224)
+    assert autos(config) == [
+        "data.working_size",
+        "views.refresh_epochs",
+        "training.epochs",
+        "training.anchor_learning_rate",
+    ]
+    resolved = resolve(config, images=images, classes=10, input_size=224)
     assert autos(resolved) == []
     assert read_back(resolved) == resolved
 
@@ -547,23 +556,30 @@ def test_resolve__explicit_values_stay(refresh: int, epochs: int) -> None:
         "precision": "auto",
         "data": {"working_size": 11},
         "views": {"refresh_epochs": refresh},
-        "training": {"epochs": epochs, "steps": 3, "max_epochs": 2, "batch_size": 5},
+        "training": {"epochs": epochs, "steps": 3, "max_epochs": 2, "batch_size": 5, "anchor_learning_rate": 0.5},
         "method": {"name": "fair", "tau": 0.5},
     }
     config = make_config(values)
-    assert resolve(config, images=1000, input_size=224) == config
+    assert resolve(config, images=1000, classes=10, input_size=224) == config
 
 
 def test_resolve__touches_the_autos_alone_and_not_the_original() -> None:
     config, before = all_auto(batch_size=9), all_auto(batch_size=9).model_dump()
-    after = resolve(config, images=100, input_size=32).model_dump()
+    after = resolve(config, images=100, classes=10, input_size=32).model_dump()
     assert config.model_dump() == before
-    for section, key in (("data", "working_size"), ("views", "refresh_epochs"), ("training", "epochs")):
+    places = [("data", "working_size"), ("views", "refresh_epochs"), ("training", "epochs")]
+    for section, key in [*places, ("training", "anchor_learning_rate")]:
         assert before[section].pop(key) == "auto"
         assert after[section].pop(key) != "auto"
     assert after == before
 
 
 def test_resolve__twice_is_once() -> None:
-    once = resolve(all_auto(), images=100, input_size=224)
-    assert resolve(once, images=7, input_size=32) == once
+    once = resolve(all_auto(), images=100, classes=10, input_size=224)
+    assert resolve(once, images=7, classes=3, input_size=32) == once
+
+
+@pytest.mark.parametrize(("images", "classes", "share"), [(1000, 10, 1), (500, 10, 1), (250, 10, 0.5), (100, 50, 0.04)])
+def test_resolve__anchors_learn_the_slower_the_fewer_images_a_class(images: int, classes: int, share: float) -> None:
+    rate = resolve(all_auto(), images=images, classes=classes, input_size=224).training.anchor_learning_rate
+    assert rate == pytest.approx(ANCHOR_RATE * share)

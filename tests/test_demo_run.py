@@ -294,7 +294,7 @@ def test_adapt_into__the_time_of_a_listener_is_in_no_timing(
     def listen(record: Any) -> None:
         clock.now += 1000
 
-    summary = run_folder.adapt_into(tmp_path / "run", model, photos, on_epoch=listen)
+    summary = run_folder.adapt_into(tmp_path / "run", model, photos, keep_adapted=True, on_epoch=listen)
     assert [summary.fit_seconds, summary.seconds] == pytest.approx([5, 8])
     told = json.loads((tmp_path / "run" / "run.json").read_text(encoding="utf-8"))
     assert told["seconds"] == {"fit": 8, "total": 8}
@@ -316,8 +316,8 @@ def test_adapt_into__a_listener_sees_the_model_as_it_is_and_changes_nothing(
         lines.append((tmp_path / "watched" / "metrics.jsonl").read_text(encoding="utf-8").count("\n"))
 
     paths = sorted(photos.rglob("*.png"))
-    run_folder.adapt_into(tmp_path / "watched", watched, photos, on_epoch=look)
-    run_folder.adapt_into(tmp_path / "alone", FineAlign(CLASSES, config=config), photos)
+    run_folder.adapt_into(tmp_path / "watched", watched, photos, keep_adapted=True, on_epoch=look)
+    run_folder.adapt_into(tmp_path / "alone", FineAlign(CLASSES, config=config), photos, keep_adapted=True)
     assert lines == [1, 2, 3]
     assert learned(tmp_path / "watched") == learned(tmp_path / "alone")
     final = np.stack([found.scores for found in watched.readable_predictions(paths)])

@@ -13,6 +13,7 @@ from torch.nn.functional import normalize
 from finealign.pseudo_labels import (
     WeightKind,
     agreement_weight,
+    balanced,
     confusability,
     confusion_weight,
     count_pairs,
@@ -253,6 +254,57 @@ def test_confusion_weight__a_close_race_counts_less_between_siblings_than_betwee
     kappa = torch.tensor([[0.0, 0.9, 0.1], [0.9, 0.0, 0.1], [0.1, 0.1, 0.0]], dtype=torch.float64)
     races = torch.tensor([[0.5, 0.5, 0.0], [0.5, 0.0, 0.5], [0.0, 0.0, 1.0]], dtype=torch.float64)
     agree(confusion_weight(races, kappa), [0.1, 0.9, 1.0])
+
+
+# --- balanced ---------------------------------------------------------------------------------------------------------
+
+
+@over_shapes
+@pytest.mark.parametrize("sharpness", SHARPNESS)
+@pytest.mark.parametrize("strength", [0.0, 0.3, 1.0])
+def test_balanced__is_each_class_over_its_mean_made_to_sum_to_one(
+    b: int, c: int, sharpness: float, strength: float
+) -> None:
+    probabilities = predictions(b, c, sharpness=sharpness)
+    mean = predictions(1, c, seed=1)[0]
+    wanted = []
+    for row in probabilities.tolist():
+        divided = [q / p**strength for q, p in zip(row, mean.tolist(), strict=True)]
+        wanted.append([value / math.fsum(divided) for value in divided])
+    found = balanced(probabilities, mean, strength)
+    agree(found, wanted)
+    assert found.dtype == probabilities.dtype
+
+
+def test_balanced__by_an_even_mean_changes_nothing() -> None:
+    probabilities = predictions(5, 4)
+    agree(balanced(probabilities, torch.full((4,), 0.25, dtype=torch.float64), 1.0), probabilities.tolist())
+
+
+def test_balanced__level_predictions_go_to_the_class_seen_least() -> None:
+    even = torch.full((1, 3), 1 / 3, dtype=torch.float64)
+    mean = torch.tensor([0.5, 0.2, 0.3], dtype=torch.float64)
+    found = balanced(even, mean, 1.0)[0]
+    agree(found / found[0], [1.0, 0.5 / 0.2, 0.5 / 0.3])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_balanced__a_class_never_predicted_before_stays_finite(dtype: torch.dtype) -> None:
+    probabilities = torch.tensor([[0.5, 0.5, 0.0], [1.0, 0.0, 0.0]], dtype=dtype)
+    found = balanced(probabilities, torch.tensor([1.0, 0.0, 0.0], dtype=dtype), 1.0)
+    agree(found, [[0.0, 1.0, 0.0], [1.0, 0.0, 0.0]])
+
+
+@few
+@given(coarse_predictions(), st.floats(0, 1))
+def test_balanced__is_a_prediction_and_leaves_its_arguments_alone(probabilities: Tensor, strength: float) -> None:
+    mean = probabilities.mean(0)
+    before = probabilities.clone(), mean.clone()
+    found = balanced(probabilities, mean, strength)
+    agree(found.sum(1), [1.0] * len(probabilities))
+    assert bool((found >= 0).all())
+    assert torch.equal(probabilities, before[0])
+    assert torch.equal(mean, before[1])
 
 
 # --- count_pairs ------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ SHIM = """#!{python}
 import sys
 from finealign.cli import main
 sys.argv[0] = "finealign"
-if sys.argv[1] == "adapt":
+if sys.argv[1] in ("adapt", "benchmark"):
     sys.argv += ["--backbone", "{backbone}", "--set", "training.epochs=2", "--set", "views.crops=2"]
 main()
 """
@@ -65,6 +65,7 @@ def test_readme__the_commands_run(reader: Path) -> None:
         subprocess.run(["bash", "-e", "-c", snippet], cwd=reader, env=environment, check=True, capture_output=True)
     assert (reader / "labels.csv").read_text(encoding="utf-8").count("\n") == 10
     assert (reader / "pets.txt").read_text(encoding="utf-8").split() == CLASSES
+    assert (reader / "runs" / "table" / "table.md").is_file()
     assert (reader / "pets.csv").read_text(encoding="utf-8").count("\n") == 10
 
 

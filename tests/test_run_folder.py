@@ -40,6 +40,8 @@ def adapt(
     descriptions: dict[str, list[str]] | None = None,
     **how: Any,
 ) -> RunSummary:
+    """The adapted model is kept, whatever the verdict on these photos is: tests/test_verdict.py has that."""
+    how = {"keep_adapted": True, **how}
     return adapt_into(folder, FineAlign(classes or CLASSES, descriptions=descriptions, config=config), images, **how)
 
 
@@ -102,7 +104,7 @@ def run(finished: Path, tmp_path: Path) -> Path:
 def test_adapt_into__leaves_the_contract(finished: Path) -> None:
     assert {path.name for path in finished.iterdir()} - {"report.html"} == CONTRACT
     assert {path.suffix for path in (finished / "model").iterdir()} == {".json", ".safetensors"}
-    assert checkpoints(finished) == ["epoch-0003", "epoch-0004", "features-0002", "features-0003"]
+    assert checkpoints(finished) == ["epoch-0003", "epoch-0004", "features-0003", "features-0004"]
     assert not list(finished.rglob("*.part"))
 
 
@@ -121,9 +123,11 @@ def test_adapt_into__run_json_says_what_was_done(finished: Path, tiny_backbone: 
         "epochs": EPOCHS,
         "resumed": False,
         "stopped": "all 4 epochs done; the last one is kept",
+        "kept": "adapted",
     }
     assert {name: found[name] for name in fixed} == fixed
-    assert set(found) == {*fixed, "identity", "versions", "started", "seconds"}
+    assert set(found) == {*fixed, "identity", "versions", "started", "seconds", "verdict"}
+    assert found["verdict"]["call"] in ("helped", "unclear", "hurt")
     assert set(found["identity"]) == {"settings", "texts", "images"}
     assert {"python", "finealign", "torch", "open_clip_torch", "timm", "accelerate"} <= set(found["versions"])
     assert found["versions"]["finealign"] == __version__
@@ -198,7 +202,8 @@ def test_adapt_into__its_summary_is_plain_json(album: Path, tiny_backbone: Tiny,
         "epochs": 1,
     }
     assert set(found) == {
-        "out", "method", "backbone", "classes", "images", "set_aside", "epochs", "seconds", "stopped",
+        "out", "method", "backbone", "classes", "images", "set_aside", "epochs", "seconds", "stopped", "verdict",
+        "kept",
     }  # fmt: skip
 
 
@@ -278,7 +283,7 @@ def test_adapt_into__overwrite_removes_what_is_ours_alone(run: Path, album: Path
     assert (run / "thesis.txt").read_text(encoding="utf-8") == "years of work"
     assert (run / "notes" / "a.txt").read_text(encoding="utf-8") == "mine"
     assert {path.name for path in run.iterdir()} - {"report.html"} == CONTRACT | {"thesis.txt", "notes"}
-    assert checkpoints(run) == ["epoch-0001", "epoch-0002", "features-0000", "features-0001"]
+    assert checkpoints(run) == ["epoch-0001", "epoch-0002", "features-0001", "features-0002"]
     assert [line["epoch"] for line in metrics(run)] == [1, 2]
     assert run_json(run)["seed"] == 5
     assert learned(run) != before
@@ -379,7 +384,7 @@ def interrupt(folder: Path, album: Path, config: Config, stage: str, call: str, 
             "advance",
             5,
             4,
-            ["epoch-0003", "epoch-0004", "features-0002", "features-0003"],
+            ["epoch-0003", "epoch-0004", "features-0003", "features-0004"],
             id="while predicting",
         ),
     ],

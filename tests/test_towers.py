@@ -13,7 +13,16 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
 from finealign.backbone import load_backbone
-from finealign.towers import Float32Gradient, SelfAttention, attend, is_convolutional, is_normalisation, working_copy
+from finealign.towers import (
+    Float32Gradient,
+    SelfAttention,
+    attend,
+    is_convolutional,
+    is_normalisation,
+    token_width,
+    tokens_of,
+    working_copy,
+)
 
 Tiny = Callable[[str], str]
 Make = Callable[[str], nn.Module]
@@ -561,3 +570,50 @@ def test_working_copy__wraps_each_of_a_mobile_network(make: Make) -> None:
         module for module in working_copy(tower, dtype=torch.bfloat16).modules() if isinstance(module, Float32Gradient)
     ]
     assert len(found) == len(strided_depthwise(tower)) > 0
+
+
+# --- tokens -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("kind", "width"), [("transformer", 64), *((kind, 0) for kind in TOWERS[1:])])
+def test_token_width__is_that_of_open_clips_transformers(make: Make, kind: str, width: int) -> None:
+    assert token_width(make(kind)) == width
+
+
+def test_token_width__of_a_tower_that_pools_by_attention_is_none() -> None:
+    sizes = {"image_size": 32, "patch_size": 16, "width": 64, "layers": 1, "heads": 2, "mlp_ratio": 1.0}
+    for pooled in (False, True):
+        tower = open_clip.transformer.VisionTransformer(**sizes, attentional_pool=pooled, output_dim=64)
+        assert token_width(tower) == (0 if pooled else 64)
+
+
+@pytest.mark.parametrize("prompts", [None, torch.ones(3, 64)], ids=["none", "three"])
+def test_tokens_of__are_the_class_token_and_the_patches_at_each_call(make: Make, prompts: Tensor | None) -> None:
+    tower = make("transformer")
+    seen: list[tuple[int, ...]] = []
+    hook = tower.get_submodule("transformer").register_forward_hook(lambda _, given, out: seen.append(given[0].shape))
+    with tokens_of(tower, prompts) as found:
+        pooled = [tower(pixels(count)) for count in (4, 1)]
+    hook.remove()
+    assert [tokens.shape for tokens in found] == [(4, 5, 64), (1, 5, 64)]  # 2 x 2 patches
+    assert seen == [(count, 5 if prompts is None else 8, 64) for count in (4, 1)]
+    module: Any = tower
+    for tokens, wanted in zip(found, pooled, strict=True):
+        torch.testing.assert_close(module.ln_post(tokens[:, 0]) @ module.proj, wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_tokens_of__takes_its_hooks_away(make: Make, fails: bool) -> None:
+    tower = make("transformer")
+    before = tower(pixels())
+    try:
+        with tokens_of(tower, torch.ones(3, 64)):
+            assert not torch.equal(tower(pixels()), before)
+            if fails:
+                raise ZeroDivisionError
+    except ZeroDivisionError:
+        assert fails
+    assert torch.equal(tower(pixels()), before)
+    inner = tower.get_submodule("transformer")
+    assert not inner._forward_hooks
+    assert not inner._forward_pre_hooks

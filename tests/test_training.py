@@ -12,7 +12,7 @@ import torch
 
 from conftest import CLASSES, tiny_config, write_photos
 from finealign import training
-from finealign.backbone import Backbone
+from finealign.backbone import Backbone, Gaze
 from finealign.checkpoints import read_last_checkpoint
 from finealign.classifier import FineAlign
 from finealign.devices import choose_workers
@@ -20,15 +20,21 @@ from finealign.errors import FinealignError, ImageInputError, ModelError
 from finealign.images import Pixels, read_image
 from finealign.mapped import read_mapped
 from finealign.progress import Progress
-from finealign.training import EncodedAfresh, EpochRecord, _batches, adapt
+from finealign.training import EncodedAfresh, EpochRecord, State, _batches, adapt, begin, settle_anchors
 
 Tiny = Callable[[str], str]
 METHODS = ["fair", "self-training"]
+NO_STEPS_OF_ANCHORS: dict[str, Any] = {"training__anchor_steps": 0, "training__last_label_pass": False}
 TOWERS = ["transformer", "convolutional"]
 
 
 class KilledError(Exception):
     """What a test raises in the middle of a run."""
+
+
+def short_config(backbone: str, **overrides: Any) -> Any:
+    """The anchors take no steps of their own, which have tests of their own."""
+    return tiny_config(backbone, **NO_STEPS_OF_ANCHORS | overrides)
 
 
 def killed_after(epochs: int, photos: Path, backbone: str, checkpoints: Path, **overrides: Any) -> None:
@@ -38,13 +44,13 @@ def killed_after(epochs: int, photos: Path, backbone: str, checkpoints: Path, **
         if record.epoch == epochs:
             raise KilledError
 
-    model = FineAlign(CLASSES, config=tiny_config(backbone, **overrides))
+    model = FineAlign(CLASSES, config=short_config(backbone, **overrides))
     with pytest.raises(KilledError):
         model.fit(photos, checkpoints=checkpoints, on_epoch=stop)
 
 
 def fit(photos: Path, backbone: str, checkpoints: Path | None = None, **overrides: Any) -> FineAlign:
-    model = FineAlign(CLASSES, config=tiny_config(backbone, **overrides))
+    model = FineAlign(CLASSES, config=short_config(backbone, **overrides))
     return model.fit(photos, checkpoints=checkpoints)
 
 
@@ -60,7 +66,7 @@ def differing(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -
 
 @pytest.mark.parametrize("tower", TOWERS)
 def test_adapt__only_norms_and_anchors_change(photos: Path, tiny_backbone: Tiny, tower: str) -> None:
-    before = state(FineAlign(CLASSES, config=tiny_config(tiny_backbone(tower), method__name="cupl")).fit(photos))
+    before = state(FineAlign(CLASSES, config=short_config(tiny_backbone(tower), method__name="cupl")).fit(photos))
     model = fit(photos, tiny_backbone(tower))
     norms = {f"backbone.visual.{name}" for name in model.backbone_.norm_parameters()}
     after = {name: value for name, value in state(model).items() if name in before}
@@ -130,7 +136,7 @@ def test_adapt__class_folders_mean_nothing(tiny_backbone: Tiny, tmp_path: Path) 
         shutil.copy(path, target / f"{position:03d}.png")
     ordered = sorted(shuffled.rglob("*.png"), key=lambda path: path.name)
     first = state(fit(honest, tiny_backbone("transformer")))
-    second = FineAlign(CLASSES, config=tiny_config(tiny_backbone("transformer"))).fit(ordered)
+    second = FineAlign(CLASSES, config=short_config(tiny_backbone("transformer"))).fit(ordered)
     assert not differing(first, state(second))
 
 
@@ -163,7 +169,7 @@ def test_adapt__in_bf16_keeps_masters_and_features_in_fp32(photos: Path, tiny_ba
 
 def test_adapt__more_classes_than_images_in_a_batch(photos: Path, tiny_backbone: Tiny) -> None:
     classes = [f"colour {number}" for number in range(40)]
-    config = tiny_config(tiny_backbone("transformer"), training__batch_size=4)
+    config = short_config(tiny_backbone("transformer"), training__batch_size=4)
     model = FineAlign(classes, config=config).fit(photos)
     assert all(np.isfinite(record.loss) for record in model.history_)
     assert model.predict_proba(photos).shape == (24, 40)
@@ -235,7 +241,7 @@ def test_adapt__an_image_that_goes_away_is_named(photos: Path, tiny_backbone: Ti
     def remove(record: EpochRecord) -> None:
         (photos / "red" / "3.png").unlink()
 
-    config = tiny_config(tiny_backbone("transformer"), data__cache_gb=0, data__workers=workers)
+    config = short_config(tiny_backbone("transformer"), data__cache_gb=0, data__workers=workers)
     with pytest.raises(ImageInputError, match=r"^'[^']*3.png' could be read at the start of the run") as caught:
         FineAlign(CLASSES, config=config).fit(photos, on_epoch=remove)
     assert "Traceback" not in str(caught.value)
@@ -349,7 +355,7 @@ def test_adapt__without_checkpoints_leaves_no_features(
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
     seen: list[Path] = []
-    model = FineAlign(CLASSES, config=tiny_config(tiny_backbone("transformer")))
+    model = FineAlign(CLASSES, config=short_config(tiny_backbone("transformer")))
     model.fit(photos, on_epoch=lambda record: seen.extend((tmp_path / "temporary").rglob("features-*")))
     assert seen
     assert not list((tmp_path / "temporary").rglob("features-*"))
@@ -435,12 +441,12 @@ def test_label_pass__cut_short_leaves_no_file_under_its_name(
     calls = 0
     embed = Backbone.embed
 
-    def killed(self: Backbone, images: torch.Tensor) -> torch.Tensor:
+    def killed(self: Backbone, images: torch.Tensor, seen_by: Gaze | None = None) -> torch.Tensor:
         nonlocal calls
         calls += 1
         if calls == call:
             raise KilledError
-        return embed(self, images)
+        return embed(self, images, seen_by)
 
     with monkeypatch.context() as patch:
         patch.setattr(Backbone, "embed", killed)
@@ -449,6 +455,197 @@ def test_label_pass__cut_short_leaves_no_file_under_its_name(
     assert not list(folder.rglob("*.safetensors"))
     assert not differing(whole, state(fit(photos, backbone, folder)))
     assert not list(folder.rglob("*.part"))
+
+
+# --- steps of the anchors alone ---------------------------------------------------------------------------------------
+
+SETTLING: dict[str, Any] = {"training__anchor_steps": 4, "training__anchor_batch_size": 10}
+
+
+def begun(photos: Path, backbone: str, folder: Path, **overrides: Any) -> tuple[State, EncodedAfresh, Any]:
+    """A run before its first step, its label features kept."""
+    settings = {"data__cache": "temporary", "views__refresh_epochs": 1} | SETTLING | overrides
+    model = FineAlign(CLASSES, config=short_config(backbone, **settings)).unlearned()
+    images = [np.array(read_image(path, max_pixels=10**6)) for path in sorted(photos.rglob("*.png"))]
+    source = source_of(model, images, folder, crops=model.method_.uses_crops)
+    source.label_pass(0)
+    return begin(model.backbone_, model.method_, model.config_, images=len(images)), source, model.config_
+
+
+def values(state: State) -> dict[str, torch.Tensor]:
+    return {name: value.detach().clone() for name, value in (state.norms | state.method.state_dict()).items()}
+
+
+def settled(photos: Path, backbone: str, folder: Path, *, epoch: int = 0, **overrides: Any) -> set[str]:
+    """What the anchors' own steps changed."""
+    state, source, config = begun(photos, backbone, folder, **overrides)
+    before = values(state)
+    settle_anchors(state, source, config, epoch)
+    return differing(before, values(state))
+
+
+def test_settle_anchors__moves_the_anchors_and_no_norm(photos: Path, tiny_backbone: Tiny, tmp_path: Path) -> None:
+    state, source, config = begun(photos, tiny_backbone("transformer"), tmp_path, training__norm_weight_decay=0.5)
+    before = values(state)
+    settle_anchors(state, source, config, 0)
+    changed = differing(before, values(state))
+    assert "anchors" in changed
+    assert not changed & state.norms.keys()
+    assert all(parameter.grad is None for parameter in state.norms.values())
+    assert {float(kept["step"]) for kept in state.optimizer.state.values()} == {4.0}
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        *({"method__name": name} for name in ("self-training", "dpa", "lafter", "microclip")),
+        {"training__anchor_steps": 0},
+        {"training__learn": "norms"},
+    ],
+    ids=str,
+)
+def test_settle_anchors__leaves_other_methods_and_anchors_that_do_not_learn_alone(
+    photos: Path, tiny_backbone: Tiny, tmp_path: Path, overrides: dict[str, Any]
+) -> None:
+    assert not settled(photos, tiny_backbone("transformer"), tmp_path, **overrides)
+
+
+def test_settle_anchors__depends_on_seed_and_epoch_alone(photos: Path, tiny_backbone: Tiny, tmp_path: Path) -> None:
+    found: list[torch.Tensor] = []
+    for seed, epoch in ((0, 0), (0, 0), (0, 1), (1, 0)):
+        state, source, config = begun(photos, tiny_backbone("transformer"), tmp_path / str(len(found)))
+        torch.manual_seed(len(found))
+        settle_anchors(state, source, config.model_copy(update={"seed": seed}), epoch)
+        found.append(values(state)["anchors"])
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], found[2])
+    assert not torch.equal(found[0], found[3])
+
+
+def test_settle_anchors__takes_each_image_in_turn_by_one_of_its_crops(
+    photos: Path, tiny_backbone: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state, source, config = begun(photos, tiny_backbone("transformer"), tmp_path, training__anchor_batch_size=12)
+    seen: list[tuple[int, int]] = []
+
+    def watched(_: State, features: Any, strong: torch.Tensor) -> None:
+        for row in strong:
+            ((image, crop),) = (source.kept["crops"] == row).all(-1).nonzero().tolist()
+            seen.append((image, crop))
+
+    monkeypatch.setattr(training, "step", watched)
+    settle_anchors(state, source, config, 0)
+    images = [image for image, _ in seen]
+    assert sorted(images[:24]) == sorted(images[24:]) == list(range(24))  # four steps of 12 of 24 images
+    assert images[:24] != images[24:]
+    assert {crop for _, crop in seen} == {0, 1}
+
+
+LAST: dict[str, Any] = {**SETTLING, "training__last_label_pass": True, "training__epochs": 3}
+
+
+@pytest.mark.parametrize(("encoder", "refresh"), [("full", 2), ("full", 1), ("frozen", 2)])
+def test_adapt__with_steps_of_the_anchors_resumed_is_bit_for_bit_the_uninterrupted(
+    photos: Path, tiny_backbone: Tiny, tmp_path: Path, encoder: str, refresh: int
+) -> None:
+    settings: dict[str, Any] = {**LAST, "training__encoder": encoder, "views__refresh_epochs": refresh}
+    backbone = tiny_backbone("transformer")
+    whole = state(fit(photos, backbone, **settings))
+    killed_after(2, photos, backbone, tmp_path / "kept", **settings)
+    resumed = fit(photos, backbone, checkpoints=tmp_path / "kept", **settings)
+    assert [record.epoch for record in resumed.history_] == [2, 3]
+    assert not differing(whole, state(resumed))
+    # A finished run has nothing left to do, and one whose last checkpoint is torn an epoch and the last steps.
+    last = tmp_path / "kept" / "epoch-0003.safetensors"
+    for left in ([], [3]):
+        again = fit(photos, backbone, checkpoints=tmp_path / "kept", **settings)
+        assert [record.epoch for record in again.history_] == left
+        assert not differing(whole, state(again))
+        last.write_bytes(last.read_bytes()[:-10])
+
+
+def test_adapt__last_label_pass_is_for_the_anchors_last_steps(
+    photos: Path, tiny_backbone: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passes: list[int] = []
+    encode = EncodedAfresh.label_pass
+
+    def watched(self: EncodedAfresh, epoch: int) -> None:
+        passes.append(epoch)
+        encode(self, epoch)
+
+    monkeypatch.setattr(EncodedAfresh, "label_pass", watched)
+
+    def anchors(**overrides: Any) -> torch.Tensor:
+        passes.clear()
+        settings = {**LAST, "training__epochs": 1, "views__refresh_epochs": 1} | overrides
+        found = fit(photos, tiny_backbone("transformer"), **settings).method_.state_dict()["anchors"]
+        assert isinstance(found, torch.Tensor)
+        return found
+
+    last = anchors()
+    assert passes == [0, 1]
+    assert not torch.equal(anchors(training__last_label_pass=False), last)
+    assert passes == [0]
+    # Where there are no such steps the pass would be for nothing.
+    for overrides in ({"training__anchor_steps": 0}, {"method__name": "dpa"}, {"training__encoder": "frozen"}):
+        anchors(**overrides)
+        assert passes == [0]
+    anchors(views__refresh_epochs=0)  # nothing is kept that the anchors could take steps on
+    assert passes == []
+
+
+# --- methods that survey ----------------------------------------------------------------------------------------------
+
+
+def test_fit__transclip_labels_the_images_together_and_trains_nothing(
+    photos: Path, tiny_backbone: Tiny, tmp_path: Path
+) -> None:
+    before = fit(photos, tiny_backbone("transformer"), method__name="cupl")
+    model = fit(photos, tiny_backbone("transformer"), method__name="transclip")
+    kept = model.method_.state_dict()
+    assert model.history_ == []
+    weak = model.features(model.paths_, crops=False).weak
+    torch.testing.assert_close(kept["images"], weak, rtol=0, atol=1e-6)
+    assert kept["assigned"].shape == (24, 3)
+    unchanged = model.backbone_.model.state_dict()
+    assert not differing(unchanged, before.backbone_.model.state_dict())
+    found = model.predict_proba(photos)
+    np.testing.assert_allclose(found.sum(1), 1, atol=1e-5)
+    np.testing.assert_allclose(found, kept["assigned"].numpy(), atol=0.05)
+    assert np.abs(found - before.predict_proba(photos)).max() > 0.05
+    model.save(tmp_path / "model")
+    loaded = FineAlign.load(tmp_path / "model", device="cpu", precision="fp32")
+    np.testing.assert_allclose(loaded.predict_proba(photos), found, atol=1e-6)
+
+
+@pytest.mark.parametrize("refresh", [0, 2])
+def test_adapt__dpa_surveys_all_images_before_each_epoch(
+    photos: Path, tiny_backbone: Tiny, monkeypatch: pytest.MonkeyPatch, refresh: int
+) -> None:
+    seen: list[torch.Tensor] = []
+    monkeypatch.setattr("finealign.methods.dpa.Dpa.survey", lambda self, weak: seen.append(weak.clone()))
+    fit(photos, tiny_backbone("transformer"), method__name="dpa", views__refresh_epochs=refresh, training__epochs=3)
+    assert [weak.shape for weak in seen] == [(24, 32)] * 3
+    # The encoder learns: what is kept is as it was, what is encoded afresh is not.
+    assert torch.equal(seen[0], seen[1]) == (refresh == 2)
+    assert not torch.equal(seen[1], seen[2])
+
+
+@pytest.mark.parametrize("method", ["dpa", "lafter", "microclip"])
+def test_adapt__peers_resumed_are_bit_for_bit_the_uninterrupted(
+    photos: Path, tiny_backbone: Tiny, tmp_path: Path, method: str
+) -> None:
+    settings: dict[str, Any] = {"method__name": method, "views__refresh_epochs": 2}
+    backbone = tiny_backbone("transformer")
+    whole = fit(photos, backbone, **settings)
+    killed_after(2, photos, backbone, tmp_path / "kept", **settings)
+    assert not differing(state(whole), state(fit(photos, backbone, tmp_path / "kept", **settings)))
+    if method == "lafter":
+        start = FineAlign(CLASSES, config=short_config(backbone, **settings)).unlearned()
+        assert whole.method_.prompts is not None
+        assert start.method_.prompts is not None
+        assert not torch.equal(whole.method_.prompts, start.method_.prompts)
 
 
 # --- batches ----------------------------------------------------------------------------------------------------------

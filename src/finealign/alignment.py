@@ -123,3 +123,35 @@ def description_weights(descriptions: Tensor, names: Tensor, class_of: Tensor, *
     exponent = (closeness - highest[class_of]).exp()
     totals = exponent.new_zeros(names.shape[0]).index_add_(0, class_of, exponent)
     return exponent / totals[class_of]
+
+
+def normalised_cut(tokens: Tensor, *, faint: float = 1e-5) -> Tensor:
+    """Which patches the normalised cut takes for the object: (B, L, D), rows normalised -> (B, L) of 0 and 1.
+
+    Two patches are joined by 1 where their cosine is above the image's mean, else by ``faint``; the second
+    eigenvector of the normalised Laplacian is cut at its mean, and the side with the larger extreme is the object. The
+    cut is TokenCut's (arXiv 2202.11539), which microCLIP starts from; the threshold is [R]. No gradient.
+    """
+    with torch.no_grad():
+        cosine = tokens.detach().float() @ tokens.detach().float().transpose(1, 2)
+        joined = torch.where(cosine > cosine.mean((1, 2), keepdim=True), 1.0, faint)
+        degree = joined.sum(-1).rsqrt()
+        laplacian = torch.eye(joined.shape[1], device=joined.device) - degree[:, :, None] * joined * degree[:, None, :]
+        second = torch.linalg.eigh(laplacian).eigenvectors[:, :, 1] * degree
+        above = second > second.mean(1, keepdim=True)
+        extreme = second.abs().argmax(1, keepdim=True)
+        found: Tensor = (above == above.gather(1, extreme)).to(tokens.dtype)
+    return found
+
+
+def saliency_pooled(tokens: Tensor, *, scale: float) -> Tensor:
+    """One embedding of the salient patches: (B, L, D) of any length -> (B, D), rows of length 1.
+
+    The mean of the patches that ``normalised_cut`` takes for the object asks all patches: a softmax over
+    ``scale`` times their cosines with it weighs them. microCLIP's pooling (arXiv 2510.02270) as METHOD gives it; the
+    softmax's scale is [R].
+    """
+    rows = normalize(tokens, dim=-1)
+    query = normalize((normalised_cut(rows)[..., None] * rows).sum(1), dim=-1)
+    attention = torch.softmax(scale * torch.einsum("bd,bld->bl", query, rows), dim=1)
+    return normalize(torch.einsum("bl,bld->bd", attention, rows), dim=-1)

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 from torch.utils.checkpoint import checkpoint
 
+from finealign.alignment import saliency_pooled
 from finealign.errors import BackboneError, unknown_name
 from finealign.storage import save_tensors
-from finealign.towers import is_convolutional, is_normalisation, working_copy
+from finealign.towers import is_convolutional, is_normalisation, token_width, tokens_of, working_copy
 from finealign.types import TextFeatures, Texts
 
 Precision = Literal["fp32", "bf16"]
@@ -29,6 +30,17 @@ IMAGE_CHUNK, TEXT_CHUNK = 32, 256
 # The share of memory that a step may fill with what its backward pass needs; past it, chunks are encoded again there.
 # Of all memory, not of what is free: the same machine must split a batch the same way each time.
 ACTIVATION_SHARE = 1 / 6
+
+
+@dataclass(frozen=True, eq=False)
+class Gaze:
+    """How an image is looked at whole, where not as the tower does: with learned prompts, by its salient patches.
+
+    Towers without tokens (``Backbone.token_width`` 0) look as they always do.
+    """
+
+    prompts: Tensor | None = None  # (P, W), behind the tokens of every image
+    salient: bool = False  # whether the embedding is half the tower's own, half that of the salient patches
 
 
 @dataclass
@@ -65,31 +77,40 @@ class Backbone:
         """The factor the model was trained to multiply cosines by (100 for CLIP)."""
         return float(self.model.logit_scale.detach().exp())
 
-    def encode_images(self, images: Tensor) -> Tensor:
+    @property
+    def token_width(self) -> int:
+        """Width of the image tower's tokens, for prompts and patches; 0 if it is no open_clip transformer."""
+        return token_width(self.model.visual)
+
+    def encode_images(self, images: Tensor, seen_by: "Gaze | None" = None) -> Tensor:
         """Normalised embeddings of uint8 (B, 3, S, S) images on any device: (B, D) float32 on the backbone's.
 
-        Gradients flow into the normalisation parameters unless the caller forbids it. When what they need of a batch
-        this large does not fit, it is encoded in chunks and each once more in the backward pass: slower by a forward
-        pass, the same but for rounding.
+        Gradients flow into the normalisation parameters, and into the gaze's prompts, unless the caller forbids it.
+        When what they need of a batch this large does not fit, it is encoded in chunks and each once more in the
+        backward pass: slower by a forward pass, the same but for rounding.
         """
         chunk = self._gradient_chunk(images)
         if len(images) <= chunk:
-            return self._encode(images)
+            return self._encode(images, seen_by)
         parts = [
-            checkpoint(self._encode, part, use_reentrant=False, preserve_rng_state=False)
+            checkpoint(self._encode, part, seen_by, use_reentrant=False, preserve_rng_state=False)
             for part in torch.split(images, chunk)
         ]
         return torch.cat(parts)
 
-    def _encode(self, images: Tensor) -> Tensor:
+    def _encode(self, images: Tensor, seen_by: "Gaze | None" = None) -> Tensor:
         dtype = self._working_type
         mean, std = self._normal
         layout = torch.channels_last if self.convolutional else torch.contiguous_format
         pixels = images.to(self.device, non_blocking=True).float().div_(255).sub_(mean).div_(std)
         pixels = pixels.to(dtype).contiguous(memory_format=layout)
         autocast = self.precision == "bf16" and dtype == torch.float32
+        encoder = self._encoder(dtype)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=autocast):
-            features = self._encoder(dtype).encode_image(pixels)
+            if seen_by is None or not self.token_width:
+                features = encoder.encode_image(pixels)
+            else:
+                features = _gazed(encoder, pixels, seen_by, scale=self.logit_scale)
         return normalize(features.float(), dim=-1)
 
     @cached_property  # a copy to a GPU at every call would have it wait
@@ -124,9 +145,9 @@ class Backbone:
         return max(1, int(ACTIVATION_SHARE * _memory(self.device)) // self._kept_bytes[dtype])
 
     @torch.inference_mode()
-    def embed(self, images: Tensor) -> Tensor:
+    def embed(self, images: Tensor, seen_by: "Gaze | None" = None) -> Tensor:
         """As ``encode_images`` without gradients, in chunks that bound the memory."""
-        return torch.cat([self._encode(chunk) for chunk in torch.split(images, IMAGE_CHUNK)])
+        return torch.cat([self._encode(chunk, seen_by) for chunk in torch.split(images, IMAGE_CHUNK)])
 
     @torch.inference_mode()
     def encode_texts(self, texts: Texts) -> TextFeatures:
@@ -219,6 +240,16 @@ class Backbone:
         inner: Any = getattr(self.tokenizer, "tokenizer", None)
         if hasattr(inner, "save_pretrained"):
             inner.save_pretrained(folder)
+
+
+def _gazed(encoder: Any, pixels: Tensor, gaze: Gaze, *, scale: float) -> Tensor:
+    visual = encoder.visual
+    with tokens_of(visual, gaze.prompts) as seen:
+        whole = normalize(encoder.encode_image(pixels).float(), dim=-1)
+    if not gaze.salient:
+        return whole
+    patches = visual.ln_post(seen[0][:, 1:]) @ visual.proj
+    return whole + saliency_pooled(patches.float(), scale=scale)
 
 
 def load_backbone(
@@ -382,6 +413,13 @@ def _bytes_kept(encode: Callable[[], Tensor], *, beside: Iterable[Tensor]) -> in
     kept = sum(storages.values())
     del encoded
     return kept
+
+
+def imagenet_names() -> list[str]:
+    """ImageNet's classes in words, in the order of their wnids: those that OpenAI chose for CLIP, some twice."""
+    from open_clip import IMAGENET_CLASSNAMES
+
+    return list(IMAGENET_CLASSNAMES)
 
 
 def list_backbones() -> list[str]:

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import AbstractContextManager, closing, nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Self, TypeVar
@@ -18,12 +18,12 @@ from finealign.config import DEFAULT_BACKBONE, Config, MethodSettings, make_conf
 from finealign.devices import WantedPrecision, choose_device, choose_precision
 from finealign.errors import ConfigError, FinealignError, ImageInputError
 from finealign.images import ImageReadError, Pixels, display_path, in_order, list_images, read_image
-from finealign.methods import Method, create_method, find_method, method_options
+from finealign.methods import Method, create_method, find_method, method_options, method_settings
 from finealign.model_folder import SavedModel, read_model, write_model
 from finealign.pixels import store_pixels
 from finealign.progress import Progress
 from finealign.prompts import make_texts
-from finealign.training import EpochRecord, adapt
+from finealign.training import EpochRecord, adapt, method_gaze
 from finealign.types import Explanation, ImageFeatures, Prediction, Score, SetAside, TextFeatures, Texts
 from finealign.views import PREDICTION_EPOCH, Views
 
@@ -94,7 +94,7 @@ class FineAlign:
         paths = list_images(images)
         # Before training, so that ``on_epoch`` can predict: what learns is shared with ``adapt``, not copied.
         config, backbone, method = self._begin(texts, config, len(paths), backbone, progress)
-        if method.trains:
+        if method.trains or method.surveys:
             try:
                 self.history_ = adapt(
                     self._decode(paths, config, progress),
@@ -127,9 +127,11 @@ class FineAlign:
     ) -> tuple[Config, Backbone, Method]:
         """Become the model that nothing has been learned by: its resolved configuration, backbone and method."""
         backbone = backbone or self.load_backbone(config, progress)
-        config = resolve(config, images=images, input_size=backbone.input_size)
+        config = resolve(config, images=images, classes=len(texts.classes), input_size=backbone.input_size)
         features = backbone.encode_texts(texts)
-        method = create_method(config.method, features, logit_scale=backbone.logit_scale).to(backbone.device)
+        method = create_method(
+            config.method, features, logit_scale=backbone.logit_scale, token_width=backbone.token_width
+        ).to(backbone.device)
         self.set_aside_, self.history_, self.start_norms_ = [], [], {}
         if method.trains and config.training.encoder == "full" and config.training.learn != "anchors":
             norms = backbone.norm_parameters()
@@ -142,7 +144,7 @@ class FineAlign:
         config = self.config or make_config(
             {
                 "backbone": self.backbone,
-                "method": {"name": self.method},
+                **method_settings(self.method),
                 "seed": self.seed,
                 "device": self.device,
                 "precision": self.precision,
@@ -225,6 +227,32 @@ class FineAlign:
             else:
                 yield found
 
+    @torch.inference_mode()
+    def features(self, paths: Iterable[Path], *, at_start: bool = False, crops: bool = True) -> ImageFeatures:
+        """The embeddings the model scores images by: whole (n, D) and crops (n, N, D), N = 0 unless wanted.
+
+        Images that cannot be read are gathered in ``set_aside_`` and have no row. ``at_start``: as the backbone was
+        before it learned.
+        """
+        self._require_fitted()
+        self.set_aside_ = []
+        kind: Score = "las" if crops else "global"
+
+        def see(path: Path) -> tuple[Tensor, Tensor]:
+            return self._render(np.array(read_image(path, max_pixels=self.config_.data.max_pixels)), kind)
+
+        parts = []
+        norms = self._norms_at_start() if at_start else nullcontext()
+        with norms, closing(in_order(see, paths, held=2 * PREDICTION_CHUNK)) as seen:
+            for chunk in _chunks(seen, PREDICTION_CHUNK):
+                self.set_aside_ += [found for _, found in chunk if isinstance(found, SetAside)]
+                read = [found for _, found in chunk if not isinstance(found, SetAside)]
+                if read:
+                    parts.append(self._embed(read, at_start=at_start))
+        if not parts:
+            raise ImageInputError("None of the images can be read. The reason for each is in set_aside_.")
+        return ImageFeatures(torch.cat([one.weak for one in parts]), torch.cat([one.crops for one in parts]))
+
     def explain(self, path: str | Path, *, score: Score | None = None) -> Explanation:
         """The crops the model looks at in one image and how much each counts, with its scores and probabilities.
 
@@ -261,6 +289,24 @@ class FineAlign:
             scores=scores[0],
             probabilities=probabilities[0],
         )
+
+    @property
+    def score_(self) -> Score:
+        """What the model scores by when nothing else is asked for."""
+        self._require_fitted()
+        return _choose_score(type(self.method_), self.config_.prediction.score, None)
+
+    def revert(self) -> Self:
+        """Become the model adaptation started from: the same texts, their mean a class, by the whole image."""
+        self._require_fitted()
+        if self.start_norms_:
+            self.backbone_.load_norms(self.start_norms_)
+        self.start_norms_ = {}
+        method = MethodSettings(name="cupl", logit_scale=self.method_.logit_scale)
+        prediction = self.config_.prediction.model_copy(update={"score": "global"})
+        config = self.config_.model_copy(update={"method": method, "prediction": prediction})
+        self._become(SavedModel(config, self.texts_, self.text_features_, self.backbone_, self._start, {}))
+        return self
 
     def save(self, folder: str | Path) -> None:
         """Write the fitted model: an open_clip local directory with the anchors and texts beside it."""
@@ -343,12 +389,16 @@ class FineAlign:
         scored = [self._with_probabilities(self.method_, features, kind)]
         if with_start:
             at_start = features
-            if self._saved.start_norms:
-                with self.backbone_.with_norms(self._saved.start_norms):
-                    at_start = self._embed([(weak, weak.new_empty(0, *weak.shape)) for weak, _ in views])
+            if self._saved.start_norms or method_gaze(self.method_):
+                with self._norms_at_start():
+                    at_start = self._embed([(weak, weak.new_empty(0, *weak.shape)) for weak, _ in views], at_start=True)
             scored.append(self._with_probabilities(self._start, at_start, "global"))
         for index, (path, _) in enumerate(seen):
             yield Prediction(path, *(rows[index] for pair in scored for rows in pair))
+
+    def _norms_at_start(self) -> AbstractContextManager[None]:
+        norms = self._saved.start_norms
+        return self.backbone_.with_norms(norms) if norms else nullcontext()
 
     def _render(self, pixels: Pixels, kind: Score) -> tuple[Tensor, Tensor]:
         """What a score looks at, uint8: the weak view (3, S, S), and the crops (N, 3, S, S), N = 0 if it needs none."""
@@ -365,9 +415,10 @@ class FineAlign:
         scores = method.score(features, kind)
         return scores.cpu().numpy(), method.probabilities(scores).cpu().numpy()
 
-    def _embed(self, seen: Sequence[tuple[Tensor, Tensor]]) -> ImageFeatures:
-        """The features of rendered images, one or more."""
-        whole = self.backbone_.embed(torch.stack([weak for weak, _ in seen]))
+    def _embed(self, seen: Sequence[tuple[Tensor, Tensor]], *, at_start: bool = False) -> ImageFeatures:
+        """The features of rendered images, one or more; ``at_start``: looked at as before anything was learned."""
+        gaze = None if at_start else method_gaze(self.method_)
+        whole = self.backbone_.embed(torch.stack([weak for weak, _ in seen]), gaze)
         crops = torch.cat([parts for _, parts in seen])
         parts = self.backbone_.embed(crops) if len(crops) else whole.new_zeros(0, whole.shape[1])
         return ImageFeatures(weak=whole, crops=parts.reshape(len(seen), -1, whole.shape[1]))

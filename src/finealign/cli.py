@@ -56,7 +56,9 @@ def adapt(
     descriptions: Annotated[Path | None, typer.Option(help='JSON: {"class": ["a sentence", ...]}.')] = None,
     templates: Annotated[Path | None, typer.Option(help="A file with one template a line, {} for the name.")] = None,
     backbone: Annotated[str | None, typer.Option(help="ARCH/PRETRAINED, hf-hub:NAME or local-dir:PATH.")] = None,
-    method: Annotated[str | None, typer.Option(help="fair, self-training, wca, cupl or zero-shot.")] = None,
+    method: Annotated[
+        str | None, typer.Option(help="fair or a peer, as dpa, wca@published. `finealign methods` lists them.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="The run folder. Default: runs/IMAGES-METHOD-seedN.")] = None,
     config: Annotated[Path | None, typer.Option(help="Settings in YAML, as a run folder's config.yaml.")] = None,
     settings: Annotated[list[str] | None, typer.Option("--set", help="section.key=value, as often as wanted.")] = None,
@@ -65,6 +67,9 @@ def adapt(
     precision: Annotated[str | None, typer.Option(help="auto, fp32 or bf16.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in --out.")] = False,
+    keep_adapted: Annotated[
+        bool, typer.Option("--keep-adapted", help="Save the adapted model even if the verdict is that it hurt.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, train and write nothing.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -72,12 +77,15 @@ def adapt(
     with _working(as_json):
         from finealign.classifier import FineAlign
         from finealign.config import read_config
+        from finealign.methods import method_settings
         from finealign.prompts import read_classes, read_descriptions, read_templates
         from finealign.run_folder import adapt_into, default_folder, plan
         from finealign.terminal import Bars
 
-        flags = {"backbone": backbone, "method__name": method, "seed": seed, "device": device, "precision": precision}
-        chosen = read_config(config, settings or (), **flags)
+        base = method_settings(method) if method else {}
+        name = method.partition("@")[0] if method else None
+        flags = {"backbone": backbone, "method__name": name, "seed": seed, "device": device, "precision": precision}
+        chosen = read_config(config, settings or (), base=base, **flags)
         model = FineAlign(
             read_classes(classes),
             descriptions=read_descriptions(descriptions) if descriptions else None,
@@ -91,7 +99,15 @@ def adapt(
             _show_plan(plan(folder, model, images, resume=resume, overwrite=overwrite), as_json)
             return
         try:
-            summary = adapt_into(folder, model, images, resume=resume, overwrite=overwrite, progress=Bars())
+            summary = adapt_into(
+                folder,
+                model,
+                images,
+                resume=resume,
+                overwrite=overwrite,
+                keep_adapted=keep_adapted,
+                progress=Bars(),
+            )
         except KeyboardInterrupt:
             raise FinealignError(
                 f"Interrupted. What was done is in {folder}; the same command with --resume continues it."
@@ -212,6 +228,104 @@ def demo(
 
 
 @app.command()
+def benchmark(
+    datasets: Annotated[str, typer.Option(help="Names with commas between, as dtd,eurosat, or path:DIR.")] = "",
+    methods: Annotated[str, typer.Option(help="Names with commas between, as fair,dpa@published.")] = "fair,cupl",
+    seeds: Annotated[str, typer.Option(help="Numbers with commas between.")] = "0,1,2",
+    backbone: Annotated[str | None, typer.Option(help="ARCH/PRETRAINED, hf-hub:NAME or local-dir:PATH.")] = None,
+    data_root: Annotated[Path, typer.Option(help="Where the catalogue's sets lie.")] = Path("data"),
+    out: Annotated[Path, typer.Option(help="The grid's folder; a cell that is in it is not run again.")] = Path(
+        "runs/benchmark"
+    ),
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="section.key=value, for every method alike.")
+    ] = None,
+    compare: Annotated[
+        Literal["published"] | None, typer.Option(help="Our rows under the published ones for ViT-B/32.")
+    ] = None,
+    download: Annotated[bool, typer.Option("--download", help="Let torchvision fetch what is missing.")] = False,
+    catalogue: Annotated[bool, typer.Option("--list", help="List the catalogue and stop.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Run methods on labelled sets and tabulate them: top-1, gain over zero-shot, paired intervals, time."""
+    with _working(as_json):
+        from finealign.benchmark.catalogue import DATA_SETS
+        from finealign.benchmark.grid import Cell, Grid, run_grid
+        from finealign.benchmark.table import against_published, gains, make_table, markdown, save_table
+        from finealign.benchmark.table import as_json as table_as_json
+        from finealign.config import DEFAULT_BACKBONE, read_overrides
+        from finealign.terminal import Bars, catalogue_table
+
+        if catalogue:
+            if as_json:
+                _print_json({"datasets": [one.as_json() for one in DATA_SETS.values()]})
+            else:
+                catalogue_table(DATA_SETS.values(), Console())
+            return
+        try:
+            numbers = tuple(int(seed) for seed in _names(seeds, "--seeds"))
+        except ValueError:
+            raise FinealignError(f"--seeds {seeds!r} are not numbers. Wanted: as 0,1,2.") from None
+        grid = Grid(
+            datasets=_names(datasets, "--datasets"),
+            methods=_names(methods, "--methods"),
+            seeds=numbers,
+            backbone=backbone or DEFAULT_BACKBONE,
+            data_root=data_root,
+            out=out,
+            settings=read_overrides(settings or ()),
+            download=download,
+        )
+        notes = Console(stderr=True)
+
+        def tell(cell: Cell) -> None:
+            gained = 100 * (cell.top1[cell.score] - cell.top1["start"])
+            notes.print(
+                f"{cell.dataset} {cell.method} seed {cell.seed}: {100 * cell.top1[cell.score]:.1f} ({gained:+.1f}) "
+                f"in {cell.seconds['fit']:.0f} s",
+                highlight=False,
+                soft_wrap=True,
+            )
+
+        try:
+            cells = run_grid(grid, progress=Bars(), on_cell=tell)
+        except KeyboardInterrupt:
+            raise FinealignError(f"Interrupted. The finished cells are in {out}; the same command goes on.") from None
+        table = make_table(cells, grid.datasets, grid.methods, grid.seeds)
+        save_table(table, out)
+        if as_json:
+            _print_json(table_as_json(table))
+            return
+        typer.echo(against_published(table) if compare else f"{markdown(table)}\n{gains(table)}")
+
+
+def _names(text: str, flag: str) -> tuple[str, ...]:
+    names = tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+    if not names:
+        raise FinealignError(f"{flag} names nothing. Wanted: at least one name, several with commas between.")
+    return names
+
+
+@app.command()
+def methods(as_json: AsJson = False) -> None:
+    """List the methods, with their presets and what each is."""
+    with _guarded(as_json):
+        from finealign.methods import describe_methods
+
+        found = describe_methods()
+        if as_json:
+            _print_json({"methods": found})
+            return
+        table = Table(box=None)
+        for name in ("method", "presets", "trains", "what it is"):
+            table.add_column(name)
+        for row in found:
+            presets = " ".join(f"@{preset}" for preset in row["presets"])
+            table.add_row(row["name"], presets, "yes" if row["trains"] else "no", escape(row["about"]))
+        Console().print(table)
+
+
+@app.command()
 def models(
     containing: Annotated[str, typer.Argument(help="Only names that contain this.")] = "",
     as_json: AsJson = False,
@@ -294,12 +408,16 @@ def _show_summary(found: dict[str, Any], as_json: bool) -> None:
     if as_json:
         _print_json(found)
         return
+    from finealign.terminal import verdict_lines
+
     screen = Console()
     screen.print(
         f"Adapted [bold]{escape(found['backbone'])}[/] to {len(found['classes'])} classes on {found['images']} images "
         f"by {found['method']} in {found['seconds']:.0f} s ({found['stopped']}).",
         highlight=False,
     )
+    if found["verdict"]:
+        verdict_lines(found["verdict"], found["kept"], screen)
     _tell_set_aside(found["set_aside"], Console(stderr=True))
     folder = escape(found["out"])
     screen.print(f"Run folder: [bold]{folder}[/]", soft_wrap=True, highlight=False)

@@ -22,6 +22,8 @@ Fraction = Annotated[float, Field(gt=0, le=1)]
 DEFAULT_BACKBONE = "ViT-B-32-quickgelu/openai"
 # Label passes (fresh weak and crop features) in a run when the refresh is "auto".
 LABEL_PASSES = 2
+# The anchors' learning rate where images are many, and how many a class that takes: with fewer, less in proportion.
+ANCHOR_RATE, IMAGES_A_CLASS = 1e-3, 50
 
 
 class Settings(BaseModel):
@@ -83,14 +85,22 @@ class TrainingSettings(Settings):
     )
     learn: Literal["norms+anchors", "norms", "anchors"] = Field("norms+anchors", description="what learns")
     epochs: Positive | Auto = Field("auto", description="passes over the images; auto: enough for `steps`")
-    steps: Positive = Field(160, description="optimiser steps aimed at when epochs is auto")
+    steps: Positive = Field(80, description="optimiser steps aimed at when epochs is auto")
     max_epochs: Positive = Field(60, description="bound on the epochs when they are auto")
     batch_size: Positive = Field(64, description="images a step")
     learning_rate: Annotated[float, Field(gt=0)] = Field(2e-4, description="of the normalisation parameters")
-    anchor_learning_rate: Annotated[float, Field(gt=0)] = Field(1e-3, description="of the anchors")
+    anchor_learning_rate: Annotated[float, Field(gt=0)] | Auto = Field(
+        "auto",
+        description=f"of the anchors; auto: {ANCHOR_RATE:g}, less in proportion below {IMAGES_A_CLASS} images a class",
+    )
     final_learning_rate: Annotated[float, Field(ge=0)] = Field(2e-6, description="where the cosine schedule ends")
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="of the anchors")
     norm_weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="of the normalisation parameters")
+    anchor_steps: Annotated[int, Field(ge=0)] = Field(
+        160, description="steps of the anchors alone on kept crop features after each label pass"
+    )
+    anchor_batch_size: Positive = Field(256, description="images in each of those steps")
+    last_label_pass: bool = Field(True, description="another label pass at the end, for the anchors' last steps")
     strong_views: Positive = Field(4, description="strong views encoded per image when the encoder is frozen")
 
 
@@ -140,23 +150,44 @@ def make_config(values: Mapping[str, Any]) -> Config:
     return config
 
 
-def read_config(path: Path | None = None, overrides: Sequence[str] = (), **flags: Any) -> Config:
+def read_config(
+    path: Path | None = None, overrides: Sequence[str] = (), *, base: Mapping[str, Any] | None = None, **flags: Any
+) -> Config:
     """The configuration from a YAML file, then ``section.key=value`` overrides, then the flags that are not None.
 
+    ``base`` lies under them all: a method's preset.
     Values of overrides are read as YAML, so ``training.epochs=5`` is a number. Raises ConfigError.
     """
     values: dict[str, Any] = {}
     if path is not None:
         values = _read_yaml(path)
+    values = read_overrides(overrides, merged(base or {}, values))
+    for dotted, value in flags.items():
+        if value is not None:
+            _assign(values, dotted.split("__"), value)
+    return make_config(values)
+
+
+def read_overrides(overrides: Sequence[str], below: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Nested settings from ``section.key=value`` texts, over those ``below``; values are YAML. Raises ConfigError."""
+    values = merged({}, below or {})
     for override in overrides:
         key, separator, text = override.partition("=")
         if not separator or not key:
             raise ConfigError(f"--set {override!r} is not a setting. Wanted: section.key=value, as training.epochs=5.")
         _assign(values, key.split("."), _parse_yaml(text, f"--set {key}"))
-    for dotted, value in flags.items():
-        if value is not None:
-            _assign(values, dotted.split("__"), value)
-    return make_config(values)
+    return values
+
+
+def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested settings, those above over those below; neither is changed."""
+    found: dict[str, Any] = {k: merged(v, {}) if isinstance(v, Mapping) else v for k, v in below.items()}
+    for key, value in above.items():
+        under = found.get(key)
+        if isinstance(value, Mapping):
+            value = merged(under if isinstance(under, Mapping) else {}, value)
+        found[key] = value
+    return found
 
 
 def write_config(config: Config, path: Path) -> None:
@@ -164,8 +195,8 @@ def write_config(config: Config, path: Path) -> None:
     save_text(yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True), path)
 
 
-def resolve(config: Config, *, images: int, input_size: int) -> Config:
-    """Replace every "auto" of data, views and training by its value for this many images and this input size.
+def resolve(config: Config, *, images: int, classes: int, input_size: int) -> Config:
+    """Replace every "auto" of data, views and training by its value for so many images, classes and this input size.
 
     ``input_size`` is the backbone's input side in pixels. Device and precision stay: the machine decides those.
     """
@@ -174,6 +205,9 @@ def resolve(config: Config, *, images: int, input_size: int) -> Config:
     enough = min(training.max_epochs, max(1, round(training.steps / steps_an_epoch)))
     epochs = enough if training.epochs == "auto" else training.epochs
     refresh = max(1, math.ceil(epochs / LABEL_PASSES)) if views.refresh_epochs == "auto" else views.refresh_epochs
+    rate = training.anchor_learning_rate
+    if rate == "auto":
+        rate = ANCHOR_RATE * min(1.0, images / classes / IMAGES_A_CLASS)
     working_size = data.working_size
     if working_size == "auto":
         working_size = math.ceil(input_size / views.crop_low)
@@ -181,7 +215,7 @@ def resolve(config: Config, *, images: int, input_size: int) -> Config:
         update={
             "data": data.model_copy(update={"working_size": working_size}),
             "views": views.model_copy(update={"refresh_epochs": refresh}),
-            "training": training.model_copy(update={"epochs": epochs}),
+            "training": training.model_copy(update={"epochs": epochs, "anchor_learning_rate": rate}),
         }
     )
 

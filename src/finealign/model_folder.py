@@ -96,7 +96,9 @@ def read_model(path: Path, *, device: torch.device, precision: Any) -> SavedMode
             names=tensors["texts.names"], descriptions=tensors["texts.descriptions"], class_of=tensors["texts.class_of"]
         )
         backbone = load_backbone(f"local-dir:{folder}", device=device, precision=precision)
-        method = create_method(config.method, features, logit_scale=manifest["logit_scale"]).to(device)
+        method = create_method(
+            config.method, features, logit_scale=manifest["logit_scale"], token_width=backbone.token_width
+        ).to(device)
         method.load_state_dict(_section(tensors, "method"))
     except (SafetensorError, ConfigError, KeyError, TypeError, RuntimeError) as error:
         raise ModelError(f"The model in {folder} cannot be read: {' '.join(str(error).split())[:300]}.") from error

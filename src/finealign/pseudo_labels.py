@@ -64,6 +64,18 @@ def confusion_weight(probabilities: Tensor, confusable: Tensor) -> Tensor:
     return 1 - confusable[first, second] * top.values[:, 1] / top.values[:, 0]
 
 
+def balanced(probabilities: Tensor, mean: Tensor, strength: float) -> Tensor:
+    """q_c / pbar_c^beta, made to sum to 1: what is predicted too often counts for less.
+
+    probabilities (B, C), mean (C,) the mean prediction, strength beta in [0, 1] -> (B, C). Distribution alignment
+    (ReMixMatch, arXiv 1911.09785) to a uniform marginal at beta 1, nothing at 0; DPA aligns so. Its use here is [R].
+    """
+    if not strength:
+        return probabilities
+    weighted = probabilities / mean.clamp_min(torch.finfo(mean.dtype).tiny) ** strength
+    return weighted / weighted.sum(1, keepdim=True)
+
+
 def count_pairs(probabilities: Tensor) -> Tensor:
     """How often class i came first and class j second in this batch: (B, C) -> (C, C)."""
     classes = probabilities.shape[1]

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
@@ -28,6 +28,7 @@ from finealign.progress import Progress
 from finealign.storage import save_text
 from finealign.training import EpochRecord
 from finealign.types import SetAside, Texts
+from finealign.verdict import Verdict, judge_model
 
 RUN, CONFIG, METRICS = "run.json", "config.yaml", "metrics.jsonl"
 PREDICTIONS, SET_ASIDE, MODEL, CHECKPOINTS = "predictions.csv", "set_aside.csv", "model", "checkpoints"
@@ -46,6 +47,8 @@ class RunSummary:
     fit_seconds: float  # of those, the fit alone: without loading, predicting and writing what was predicted
     stopped: str
     model: FineAlign
+    verdict: Verdict | None  # whether adaptation helped, judged without labels; None where nothing was learned
+    kept: Literal["adapted", "start"]  # which model was saved
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -58,6 +61,8 @@ class RunSummary:
             "epochs": self.epochs,
             "seconds": round(self.seconds, 2),
             "stopped": self.stopped,
+            "verdict": asdict(self.verdict) if self.verdict else None,
+            "kept": self.kept,
         }
 
 
@@ -68,10 +73,13 @@ def adapt_into(
     *,
     resume: bool = False,
     overwrite: bool = False,
+    keep_adapted: bool = False,
     on_epoch: Callable[[EpochRecord], None] = lambda record: None,
     progress: Progress | None = None,
 ) -> RunSummary:
     """Fit the model and write the run folder as it goes.
+
+    When the verdict is that adaptation hurt, the model it started from is saved, unless ``keep_adapted``.
 
     ``on_epoch`` is called when an epoch's metrics are written, and may predict with the model as it is then; the time
     it takes is in none of the timings.
@@ -115,6 +123,11 @@ def adapt_into(
     model.fit(paths, backbone=backbone, checkpoints=folder / CHECKPOINTS, on_epoch=after_epoch, progress=progress)
     write_config(model.config_, folder / CONFIG)
     fitted = time.time() - listening
+    verdict = judge_model(model, paths, progress=progress) if model.method_.trains else None
+    kept: Literal["adapted", "start"] = "adapted"
+    if verdict and verdict.call == "hurt" and not keep_adapted:
+        kept = "start"
+        model.revert()
     model.save(folder / MODEL)
     with progress.stage("predicting", len(paths)) as stage:
         found = model.readable_predictions(paths, advance=stage.advance)
@@ -131,11 +144,22 @@ def adapt_into(
         "precision": model.backbone_.precision,
         "set_aside": len(set_aside),
         "epochs": epochs,
+        "verdict": asdict(verdict) if verdict else None,
+        "kept": kept,
         "seconds": {"fit": round(fitted - began, 2), "total": round(seconds, 2)},
     }
     _write_json(folder / RUN, run)
     return RunSummary(
-        folder, len(paths) - len(set_aside), tuple(set_aside), epochs, seconds, fitted - prepared, stopped, model
+        folder=folder,
+        images=len(paths) - len(set_aside),
+        set_aside=tuple(set_aside),
+        epochs=epochs,
+        seconds=seconds,
+        fit_seconds=fitted - prepared,
+        stopped=stopped,
+        model=model,
+        verdict=verdict,
+        kept=kept,
     )
 
 
@@ -151,7 +175,7 @@ def plan(
     """What ``adapt_into`` would do, everything checked and nothing written. Raises what it would raise."""
     texts, config, paths, backbone = _prepare(model, images, Progress())
     _check_room(folder, _identity(config, texts, paths), resume=resume, overwrite=overwrite)
-    resolved = resolve(config, images=len(paths), input_size=backbone.input_size)
+    resolved = resolve(config, images=len(paths), classes=len(texts.classes), input_size=backbone.input_size)
     return {
         "out": str(folder),
         "images": len(paths),

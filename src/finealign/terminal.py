@@ -14,6 +14,7 @@ from rich.text import Text
 from finealign.progress import Progress, Stage
 
 if TYPE_CHECKING:  # the demo imports torch
+    from finealign.benchmark.catalogue import DataSet
     from finealign.demo.run import DemoResult
 
 SHOWN_AFTER = 2.0  # seconds; a shorter stage draws nothing
@@ -120,6 +121,32 @@ def demo_table(found: "DemoResult", console: Console) -> None:
                 highlight=False,
             )
     console.print(f"Chance is {found.chance:.1%}. {SYNTHETIC}", highlight=False)
+
+
+def verdict_lines(verdict: dict[str, Any], kept: str, console: Console) -> None:
+    """Whether adaptation helped, how that was judged, and what to do."""
+    colour = {"helped": "green", "unclear": "yellow", "hurt": "red"}[verdict["call"]]
+    console.print(
+        f"Verdict, judged without labels: [bold {colour}]{verdict['call']}[/] ({verdict['most']:.0f} % of the labels "
+        f"changed). {escape(verdict['advice'])}",
+        highlight=False,
+    )
+    if kept == "start":
+        console.print(
+            "[yellow]Saved is the model adaptation started from[/]; --keep-adapted saves the adapted one.",
+            highlight=False,
+        )
+
+
+def catalogue_table(sets: "Iterable[DataSet]", console: Console) -> None:
+    """What the benchmark knows of, and how each set can be had."""
+    table = Table(box=None)
+    for name in ("name", "set", "classes", "descriptions", "torchvision", "where to get it"):
+        table.add_column(name, justify="right" if name == "classes" else "left", overflow="fold")
+    for one in sets:
+        kind = one.torchvision[0] if one.torchvision else "-"
+        table.add_row(one.name, one.title, str(one.classes), "ours" if one.texts else "-", kind, escape(one.page))
+    console.print(table)
 
 
 def _percent(value: float | None) -> str:

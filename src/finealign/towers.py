@@ -6,6 +6,8 @@ that never learn are cast once, not at every call.
 """
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -71,6 +73,43 @@ def _cast_own(module: nn.Module, dtype: torch.dtype) -> None:
 
 def _is_strided_depthwise(module: nn.Module) -> bool:
     return isinstance(module, nn.Conv2d) and module.groups > 1 and max(module.stride) > 1
+
+
+def token_width(tower: nn.Module) -> int:
+    """Width of the tokens of an open_clip transformer tower that pools them plainly; 0 for any other tower."""
+    parts = all(hasattr(tower, name) for name in ("transformer", "ln_post", "proj", "attn_pool"))
+    plain: Any = tower
+    return int(plain.transformer.width) if parts and plain.attn_pool is None and plain.proj is not None else 0
+
+
+@contextmanager
+def tokens_of(tower: nn.Module, prompts: Tensor | None) -> Iterator[list[Tensor]]:
+    """While it lasts, ``prompts`` (P, W) stand behind the tokens of every image, seen by all and pooled by none.
+
+    Each call of the tower adds its last tokens to the list: (B, 1 + L, W), the class token first, before the last
+    normalisation. For towers that ``token_width`` knows.
+    """
+    seen: list[Tensor] = []
+
+    def append(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        tokens, *rest = inputs
+        if prompts is None:
+            return inputs
+        behind = prompts.to(tokens.dtype).expand(len(tokens), -1, -1)
+        return torch.cat([tokens, behind], dim=1), *rest
+
+    def cut(_: nn.Module, __: tuple[Any, ...], output: Tensor) -> Tensor:
+        tokens = output if prompts is None else output[:, : output.shape[1] - len(prompts)]
+        seen.append(tokens)
+        return tokens
+
+    transformer: Any = tower.transformer
+    hooks = transformer.register_forward_pre_hook(append), transformer.register_forward_hook(cut)
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 class Float32Gradient(nn.Module):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from finealign.ahead import ahead
-from finealign.backbone import Backbone
+from finealign.backbone import Backbone, Gaze
 from finealign.checkpoints import Checkpoint, read_last_checkpoint, write_checkpoint
 from finealign.config import Config
 from finealign.devices import choose_workers
@@ -32,7 +32,8 @@ Result = TypeVar("Result")
 Uncut = tuple[Tensor, list[Box]]  # an image (3, H, W) and where its crops lie
 
 RENDER_CHUNK = 32  # images whose views are in memory at once in a label pass
-_ORDER = 2  # the draw that shuffles an epoch; views have numbers of their own, see views.py
+# The draws that shuffle an epoch, and the anchors' own steps; views have numbers of their own, see views.py.
+_ORDER, _SETTLING = 2, 3
 
 
 @dataclass(frozen=True)
@@ -53,11 +54,17 @@ class EpochRecord:
 class ImageSource(Protocol):
     """Where a loop gets the features of a batch of images, by their position in the data set."""
 
-    def start_epoch(self, epoch: int) -> None:
-        """Refresh what is kept, if it is due."""
+    def start_epoch(self, epoch: int) -> bool:
+        """Refresh what is kept, if it is due; whether label features were encoded that are kept."""
+
+    def renew(self, epoch: int) -> bool:
+        """Encode what is kept once more, due or not; whether anything is kept that could differ."""
 
     def label_features(self, batch: Tensor, epoch: int) -> ImageFeatures:
         """Weak and crop features, without gradient."""
+
+    def whole_images(self, epoch: int) -> Tensor:
+        """The weak features of all images, as kept or encoded now: (n, D)."""
 
     def strong_features(self, epoch: int, batches: Sequence[Tensor]) -> Iterator[Tensor]:
         """The strong views of each batch in turn, encoded with gradient where the encoder learns."""
@@ -79,19 +86,32 @@ class EncodedAfresh:
         crops: bool,
         folder: Path,
         workers: int = 0,
+        weakly: Gaze | None = None,
+        strongly: Gaze | None = None,
         progress: Progress,
     ) -> None:
-        """``folder`` is for the kept features; ``crops`` says whether the method looks at any."""
+        """``folder`` is for the kept features; ``crops`` says whether the method looks at any.
+
+        ``weakly`` and ``strongly`` are how weak and strong views are looked at, where not as the tower does.
+        """
         self.images, self.views, self.backbone, self.progress = images, views, backbone, progress
         self.refresh, self.crops = refresh, crops
         self.folder, self.workers = folder, workers
+        self.weakly, self.strongly = weakly, strongly
         self.cut_late = backbone.device.type == "cuda"  # where cutting costs next to nothing
         self.kept: dict[str, Tensor] = {}  # "weak" (n, D) and "crops" (n, N, D), mapped
         self.kept_in = ""  # the name of their file
 
-    def start_epoch(self, epoch: int) -> None:
-        if self.refresh and (not self.kept or epoch % self.refresh == 0):
+    def start_epoch(self, epoch: int) -> bool:
+        due = self.refresh > 0 and (not self.kept or epoch % self.refresh == 0)
+        if due:
             self.label_pass(epoch)
+        return due
+
+    def renew(self, epoch: int) -> bool:
+        if self.refresh:
+            self.label_pass(epoch)
+        return self.refresh > 0
 
     def label_pass(self, epoch: int) -> None:
         """Encode the weak view and the crops of every image as the backbone is now, and keep them."""
@@ -99,7 +119,7 @@ class EncodedAfresh:
         file: MappedTensors | None = None
         done = 0
         with self.progress.stage("label pass", len(self.images)) as stage:
-            for part in self._encode(range(len(self.images)), epoch):
+            for part in self._encode(range(len(self.images)), epoch, crops=self.crops):
                 if file is None:
                     shapes = {"weak": part.weak.shape[1:], "crops": part.crops.shape[1:]}
                     file = MappedTensors(
@@ -130,10 +150,15 @@ class EncodedAfresh:
     def label_features(self, batch: Tensor, epoch: int) -> ImageFeatures:
         if self.kept:
             return ImageFeatures(weak=self._on_device("weak", batch), crops=self._on_device("crops", batch))
-        parts = list(self._encode(batch.tolist(), epoch))
+        parts = list(self._encode(batch.tolist(), epoch, crops=self.crops))
         return ImageFeatures(
             weak=torch.cat([part.weak for part in parts]), crops=torch.cat([part.crops for part in parts])
         )
+
+    def whole_images(self, epoch: int) -> Tensor:
+        if self.kept:
+            return self._on_device("weak", torch.arange(len(self.images)))
+        return torch.cat([part.weak for part in self._encode(range(len(self.images)), epoch, crops=False)])
 
     def _on_device(self, name: str, batch: Tensor) -> Tensor:
         rows = self.kept[name][batch]
@@ -143,18 +168,18 @@ class EncodedAfresh:
 
     def strong_features(self, epoch: int, batches: Sequence[Tensor]) -> Iterator[Tensor]:
         for views in self._ahead(_StrongViews(self.images, self.views, epoch), batches):
-            yield self.backbone.encode_images(views)
+            yield self.backbone.encode_images(views, self.strongly)
 
     def _ahead(self, work: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]:
         return ahead(work, items, workers=self.workers, pinned=self.backbone.device.type == "cuda")
 
-    def _encode(self, indices: Sequence[int], epoch: int) -> Iterator[ImageFeatures]:
+    def _encode(self, indices: Sequence[int], epoch: int, *, crops: bool) -> Iterator[ImageFeatures]:
         """Part by part, so that no more than one part's views are in memory, and the next one's."""
         chunks = [indices[start : start + RENDER_CHUNK] for start in range(0, len(indices), RENDER_CHUNK)]
-        for weak, crops in self._ahead(_LabelViews(self.images, self.views, epoch, self.crops, self.cut_late), chunks):
-            whole = self.backbone.embed(weak)
-            pixels = crops if isinstance(crops, Tensor) else self._cut(crops)
-            parts = self.backbone.embed(pixels) if self.crops else whole.new_zeros(0, whole.shape[1])
+        for weak, cut in self._ahead(_LabelViews(self.images, self.views, epoch, crops, self.cut_late), chunks):
+            whole = self.backbone.embed(weak, self.weakly)
+            pixels = cut if isinstance(cut, Tensor) else self._cut(cut)
+            parts = self.backbone.embed(pixels) if crops else whole.new_zeros(0, whole.shape[1])
             yield ImageFeatures(weak=whole, crops=parts.reshape(len(whole), -1, whole.shape[1]))
 
     def _cut(self, images: "list[Uncut]") -> Tensor:
@@ -222,11 +247,17 @@ class EncodedOnce:
                     stage.advance(len(features))
         self.strong = file.finish()["strong"]
 
-    def start_epoch(self, epoch: int) -> None:
-        pass
+    def start_epoch(self, epoch: int) -> bool:
+        return epoch == 0
+
+    def renew(self, epoch: int) -> bool:
+        return False
 
     def label_features(self, batch: Tensor, epoch: int) -> ImageFeatures:
         return self.images.label_features(batch, epoch)
+
+    def whole_images(self, epoch: int) -> Tensor:
+        return self.images.whole_images(epoch)
 
     def strong_features(self, epoch: int, batches: Sequence[Tensor]) -> Iterator[Tensor]:
         for batch in batches:
@@ -262,17 +293,29 @@ def adapt(
             crops=method.uses_crops,
             folder=folder,
             workers=choose_workers(config.data.workers, backbone.device),
+            weakly=Gaze(salient=True) if method.salient else None,
+            strongly=method_gaze(method),
             progress=progress,
         )
+        if not method.trains:
+            method.survey(source.whole_images(0))
+            return []
         state = begin(backbone, method, config, images=len(images))
         done = state.restore(checkpoints, source) if checkpoints else 0
         records = []
-        for record in _epochs(state, source, config, range(done, epochs), progress):
+        frozen = config.training.encoder == "frozen" and done < epochs
+        encoded = EncodedOnce(source, strong_views=config.training.strong_views) if frozen else source
+        for record in run_epochs(state, encoded, config, range(done, epochs), progress):
             records.append(record)
             on_epoch(record)
             if checkpoints:
                 state.save(checkpoints, source, record)
         return records
+
+
+def method_gaze(method: Method) -> Gaze | None:
+    """How a method looks at the images it classifies and at strong views; None: as the tower does."""
+    return Gaze(method.prompts, method.salient) if method.salient or method.prompts is not None else None
 
 
 def begin(backbone: Backbone, method: Method, config: Config, *, images: int) -> "State":
@@ -282,17 +325,20 @@ def begin(backbone: Backbone, method: Method, config: Config, *, images: int) ->
     return State(norms=norms, method=method, optimizer=optimizer, labels=torch.full((images,), -1))
 
 
-def _epochs(
-    state: "State", fresh: EncodedAfresh, config: Config, epochs: range, progress: Progress
+def run_epochs(
+    state: "State", source: ImageSource, config: Config, epochs: range, progress: Progress
 ) -> Iterator[EpochRecord]:
-    training, images = config.training, len(fresh.images)
-    frozen = training.encoder == "frozen" and len(epochs) > 0
-    source: ImageSource = EncodedOnce(fresh, strong_views=training.strong_views) if frozen else fresh
+    """Run these epochs of ``epochs.stop``, each recorded as it ends; ``state`` changes in place."""
+    training, images = config.training, len(state.labels)
     batches_an_epoch = math.ceil(images / training.batch_size)
     with progress.stage("adapting", len(epochs) * images) as stage:
         for epoch in epochs:
             began = time.perf_counter()
-            source.start_epoch(epoch)
+            fresh = source.start_epoch(epoch)
+            if state.method.surveys:
+                state.method.survey(source.whole_images(epoch))
+            if fresh:
+                settle_anchors(state, source, config, epoch)
             batches = _batches(images, batches_an_epoch, seed=config.seed, epoch=epoch)
             meter = _Meter(classes=state.method.num_classes)
             for number, (batch, strong) in enumerate(zip(batches, source.strong_features(epoch, batches), strict=True)):
@@ -300,6 +346,9 @@ def _epochs(
                 _set_learning_rates(state.optimizer, progressed, final=training.final_learning_rate)
                 meter.add(batch, *step(state, source.label_features(batch, epoch), strong))
                 stage.advance(len(batch))
+            last = epoch + 1 == epochs.stop and training.last_label_pass and _settles(state.method, config)
+            if last and source.renew(epoch + 1):
+                settle_anchors(state, source, config, epoch + 1)
             labels = meter.labels()
             record = meter.record(epoch + 1, labels, state.labels, state.optimizer.param_groups[0]["lr"], began)
             if not math.isfinite(record.loss):
@@ -310,6 +359,33 @@ def _epochs(
             state.labels = labels
             stage.note(f"epoch {epoch + 1}/{epochs.stop} loss {record.loss:.3f} changed {record.changed:.1%}")
             yield record
+
+
+def settle_anchors(state: "State", source: ImageSource, config: Config, epoch: int) -> None:
+    """Train the anchors alone on crop features that are kept: no image is encoded, so it costs next to nothing.
+
+    Each image's strong view is one of its crops, another one each time. Ours, not the paper's.
+    """
+    training, method = config.training, state.method
+    if not _settles(method, config):
+        return
+    images = len(state.labels)
+    count = max(1, round(images / training.anchor_batch_size))
+    rng = np.random.default_rng((config.seed, epoch, _SETTLING))
+    for number in range(training.anchor_steps):
+        if number % count == 0:
+            batches = _shuffled(images, count, rng)
+        batch = batches[number % count]
+        features = source.label_features(batch, epoch)
+        chosen = torch.from_numpy(rng.integers(features.crops.shape[1], size=len(batch))).to(features.crops.device)
+        _set_learning_rates(state.optimizer, number / training.anchor_steps, final=training.final_learning_rate)
+        step(state, features, features.crops[torch.arange(len(batch)), chosen])
+
+
+def _settles(method: Method, config: Config) -> bool:
+    """Whether ``settle_anchors`` has anything to do."""
+    training = config.training
+    return method.settles and training.anchor_steps > 0 and training.learn != "norms"
 
 
 def step(state: "State", features: ImageFeatures, strong: Tensor) -> tuple[Loss, PseudoLabels]:
@@ -413,15 +489,20 @@ def _what_learns(backbone: Backbone, method: Method, config: Config) -> dict[str
         for parameter in norms.values():
             parameter.requires_grad_(True)
     method.requires_grad_(learn != "norms")
+    if config.training.encoder == "frozen" and method.prompts is not None:
+        method.prompts.requires_grad_(False)  # strong views are encoded once
     return norms
 
 
 def _groups(norms: dict[str, nn.Parameter], method: Method, config: Config) -> list[dict[str, object]]:
     training = config.training
+    rate = training.anchor_learning_rate
+    if rate == "auto":
+        raise ValueError("the configuration is not resolved")
     anchors = [parameter for parameter in method.parameters() if parameter.requires_grad]
     groups: list[dict[str, object]] = [
         {"params": list(norms.values()), "lr": training.learning_rate, "weight_decay": training.norm_weight_decay},
-        {"params": anchors, "lr": training.anchor_learning_rate, "weight_decay": training.weight_decay},
+        {"params": anchors, "lr": rate, "weight_decay": training.weight_decay},
     ]
     return [{**group, "start": group["lr"]} for group in groups if group["params"]]
 
@@ -434,5 +515,8 @@ def _set_learning_rates(optimizer: torch.optim.Optimizer, progressed: float, *, 
 
 def _batches(images: int, count: int, *, seed: int, epoch: int) -> list[Tensor]:
     """A shuffle of all images in ``count`` batches whose sizes differ by one at most: no runt at the end."""
-    order = np.random.default_rng((seed, epoch, _ORDER)).permutation(images)
-    return [torch.from_numpy(part) for part in np.array_split(order, count)]
+    return _shuffled(images, count, np.random.default_rng((seed, epoch, _ORDER)))
+
+
+def _shuffled(images: int, count: int, rng: np.random.Generator) -> list[Tensor]:
+    return [torch.from_numpy(part) for part in np.array_split(rng.permutation(images), count)]

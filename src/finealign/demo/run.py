@@ -243,7 +243,7 @@ def _train(run: Path, model: FineAlign, world: World, truth: Truth, curve: list[
     def measure(record: EpochRecord) -> None:
         _measure(model, truth, f"test images after epoch {record.epoch}", curve, progress)
 
-    return adapt_into(run, model, world.unlabelled, on_epoch=measure, progress=progress).fit_seconds
+    return adapt_into(run, model, world.unlabelled, keep_adapted=True, on_epoch=measure, progress=progress).fit_seconds
 
 
 def _measure(model: FineAlign, truth: Truth, stage_name: str, curve: list[float], progress: Progress) -> None:

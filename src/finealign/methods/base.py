@@ -1,6 +1,7 @@
 """What every method is, and the part that all self-training methods share."""
 
-from typing import Annotated, ClassVar, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -13,6 +14,7 @@ from finealign.losses import fairness, running_mean, weighted_cross_entropy
 from finealign.types import ImageFeatures, Loss, PseudoLabels, Score, TextFeatures
 
 Anchors = Tensor  # (C, J, D), rows of length 1
+Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class MethodOptions(Settings):
@@ -37,17 +39,29 @@ class Method(nn.Module):
     Options: ClassVar[type[MethodOptions]] = MethodOptions
     trains: ClassVar[bool] = False
     uses_crops: ClassVar[bool] = False  # whether training looks at crops
+    settles: ClassVar[bool] = False  # whether its anchors have steps of their own on the crops that are kept
+    surveys: ClassVar[bool] = False  # whether it looks at all images at once, by ``survey``
     scores: ClassVar[tuple[Score, ...]] = ("global", "las", "fused")  # the first is the default
+    salient: ClassVar[bool] = False  # whether whole images are embedded half by their salient patches
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}  # settings by name, as "published"
+    prompts: nn.Parameter | None  # (P, W) tokens that strong views and images to classify are seen with
 
     def __init__(self, options: MethodOptions, texts: TextFeatures, *, logit_scale: float) -> None:
         super().__init__()
         self.options = options
         self.logit_scale = logit_scale if options.logit_scale == "auto" else options.logit_scale
         self.num_classes = texts.num_classes
+        self.register_parameter("prompts", None)
 
     def classifier(self) -> Anchors:
         """The class vectors images are scored against, normalised: (C, J, D)."""
         raise NotImplementedError
+
+    def make_prompts(self, width: int) -> None:
+        """Make ``prompts`` for tokens of this width, if the method learns any; a width of 0 has none."""
+
+    def survey(self, weak: Tensor) -> None:
+        """Look at all images (n, D) as they are encoded now: before each epoch, or once if nothing is trained."""
 
     def crop_weights(self, features: ImageFeatures) -> Tensor:
         """The weight of each crop: (B, N) in [0, 1], rows sum to 1. Step 3 of METHOD [R]."""
@@ -81,6 +95,9 @@ class SelfTrainingOptions(MethodOptions):
 
     fairness: Literal["running", "batch", "off"] = Field("running", description="mean prediction the term judges")
     fairness_weight: Annotated[float, Field(ge=0)] = Field(2.0, description="lambda")
+    fairness_temperature: Annotated[float, Field(gt=0)] = Field(
+        1.0, description="divides the logits the fairness term looks at; above 1 it also hears of second choices"
+    )
     fairness_window: Annotated[int, Field(ge=1)] | Auto = Field(
         "auto", description="images the running mean looks back on; auto: 8 a class"
     )
@@ -112,7 +129,7 @@ class SelfTrainingMethod(Method):
         believed = weighted_cross_entropy(logits, pseudo.labels, pseudo.weights)
         if self.options.fairness == "off":
             return Loss(believed, {"cross_entropy": believed.detach()})
-        mean = torch.softmax(logits, dim=1).mean(0)
+        mean = torch.softmax(logits / self.options.fairness_temperature, dim=1).mean(0)
         if self.options.fairness == "running":
             mean = running_mean(self.mean_prediction, mean, momentum=self._momentum(strong.shape[0]))
             self.mean_prediction.copy_(mean.detach())

@@ -1,10 +1,11 @@
 """WCA (Li et al., ICML 2024, arXiv 2406.02915): weighted crops against weighted descriptions; nothing learned.
 
-Its published setting draws 60 crops an image: ``views.crops=60``.
+Its published setting draws 60 crops an image, the preset ``wca@published``.
 """
 
 import math
-from typing import Annotated, ClassVar
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
 from torch import Tensor
@@ -29,6 +30,7 @@ class Wca(Method):
     Options = WcaOptions
     options: WcaOptions
     scores: ClassVar[tuple[Score, ...]] = ("las",)
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"published": {"views": {"crops": 60}}}
     descriptions: Tensor
     class_of: Tensor
     description_weight: Tensor
