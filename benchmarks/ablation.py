@@ -13,7 +13,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from statistics import mean
@@ -271,12 +271,21 @@ def main() -> None:
     parser.add_argument("--sets", default=",".join(SETS))
     parser.add_argument("--axes", default="all", help="names with commas between; all; none: the default alone")
     parser.add_argument("--backbone", default="")
+    parser.add_argument("--transductive", action="store_true", help="only transclip, fitted on the test images too")
     parser.add_argument("--ceiling", action="store_true", help="only a linear probe on labels, for each set")
     parser.add_argument("--base", default="{}", help="JSON: settings that every run starts from")
     known = parser.parse_args()
     shared = Path(os.environ.get("FINEALIGN_SHARED", Path(__file__).parents[2] / "shared"))
     known.out.mkdir(parents=True, exist_ok=True)
     sets = Sets(shared, known.out, known.backbone or f"local-dir:{shared / 'models' / 'miniclip'}")
+    if known.transductive:
+        for name, seed in product(known.sets.split(","), map(int, known.seeds.split(","))):
+            encoded = sets.encoded(name, seed)
+            there = replace(encoded, weak=encoded.test_weak, crops=encoded.test_crops)
+            for fitted, source in (("images to learn from", encoded), ("test images", there)):
+                found = run(source, {"method": {"name": "transclip"}}, seed)
+                print(f"{name} {seed}, fitted on the {fitted}: {found['global'] - found['start']:+.1f}", flush=True)
+        return
     if known.ceiling:
         for name, seed in product(known.sets.split(","), map(int, known.seeds.split(","))):
             found = ceilings(sets.encoded(name, seed))

@@ -28,6 +28,7 @@ from finealign.backbone import load_backbone
 from finealign.cli import app
 from finealign.config import DEFAULT_BACKBONE
 from finealign.images import list_images, read_image
+from finealign.methods import method_names
 from finealign.terminal import Bars
 
 Tiny = Callable[[str], str]
@@ -674,6 +675,58 @@ def test_mistake__ends_with_a_sentence(
 
 
 # --- models and doctor ------------------------------------------------------------------------------------------------
+
+
+def test_methods__lists_every_one() -> None:
+    found = only_json(command("methods", "--json"))["methods"]
+    assert [row["name"] for row in found] == list(method_names())
+    assert {row["name"]: row["presets"] for row in found}["dpa"] == ["published"]
+    assert {row["name"] for row in found if row["trains"]} >= {"fair", "dpa", "lafter", "microclip", "self-training"}
+    shown = command("methods").stdout
+    assert all(row["name"] in shown for row in found)
+
+
+def test_benchmark__lists_the_catalogue() -> None:
+    found = only_json(command("benchmark", "--list", "--json"))["datasets"]
+    assert len(found) == 18
+    assert sum(row["described"] for row in found) == 12
+    shown = command("benchmark", "--list").stdout
+    assert all(row["name"] in shown for row in found)
+
+
+def test_benchmark__saves_what_it_prints(made: Made, tmp_path: Path) -> None:
+    asked = ["benchmark", "--datasets", f"path:{made.photos}", "--methods", "cupl,zero-shot", "--seeds", "0"]
+    asked += ["--backbone", made.backbone, "--out", str(tmp_path / "grid"), *QUICK[len(PRECISE) :]]
+    first = command(*asked)
+    assert first.exit_code == 0
+    assert first.stdout.strip() == (tmp_path / "grid" / "table.md").read_text(encoding="utf-8").strip()
+    assert "| cupl |" in first.stdout
+    assert only_json(command(*asked, "--json")) == json.loads((tmp_path / "grid" / "table.json").read_text())
+    published = command(*asked, "--compare", "published").stdout
+    assert "| DPA | 64.64 |" in published
+    assert "ViT-B/32" in published
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (["--datasets", ""], "--datasets names nothing"),
+        (["--seeds", "one"], "Wanted: as 0,1,2"),
+        (["--seeds", "-1"], "seed"),
+        (["--methods", "dpa@publishd"], "Valid: dpa@published"),
+        (["--datasets", "flowers"], "Did you mean 'flowers102'"),
+        (["--datasets", "dtd"], "www.robots.ox.ac.uk"),
+        (["--set", "training.epoch=3"], "Did you mean 'epochs'"),
+    ],
+)
+def test_benchmark__a_mistake_is_told_before_a_cell_is_run(
+    made: Made, tmp_path: Path, wrong: list[str], said: str
+) -> None:
+    asked = {"--datasets": f"path:{made.photos}", "--methods": "cupl", "--seeds": "0", wrong[0]: wrong[1]}
+    options = [part for pair in asked.items() for part in pair]
+    place = ["--backbone", made.backbone, "--out", str(tmp_path / "grid"), "--data-root", str(tmp_path)]
+    assert said in only_json(command("benchmark", *options, *place, "--json"), code=1)["error"]
+    assert not list(tmp_path.rglob("*-seed*"))
 
 
 def test_models__filters_by_name() -> None:

@@ -130,8 +130,11 @@ def normalised_cut(tokens: Tensor, *, faint: float = 1e-5) -> Tensor:
 
     Two patches are joined by 1 where their cosine is above the image's mean, else by ``faint``; the second
     eigenvector of the normalised Laplacian is cut at its mean, and the side with the larger extreme is the object. The
-    cut is TokenCut's (arXiv 2202.11539), which microCLIP starts from; the threshold is [R]. No gradient.
+    cut is TokenCut's (arXiv 2202.11539), which microCLIP starts from; the threshold is [R]. No gradient. Of a single
+    patch nothing can be cut: it is the object.
     """
+    if tokens.shape[1] == 1:
+        return torch.ones_like(tokens[:, :, 0])
     with torch.no_grad():
         cosine = tokens.detach().float() @ tokens.detach().float().transpose(1, 2)
         joined = torch.where(cosine > cosine.mean((1, 2), keepdim=True), 1.0, faint)

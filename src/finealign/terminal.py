@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console, RenderableType
 from rich.markup import escape
@@ -141,11 +141,12 @@ def verdict_lines(verdict: dict[str, Any], kept: str, console: Console) -> None:
 def catalogue_table(sets: "Iterable[DataSet]", console: Console) -> None:
     """What the benchmark knows of, and how each set can be had."""
     table = Table(box=None)
-    for name in ("name", "set", "classes", "descriptions", "torchvision", "where to get it"):
-        table.add_column(name, justify="right" if name == "classes" else "left", overflow="fold")
+    for name in ("name", "classes", "texts", "fetched", "where to get it"):
+        justify: Literal["left", "right"] = "right" if name == "classes" else "left"
+        table.add_column(name, justify=justify, no_wrap=name != "where to get it", overflow="fold")
     for one in sets:
-        kind = one.torchvision[0] if one.torchvision else "-"
-        table.add_row(one.name, one.title, str(one.classes), "ours" if one.texts else "-", kind, escape(one.page))
+        texts, fetched = "ours" if one.texts else "-", "--download" if one.fetched else "-"
+        table.add_row(one.name, str(one.classes), texts, fetched, escape(one.page))
     console.print(table)
 
 

@@ -33,7 +33,7 @@ PUBLISHED = (
     _row("DPA", _DPA, 64.64, 96.06, 55.69, 80.04, 20.67, 84.76, 75.56, 90.71, 68.13, 62.62, 95.97, 76.47, 68.49),
     PublishedRow(
         "GTA-CLIP",
-        "transductive: adapts on the test images; as cited in this project's design notes",
+        "arXiv 2501.06031; transductive: adapts on the test images",
         {
             "cub200": 60.48, "fgvc_aircraft": 21.21, "stanford_cars": 64.27, "flowers102": 79.74, "eurosat": 77.38,
             "food101": 81.54, "imagenet": 66.31, "caltech101": 94.16, "dtd": 57.51, "oxford_pets": 90.81,

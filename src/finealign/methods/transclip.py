@@ -4,6 +4,7 @@ The paper labels the images it is given. Fitted on those, its scores of the same
 rounding of one more assignment; of other images they are that assignment with what was fitted held fixed.
 """
 
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar
 
 import torch
@@ -13,6 +14,9 @@ from torch import Tensor
 from finealign.alignment import class_means
 from finealign.methods.base import Anchors, Method, MethodOptions
 from finealign.types import ImageFeatures, Score, TextFeatures
+
+
+SAME = 1e-4  # cosines this near 1 are of one image: bf16 rounds by less, and another image is farther
 
 
 class TransclipOptions(MethodOptions):
@@ -32,6 +36,7 @@ class Transclip(Method):
     options: TransclipOptions
     surveys = True
     scores: ClassVar[tuple[Score, ...]] = ("global",)
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"published": {}}  # the defaults are
     prototypes: Tensor
     means: Tensor
     variance: Tensor
@@ -99,7 +104,7 @@ class Transclip(Method):
         for part in torch.split(weak, 1024):
             cosine = part @ self.images.T
             top = cosine.topk(wanted + 1, dim=1)
-            own = itself | (top.values[:, 0] > 1 - 1e-6)
+            own = itself | (top.values[:, 0] > 1 - SAME)
             first = torch.as_tensor(own, device=weak.device).expand(len(part)).long()[:, None]
             columns = first + torch.arange(wanted, device=weak.device)
             parts.append((top.indices.gather(1, columns), top.values.gather(1, columns).clamp_min(0)))
