@@ -14,6 +14,9 @@ from finealign.losses import fairness, running_mean, weighted_cross_entropy
 from finealign.types import ImageFeatures, Loss, PseudoLabels, Score, TextFeatures
 
 Anchors = Tensor  # (C, J, D), rows of length 1
+# What the peers that train report alike, as METHOD gives it.
+PUBLISHED_PACE = {"epochs": 15, "batch_size": 64, "learning_rate": 1e-4, "anchor_learning_rate": 1e-4}
+PUBLISHED_DECAY = {"weight_decay": 0.1, "norm_weight_decay": 0.1}
 Share = Annotated[float, Field(ge=0, le=1)]
 
 

@@ -13,7 +13,13 @@ from torch.nn.functional import cross_entropy
 
 from finealign.alignment import class_means, global_score
 from finealign.losses import running_mean
-from finealign.methods.base import SelfTrainingMethod, SelfTrainingOptions, Share
+from finealign.methods.base import (
+    PUBLISHED_DECAY,
+    PUBLISHED_PACE,
+    SelfTrainingMethod,
+    SelfTrainingOptions,
+    Share,
+)
 from finealign.pseudo_labels import agreement_weight, balanced
 from finealign.types import ImageFeatures, Loss, PseudoLabels, TextFeatures
 
@@ -32,13 +38,12 @@ class Dpa(SelfTrainingMethod):
     options: DpaOptions
     surveys = True
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        # The authors choose the learning rate for each data set; this is the middle of what they report.
+        # The authors choose the learning rate for each data set, for which one stands here; their a we do not know.
         "published": {
-            "training": {"epochs": 15, "batch_size": 64, "learning_rate": 1e-4, "anchor_learning_rate": 1e-4,
-                         "weight_decay": 0.1, "norm_weight_decay": 0.1},
+            "training": {**PUBLISHED_PACE, **PUBLISHED_DECAY},
             "method": {"fairness": "batch", "fairness_weight": 1.0, "image_share": 0.5},
         }
-    }  # fmt: skip
+    }
     image_prototypes: Tensor
     mean_text: Tensor
 

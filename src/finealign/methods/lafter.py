@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 
 from finealign.alignment import class_means, global_score
-from finealign.methods.base import SelfTrainingMethod, SelfTrainingOptions
+from finealign.methods.base import PUBLISHED_PACE, SelfTrainingMethod, SelfTrainingOptions
 from finealign.types import ImageFeatures, PseudoLabels, TextFeatures
 
 
@@ -35,7 +35,7 @@ class Lafter(SelfTrainingMethod):
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         # Its loss is the cross-entropy alone.
         "published": {
-            "training": {"epochs": 15, "batch_size": 64, "learning_rate": 1e-4, "anchor_learning_rate": 1e-4},
+            "training": {**PUBLISHED_PACE},
             "method": {"fairness": "off", "text_learning_rate": 1e-3},
         }
     }

@@ -12,7 +12,13 @@ from pydantic import Field
 from torch import Tensor
 
 from finealign.alignment import class_means, global_score, learned_alignment_score
-from finealign.methods.base import SelfTrainingMethod, SelfTrainingOptions, Share
+from finealign.methods.base import (
+    PUBLISHED_DECAY,
+    PUBLISHED_PACE,
+    SelfTrainingMethod,
+    SelfTrainingOptions,
+    Share,
+)
 from finealign.types import ImageFeatures, PseudoLabels, TextFeatures
 
 
@@ -31,11 +37,10 @@ class Microclip(SelfTrainingMethod):
     salient = True
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "published": {
-            "training": {"epochs": 15, "batch_size": 64, "learning_rate": 1e-4, "anchor_learning_rate": 1e-4,
-                         "weight_decay": 0.1, "norm_weight_decay": 0.1},
+            "training": {**PUBLISHED_PACE, **PUBLISHED_DECAY},
             "method": {"fairness": "batch", "fairness_weight": 1.0},
         }
-    }  # fmt: skip
+    }
     fixed: Tensor
 
     def __init__(self, options: MicroclipOptions, texts: TextFeatures, *, logit_scale: float) -> None:

@@ -15,7 +15,6 @@ from finealign.alignment import class_means
 from finealign.methods.base import Anchors, Method, MethodOptions
 from finealign.types import ImageFeatures, Score, TextFeatures
 
-
 SAME = 1e-4  # cosines this near 1 are of one image: bf16 rounds by less, and another image is farther
 
 
