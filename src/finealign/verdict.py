@@ -63,7 +63,7 @@ def judge_model(
     set_aside = model.set_aside_
     with (progress or Progress()).stage("judging without labels", None):
         before = start or start_features(model, images)
-        after = model.features(paths)
+        after = model.features(paths, crops=model.score_ != "global")
     model.set_aside_ = set_aside  # those of the run, which are reported
     method = model.method_
     settings = MethodSettings(name="cupl")
