@@ -138,7 +138,7 @@ def report(title: str, gain: Floats, estimate: Floats, helped: float, hurt: floa
 
 def cells_of(grid: Path) -> list[Cell]:
     found = [read_cell(path) for path in sorted(grid.glob("cells/*/*.json"))]
-    return [cell for cell in found if cell.verdict]
+    return [cell for cell in found if cell.verdict and set(WEIGHTS) <= set(cell.verdict["evidence"])]
 
 
 def main() -> None:
@@ -187,7 +187,7 @@ def main() -> None:
         report("The untouched sets by these weights", there, estimates(untouched, weights, constant), helped, hurt)
     for grid in known.grids:
         cells = cells_of(grid)
-        verdicts = [judge(cell.verdict["evidence"], images=0) for cell in cells if cell.verdict]
+        verdicts = [judge({"relabelled": 0.0, **cell.verdict["evidence"]}, images=0) for cell in cells if cell.verdict]
         estimate = np.array([verdict.score for verdict in verdicts])
         there = np.array([100 * (cell.top1[cell.score] - cell.top1["start"]) for cell in cells])
         report(f"The cells of {grid} as the package judges them", there, estimate, HELPED, HURT)

@@ -55,7 +55,17 @@ class Made:
     said: dict[str, Any]
 
     def adapt(self, *options: str | Path) -> list[str | Path]:
-        return ["adapt", self.photos, "--classes", ",".join(CLASSES), "--backbone", self.backbone, *QUICK, *options]
+        return [
+            "adapt",
+            self.photos,
+            "--classes",
+            ",".join(CLASSES),
+            "--backbone",
+            self.backbone,
+            *QUICK,
+            "--keep-adapted",
+            *options,
+        ]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -78,7 +88,7 @@ def made(tiny_backbone: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Made:
     settings = ("epochs=8", "learning_rate=0.01", "anchor_learning_rate=0.01")
     hard = [part for setting in settings for part in ("--set", f"training.{setting}")]
     made = Made(photos, folder / "labelled", backbone, folder / "run", {})
-    return replace(made, said=only_json(command(*made.adapt("--out", made.run, "--keep-adapted", "--json", *hard))))
+    return replace(made, said=only_json(command(*made.adapt("--out", made.run, "--json", *hard))))
 
 
 def discerning(identifier: str, photos: Path, folder: Path) -> str:

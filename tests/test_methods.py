@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from finealign import methods
-from finealign.config import MethodSettings
+from finealign.config import MethodSettings, read_config
 from finealign.errors import ConfigError
 from finealign.methods import Method, create_method, find_method, method_names, method_options
 from finealign.methods.base import SelfTrainingMethod
@@ -929,3 +929,8 @@ def test_methods__see_features_and_pseudo_labels_alone(name: str) -> None:
 def test_features__hold_no_label() -> None:
     assert [field.name for field in fields(ImageFeatures)] == ["weak", "crops"]
     assert [field.name for field in fields(TextFeatures)] == ["names", "descriptions", "class_of"]
+
+
+def test_options__yaml_reads_off_as_false() -> None:
+    config = read_config(overrides=["method.fairness=off"])
+    assert method_options(config.method).model_dump()["fairness"] == "off"

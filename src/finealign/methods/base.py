@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
@@ -96,7 +96,10 @@ class Method(nn.Module):
 class SelfTrainingOptions(MethodOptions):
     """Options of the loss, step 7 of METHOD [R]."""
 
-    fairness: Literal["running", "batch", "off"] = Field("running", description="mean prediction the term judges")
+    # YAML reads a bare off as false.
+    fairness: Annotated[Literal["running", "batch", "off"], BeforeValidator(lambda v: "off" if v is False else v)] = (
+        Field("running", description="mean prediction the term judges")
+    )
     fairness_weight: Annotated[float, Field(ge=0)] = Field(2.0, description="lambda")
     fairness_temperature: Annotated[float, Field(gt=0)] = Field(
         1.0, description="divides the logits the fairness term looks at; above 1 it also hears of second choices"
