@@ -183,6 +183,8 @@ def test_adapt_into__saves_the_start_where_it_hurt(
     summary = adapt_into(tmp_path / "run", model, photos, keep_adapted=keep)
     run = json.loads((tmp_path / "run" / "run.json").read_text())
     assert summary.kept == run["kept"] == kept
+    assert summary.as_json()["method"] == run["method"] == "fair"  # what was run, whichever is kept
+    assert summary.stopped == run["stopped"] == "all 3 epochs done; the last one is kept"
     assert run["verdict"]["call"] == call
     saved = FineAlign.load(tmp_path / "run", device="cpu", precision="fp32")
     assert saved.method_.__class__.__module__.endswith("cupl" if kept == "start" else "fair")

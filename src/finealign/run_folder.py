@@ -40,6 +40,7 @@ class RunSummary:
     """What a finished run has to say."""
 
     folder: Path
+    method: str
     images: int
     set_aside: tuple[SetAside, ...]
     epochs: int
@@ -53,7 +54,7 @@ class RunSummary:
     def as_json(self) -> dict[str, Any]:
         return {
             "out": str(self.folder),
-            "method": self.model.config_.method.name,
+            "method": self.method,
             "backbone": self.model.config_.backbone,
             "classes": list(self.model.texts_.classes),
             "images": self.images,
@@ -123,6 +124,7 @@ def adapt_into(
     model.fit(paths, backbone=backbone, checkpoints=folder / CHECKPOINTS, on_epoch=after_epoch, progress=progress)
     write_config(model.config_, folder / CONFIG)
     fitted = time.time() - listening
+    stopped = _why_stopped(model)
     verdict = judge_model(model, paths, progress=progress) if model.method_.trains else None
     kept: Literal["adapted", "start"] = "adapted"
     if verdict and verdict.call == "hurt" and not keep_adapted:
@@ -134,7 +136,6 @@ def adapt_into(
         write_predictions(found, model.texts_.classes, folder / PREDICTIONS)
     set_aside = model.set_aside_
     set_aside_csv(set_aside, folder / SET_ASIDE)
-    stopped = _why_stopped(model)
     epochs = len(metrics.records())
     seconds = time.time() - began - listening
     run |= {
@@ -151,6 +152,7 @@ def adapt_into(
     _write_json(folder / RUN, run)
     return RunSummary(
         folder=folder,
+        method=config.method.name,
         images=len(paths) - len(set_aside),
         set_aside=tuple(set_aside),
         epochs=epochs,
