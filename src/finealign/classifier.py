@@ -1,7 +1,7 @@
 """The public noun: ``FineAlign`` with ``fit``, ``predict``, ``predict_proba``, ``save`` and ``load``."""
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from itertools import islice
 from pathlib import Path
@@ -30,6 +30,8 @@ from finealign.views import PREDICTION_EPOCH, Views
 Images = str | Path | Sequence[str | Path]  # a folder, a list file, a CSV, one image, or paths
 
 Item = TypeVar("Item")
+Rendered = tuple[Tensor, Tensor]  # uint8: the weak view (3, S, S) and the crops (N, 3, S, S)
+Seen = tuple[Path, Rendered | SetAside]
 
 PREDICTION_CHUNK = 32  # images decoded and encoded together
 
@@ -41,8 +43,8 @@ class FineAlign:
         labels = model.predict("more-photos/")
 
     The constructor only keeps its arguments; ``fit`` checks them. Learned attributes end in ``_``: ``classes_``,
-    ``backbone_``, ``method_``, ``config_`` (resolved), ``texts_``, ``history_`` (one record an epoch) and
-    ``set_aside_`` (images that could not be read, and why).
+    ``backbone_``, ``method_``, ``start_method_`` (that adaptation starts from), ``config_`` (resolved), ``texts_``,
+    ``history_`` (one record an epoch) and ``set_aside_`` (images that could not be read, and why).
     """
 
     set_aside_: list[SetAside]
@@ -198,13 +200,8 @@ class FineAlign:
         """
         self._require_fitted()
         kind = _choose_score(type(self.method_), self.config_.prediction.score, score)
-
-        def see(path: Path) -> tuple[Tensor, Tensor]:
-            return self._render(np.array(read_image(path, max_pixels=self.config_.data.max_pixels)), kind)
-
-        # Decoded and cut by threads, a chunk ahead of the model.
-        with closing(in_order(see, paths, held=2 * PREDICTION_CHUNK)) as seen:
-            for chunk in _chunks(seen, PREDICTION_CHUNK):
+        with closing(self._seen(paths, kind)) as seen:
+            for chunk in seen:
                 read = [(path, views) for path, views in chunk if not isinstance(views, SetAside)]
                 scored = iter(self._score(read, kind, with_start))
                 for _, found in chunk:
@@ -236,15 +233,10 @@ class FineAlign:
         """
         self._require_fitted()
         self.set_aside_ = []
-        kind: Score = "las" if crops else "global"
-
-        def see(path: Path) -> tuple[Tensor, Tensor]:
-            return self._render(np.array(read_image(path, max_pixels=self.config_.data.max_pixels)), kind)
-
         parts = []
         norms = self._norms_at_start() if at_start else nullcontext()
-        with norms, closing(in_order(see, paths, held=2 * PREDICTION_CHUNK)) as seen:
-            for chunk in _chunks(seen, PREDICTION_CHUNK):
+        with norms, closing(self._seen(paths, "las" if crops else "global")) as seen:
+            for chunk in seen:
                 self.set_aside_ += [found for _, found in chunk if isinstance(found, SetAside)]
                 read = [found for _, found in chunk if not isinstance(found, SetAside)]
                 if read:
@@ -305,7 +297,7 @@ class FineAlign:
         method = MethodSettings(name="cupl", logit_scale=self.method_.logit_scale)
         prediction = self.config_.prediction.model_copy(update={"score": "global"})
         config = self.config_.model_copy(update={"method": method, "prediction": prediction})
-        self._become(SavedModel(config, self.texts_, self.text_features_, self.backbone_, self._start, {}))
+        self._become(SavedModel(config, self.texts_, self.text_features_, self.backbone_, self.start_method_, {}))
         return self
 
     def save(self, folder: str | Path) -> None:
@@ -338,7 +330,7 @@ class FineAlign:
         self._views = _views(saved.config, saved.backbone)
         # The start is the same texts before anything was learned: their mean a class, by the global score.
         start = create_method(MethodSettings(name="cupl"), saved.text_features, logit_scale=saved.method.logit_scale)
-        self._start = start.to(saved.backbone.device)
+        self.start_method_ = start.to(saved.backbone.device)
 
     def _require_fitted(self) -> None:
         if not hasattr(self, "_saved"):
@@ -379,9 +371,7 @@ class FineAlign:
         return stored
 
     @torch.inference_mode()
-    def _score(
-        self, seen: Sequence[tuple[Path, tuple[Tensor, Tensor]]], kind: Score, with_start: bool
-    ) -> Iterator[Prediction]:
+    def _score(self, seen: Sequence[tuple[Path, Rendered]], kind: Score, with_start: bool) -> Iterator[Prediction]:
         if not seen:
             return
         views = [found for _, found in seen]
@@ -392,7 +382,7 @@ class FineAlign:
             if self._saved.start_norms or method_gaze(self.method_):
                 with self._norms_at_start():
                     at_start = self._embed([(weak, weak.new_empty(0, *weak.shape)) for weak, _ in views], at_start=True)
-            scored.append(self._with_probabilities(self._start, at_start, "global"))
+            scored.append(self._with_probabilities(self.start_method_, at_start, "global"))
         for index, (path, _) in enumerate(seen):
             yield Prediction(path, *(rows[index] for pair in scored for rows in pair))
 
@@ -400,7 +390,16 @@ class FineAlign:
         norms = self._saved.start_norms
         return self.backbone_.with_norms(norms) if norms else nullcontext()
 
-    def _render(self, pixels: Pixels, kind: Score) -> tuple[Tensor, Tensor]:
+    def _seen(self, paths: Iterable[Path], kind: Score) -> Generator[list[Seen], None, None]:
+        """The views of the images, chunk by chunk, in order: decoded and cut by threads, a chunk ahead of the model."""
+
+        def see(path: Path) -> Rendered:
+            return self._render(np.array(read_image(path, max_pixels=self.config_.data.max_pixels)), kind)
+
+        with closing(in_order(see, paths, held=2 * PREDICTION_CHUNK)) as seen:
+            yield from _chunks(seen, PREDICTION_CHUNK)
+
+    def _render(self, pixels: Pixels, kind: Score) -> Rendered:
         """What a score looks at, uint8: the weak view (3, S, S), and the crops (N, 3, S, S), N = 0 if it needs none."""
         weak = self._views.weak(pixels)
         if kind == "global":
@@ -415,7 +414,7 @@ class FineAlign:
         scores = method.score(features, kind)
         return scores.cpu().numpy(), method.probabilities(scores).cpu().numpy()
 
-    def _embed(self, seen: Sequence[tuple[Tensor, Tensor]], *, at_start: bool = False) -> ImageFeatures:
+    def _embed(self, seen: Sequence[Rendered], *, at_start: bool = False) -> ImageFeatures:
         """The features of rendered images, one or more; ``at_start``: looked at as before anything was learned."""
         gaze = None if at_start else method_gaze(self.method_)
         whole = self.backbone_.embed(torch.stack([weak for weak, _ in seen]), gaze)

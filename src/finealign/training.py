@@ -366,8 +366,8 @@ def settle_anchors(state: "State", source: ImageSource, config: Config, epoch: i
 
     Each image's strong view is one of its crops, another one each time. Ours, not the paper's.
     """
-    training, method = config.training, state.method
-    if not _settles(method, config):
+    training = config.training
+    if not _settles(state.method, config):
         return
     images = len(state.labels)
     count = max(1, round(images / training.anchor_batch_size))

@@ -14,8 +14,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finealign.classifier import FineAlign
-from finealign.config import MethodSettings
-from finealign.methods import create_method
 from finealign.progress import Progress
 from finealign.types import ImageFeatures
 
@@ -65,9 +63,7 @@ def judge_model(
         before = start or start_features(model, images)
         after = model.features(paths, crops=model.score_ != "global")
     model.set_aside_ = set_aside  # those of the run, which are reported
-    method = model.method_
-    settings = MethodSettings(name="cupl")
-    first = create_method(settings, model.text_features_, logit_scale=method.logit_scale).to(after.weak.device)
+    method, first = model.method_, model.start_method_
     scores = method.score(after, model.score_)
     found = gather(
         crops=before.crops.mean(1).cpu().numpy(),

@@ -28,7 +28,7 @@ from finealign.benchmark.catalogue import LabelledSet, load_set
 from finealign.classifier import FineAlign
 from finealign.config import Config, make_config, merged
 from finealign.errors import BackboneError, FinealignError, OutputError
-from finealign.methods import create_method, method_settings
+from finealign.methods import method_settings
 from finealign.progress import Progress
 from finealign.run_folder import versions
 from finealign.storage import save_text
@@ -36,7 +36,6 @@ from finealign.types import ImageFeatures, Truth
 from finealign.verdict import Verdict, judge_model, start_features
 
 CELLS, PLAN = "cells", "grid.json"
-START = "cupl"  # what every gain is measured from: zero-shot with the same descriptions, the whole image
 
 
 @dataclass(frozen=True)
@@ -270,9 +269,8 @@ class _Runner:
         return self.backbone
 
     def _start_right(self, model: FineAlign, found: LabelledSet) -> NDArray[np.bool_]:
-        start = create_method(make_config({"method": {"name": START}}).method, model.text_features_, logit_scale=1.0)
         seen = self._all(model.features(found.test.paths, at_start=True, crops=False), found.test, model)
-        return _right(start.to(model.backbone_.device).score(seen, "global"), torch.tensor(found.test.labels))
+        return _right(model.start_method_.score(seen, "global"), torch.tensor(found.test.labels))
 
     @staticmethod
     def _all(seen: ImageFeatures, truth: Truth, model: FineAlign) -> ImageFeatures:
