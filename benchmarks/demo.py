@@ -12,7 +12,6 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-import numpy as np
 import torch
 from probe import linear_probe
 
@@ -23,7 +22,6 @@ from finealign.demo.run import METHODS, run_demo
 from finealign.demo.species import SPECIES, describe
 from finealign.devices import keep_freed_memory
 from finealign.evaluate import read_truth
-from finealign.images import read_image
 from finealign.types import ImageFeatures, Truth
 
 CLASSES = [name for name, _ in SPECIES]
@@ -32,13 +30,7 @@ DESCRIPTIONS = {name: describe(index) for index, name in enumerate(CLASSES)}
 
 def features(model: FineAlign, truth: Truth) -> ImageFeatures:
     """The whole images (n, D) and their crops (n, N, D), as the fitted model sees them."""
-    weak, crops = [], []
-    for start in range(0, len(truth.paths), 32):
-        images = [np.array(read_image(path, max_pixels=10**8)) for path in truth.paths[start : start + 32]]
-        found = model._embed([model._render(pixels, "las") for pixels in images])
-        weak.append(found.weak)
-        crops.append(found.crops)
-    return ImageFeatures(weak=torch.cat(weak), crops=torch.cat(crops))
+    return model.features(truth.paths)
 
 
 def scored(model: FineAlign, seen: ImageFeatures, truth: Truth) -> float:

@@ -33,11 +33,12 @@ from torchvision.transforms import v2
 from finealign.backbone import Backbone, load_backbone
 from finealign.config import make_config, resolve
 from finealign.devices import choose_precision, keep_freed_memory
+from finealign.encoding import EncodedAfresh
 from finealign.methods import create_method
 from finealign.pixels import store_pixels
 from finealign.progress import Progress
 from finealign.prompts import make_texts
-from finealign.training import EncodedAfresh, State, begin, step
+from finealign.training import State, begin, step
 from finealign.views import Views
 
 CLASSES = [f"kind {number}" for number in range(10)]

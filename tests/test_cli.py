@@ -504,9 +504,11 @@ def test_adapt__interrupted_tells_how_to_go_on(made: Made, tmp_path: Path, monke
         raise KeyboardInterrupt
 
     monkeypatch.setattr("finealign.run_folder.adapt_into", stop)
+    monkeypatch.setattr("sys.argv", ["/bin/finealign", "adapt", "my photos", "--overwrite"])
     result = command(*made.adapt("--out", tmp_path / "run"))
-    assert result.exit_code == 1
-    assert f"What was done is in {tmp_path / 'run'}; the same command with --resume continues it." in result.stderr
+    assert result.exit_code == 130
+    assert f"Interrupted. What was done is in {tmp_path / 'run'}. Go on with:" in result.stderr
+    assert "\nfinealign adapt 'my photos' --resume\n" in result.stderr
 
 
 # --- mistakes ---------------------------------------------------------------------------------------------------------

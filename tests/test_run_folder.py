@@ -122,6 +122,7 @@ def test_adapt_into__run_json_says_what_was_done(finished: Path, tiny_backbone: 
         "precision": "fp32",
         "epochs": EPOCHS,
         "resumed": False,
+        "processes": 1,
         "stopped": "all 4 epochs done; the last one is kept",
         "kept": "adapted",
     }

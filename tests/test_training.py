@@ -2,7 +2,9 @@
 
 import inspect
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +13,18 @@ import pytest
 import torch
 
 from conftest import CLASSES, tiny_config, write_photos
-from finealign import training
+from finealign import encoding, training
 from finealign.backbone import Backbone, Gaze
 from finealign.checkpoints import read_last_checkpoint
 from finealign.classifier import FineAlign
 from finealign.devices import choose_workers
-from finealign.errors import FinealignError, ImageInputError, ModelError
+from finealign.encoding import EncodedAfresh
+from finealign.errors import ImageInputError, ModelError, NotFiniteError, StoppedError
 from finealign.images import Pixels, read_image
 from finealign.mapped import read_mapped
 from finealign.progress import Progress
-from finealign.training import EncodedAfresh, EpochRecord, State, _batches, adapt, begin, settle_anchors
+from finealign.training import EpochRecord, State, _batches, adapt, begin, settle_anchors
+from finealign.types import Loss
 
 Tiny = Callable[[str], str]
 METHODS = ["fair", "self-training"]
@@ -176,8 +180,129 @@ def test_adapt__more_classes_than_images_in_a_batch(photos: Path, tiny_backbone:
 
 
 def test_adapt__a_loss_that_is_not_finite_stops_with_advice(photos: Path, tiny_backbone: Tiny, tmp_path: Path) -> None:
-    with pytest.raises(FinealignError, match=r"no longer finite.*learning_rate"):
+    with pytest.raises(NotFiniteError, match=r"no longer finite in epoch 1.*learning_rate"):
         fit(photos, tiny_backbone("transformer"), tmp_path / "kept", training__learning_rate=1e30, training__epochs=9)
+
+
+NOT_FINITE: dict[str, Callable[[State, Loss], object]] = {
+    "loss": lambda state, loss: loss.total.data.fill_(torch.nan),
+    "gradient": lambda state, loss: next(iter(state.norms.values())).data.fill_(torch.inf),
+}
+
+
+@pytest.mark.parametrize("what", NOT_FINITE)
+@pytest.mark.parametrize("number", [1, 3, 4, 9])
+def test_adapt__names_the_images_of_the_batch_that_was_not_finite_and_keeps_what_was_good(
+    photos: Path, tiny_backbone: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str, number: int
+) -> None:
+    """24 images in three batches an epoch; a checkpoint after every step."""
+    calls = 0
+    step = training.step
+
+    def poisoned(state: State, features: Any, strong: torch.Tensor) -> Any:
+        nonlocal calls
+        calls += 1
+        loss, pseudo = step(state, features, strong)
+        if calls == number:
+            NOT_FINITE[what](state, loss)
+        return loss, pseudo
+
+    backbone, folder = tiny_backbone("transformer"), tmp_path / "kept"
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "step", poisoned)
+        with pytest.raises(NotFiniteError) as caught:
+            fit(photos, backbone, folder, training__checkpoint_minutes=0)
+    assert calls == number
+    epoch, place = divmod(number - 1, 3)
+    listed = sorted(photos.rglob("*.png"), key=lambda path: path.relative_to(photos).as_posix())
+    batch = _batches(24, 3, seed=0, epoch=epoch)[place]
+    assert caught.value.images == [str(listed[image]) for image in batch.tolist()]
+    assert caught.value.images[0] in str(caught.value)
+    found = read_last_checkpoint(folder)
+    assert (found is None) == (number == 1)
+    if found:
+        assert (found.epoch, found.step) == divmod(number - 1, 3)
+        assert all(bool(value.isfinite().all()) for value in found.tensors.values())
+    resumed = fit(photos, backbone, folder, training__checkpoint_minutes=0)
+    assert not differing(state(fit(photos, backbone)), state(resumed))
+
+
+def test_settle_anchors__not_finite_is_found_there_too(photos: Path, tiny_backbone: Tiny, tmp_path: Path) -> None:
+    state, source, config = begun(photos, tiny_backbone("transformer"), tmp_path)
+    source.kept["crops"][5] = torch.nan
+    with pytest.raises(NotFiniteError) as caught:
+        settle_anchors(state, source, config, 0)
+    assert "number 5" in caught.value.images
+
+
+# --- asked to stop ----------------------------------------------------------------------------------------------------
+
+
+class StopsIn(Progress):
+    """Is asked to stop in a stage, when so many images of it are done."""
+
+    def __init__(self, stage: str, images: int) -> None:
+        self.where, self.left, self.asked = stage, images, False
+
+    @property
+    def asked_to_stop(self) -> bool:
+        return self.asked
+
+    @contextmanager
+    def stage(self, name: str, total: int | None) -> Iterator[Any]:
+        with super().stage(name, total) as stage:
+            yield _Counts(self, stage) if name == self.where else stage
+
+
+class _Counts:
+    def __init__(self, progress: StopsIn, inner: Any) -> None:
+        self.progress, self.note = progress, inner.note
+
+    def advance(self, images: int) -> None:
+        self.progress.left -= images
+        self.progress.asked |= self.progress.left <= 0
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"views__refresh_epochs": 0},
+        {"views__refresh_epochs": 1, "training__anchor_steps": 4, "training__last_label_pass": True},
+        {"training__encoder": "frozen"},
+        {"method__name": "dpa"},
+        {"method__name": "lafter"},
+        {"method": {"name": "fair", "weight": "margin*agreement*confusion", "teacher_momentum": 0.5}},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("steps", [1, 2, 3, 5, 9])
+def test_adapt__stopped_and_resumed_is_bit_for_bit_the_uninterrupted(
+    photos: Path, tiny_backbone: Tiny, tmp_path: Path, settings: dict[str, Any], steps: int
+) -> None:
+    backbone, folder = tiny_backbone("transformer"), tmp_path / "kept"
+    whole = fit(photos, backbone, **settings)
+    model = FineAlign(CLASSES, config=short_config(backbone, **settings))
+    with pytest.raises(StoppedError, match=f"after step {(steps - 1) % 3 + 1} of epoch {(steps - 1) // 3 + 1} of 3"):
+        model.fit(photos, checkpoints=folder, progress=StopsIn("adapting", 8 * steps))
+    resumed = fit(photos, backbone, folder, **settings)
+    assert not differing(state(whole), state(resumed))
+    for told, record in zip(resumed.history_, whole.history_[(steps - 1) // 3 :], strict=True):
+        assert replace(told, seconds=0, images_per_second=0) == replace(record, seconds=0, images_per_second=0)
+
+
+@pytest.mark.parametrize("stage", ["reading images", "label pass", "strong views"])
+def test_adapt__stops_in_any_stage_and_leaves_what_was_there(
+    photos: Path, tiny_backbone: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    monkeypatch.setattr("finealign.progress.IMAGES_BETWEEN", 1)
+    backbone, folder = tiny_backbone("transformer"), tmp_path / "kept"
+    settings: dict[str, Any] = {"training__encoder": "frozen"} if stage == "strong views" else {}
+    model = FineAlign(CLASSES, config=short_config(backbone, **settings))
+    with pytest.raises(StoppedError):
+        model.fit(photos, checkpoints=folder, progress=StopsIn(stage, 1))
+    assert read_last_checkpoint(folder) is None
+    assert not differing(state(fit(photos, backbone, **settings)), state(fit(photos, backbone, folder, **settings)))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -219,7 +344,7 @@ def test_adapt__views_are_made_by_as_many_processes_as_asked(
         seen.append(workers)
         return map(work, items)
 
-    monkeypatch.setattr(training, "ahead", watched)
+    monkeypatch.setattr(encoding, "ahead", watched)
     fit(photos, tiny_backbone("transformer"), data__workers=wanted, training__epochs=1)
     assert set(seen) == {expected}
 
@@ -281,7 +406,7 @@ def test_label_features__are_those_of_each_images_views(
     chunk: int,
     workers: int,
 ) -> None:
-    monkeypatch.setattr(training, "RENDER_CHUNK", chunk)
+    monkeypatch.setattr(encoding, "RENDER_CHUNK", chunk)
     source = source_of(start, pictures, tmp_path, refresh=refresh, workers=workers)
     source.start_epoch(4)
     found = source.label_features(torch.tensor([5, 0, 2]), 4)
@@ -435,7 +560,7 @@ def test_label_pass__cut_short_leaves_no_file_under_its_name(
     photos: Path, tiny_backbone: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: int
 ) -> None:
     """24 images in three chunks, the weak views of each and then its crops: six calls of the encoder."""
-    monkeypatch.setattr(training, "RENDER_CHUNK", 8)
+    monkeypatch.setattr(encoding, "RENDER_CHUNK", 8)
     backbone, folder = tiny_backbone("transformer"), tmp_path / "kept"
     whole = state(fit(photos, backbone))
     calls = 0
@@ -528,10 +653,11 @@ def test_settle_anchors__takes_each_image_in_turn_by_one_of_its_crops(
     state, source, config = begun(photos, tiny_backbone("transformer"), tmp_path, training__anchor_batch_size=12)
     seen: list[tuple[int, int]] = []
 
-    def watched(_: State, features: Any, strong: torch.Tensor) -> None:
+    def watched(_: State, features: Any, strong: torch.Tensor) -> tuple[Loss, None]:
         for row in strong:
             ((image, crop),) = (source.kept["crops"] == row).all(-1).nonzero().tolist()
             seen.append((image, crop))
+        return Loss(torch.zeros(())), None
 
     monkeypatch.setattr(training, "step", watched)
     settle_anchors(state, source, config, 0)

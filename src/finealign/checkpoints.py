@@ -1,6 +1,7 @@
 """Checkpoints: one safetensors file each, written aside and renamed, the last two kept."""
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,22 +12,28 @@ from finealign.errors import ModelError
 from finealign.storage import save_tensors
 
 KEPT = 2
+_NAME = re.compile(r"epoch-([0-9]+)(?:-step-([0-9]+))?")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The whole state of a run after ``epoch`` epochs: tensors by name, and small values as JSON."""
+    """The whole state of a run after so many epochs and steps: tensors by name, and small values as JSON."""
 
     epoch: int
     tensors: dict[str, Tensor]
     values: dict[str, Any]
+    step: int = 0
 
 
 def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
-    """Write ``epoch-0007.safetensors`` into the folder and drop all but the last two. Raises OutputError."""
-    header = {"finealign": json.dumps({"epoch": checkpoint.epoch, **checkpoint.values})}
-    save_tensors(checkpoint.tensors, folder / f"epoch-{checkpoint.epoch:04d}.safetensors", metadata=header)
-    for old in _by_epoch(folder)[:-KEPT]:
+    """Write ``epoch-0007.safetensors``, or ``epoch-0007-step-0120``, into the folder and drop all but the last two.
+
+    Raises OutputError.
+    """
+    header = {"finealign": json.dumps({"epoch": checkpoint.epoch, "step": checkpoint.step, **checkpoint.values})}
+    name = f"epoch-{checkpoint.epoch:04d}" + (f"-step-{checkpoint.step:04d}" if checkpoint.step else "")
+    save_tensors(checkpoint.tensors, folder / f"{name}.safetensors", metadata=header)
+    for old in _in_order(folder)[:-KEPT]:
         old.unlink()
 
 
@@ -38,12 +45,12 @@ def read_last_checkpoint(folder: Path) -> Checkpoint | None:
     from safetensors import SafetensorError, safe_open
 
     torn = []
-    for path in reversed(_by_epoch(folder)):
+    for path in reversed(_in_order(folder)):
         try:
             with safe_open(path, framework="pt") as opened:
                 values = json.loads((opened.metadata() or {})["finealign"])
                 tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118, not a mapping
-            return Checkpoint(epoch=values.pop("epoch"), tensors=tensors, values=values)
+            return Checkpoint(values.pop("epoch"), tensors, values, step=values.pop("step", 0))
         except (SafetensorError, KeyError, ValueError, OSError) as error:
             torn.append(f"{path.name}: {error}")
     if torn:
@@ -51,6 +58,6 @@ def read_last_checkpoint(folder: Path) -> Checkpoint | None:
     return None
 
 
-def _by_epoch(folder: Path) -> list[Path]:
-    found = [path for path in folder.glob("epoch-*.safetensors") if path.stem.removeprefix("epoch-").isdecimal()]
-    return sorted(found, key=lambda path: int(path.stem.removeprefix("epoch-")))
+def _in_order(folder: Path) -> list[Path]:
+    found = [(place, path) for path in folder.glob("epoch-*.safetensors") if (place := _NAME.fullmatch(path.stem))]
+    return [path for *_, path in sorted((int(place[1]), int(place[2] or 0), path) for place, path in found)]

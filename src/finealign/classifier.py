@@ -1,9 +1,12 @@
 """The public noun: ``FineAlign`` with ``fit``, ``predict``, ``predict_proba``, ``save`` and ``load``."""
 
+import hashlib
+import json
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
-from itertools import islice
+from dataclasses import dataclass
+from itertools import chain, islice, tee
 from pathlib import Path
 from typing import Self, TypeVar
 
@@ -23,6 +26,7 @@ from finealign.model_folder import SavedModel, read_model, write_model
 from finealign.pixels import store_pixels
 from finealign.progress import Progress
 from finealign.prompts import make_texts
+from finealign.ranks import Ranks
 from finealign.training import EpochRecord, adapt, method_gaze
 from finealign.types import Explanation, ImageFeatures, Prediction, Score, SetAside, TextFeatures, Texts
 from finealign.views import PREDICTION_EPOCH, Views
@@ -31,7 +35,7 @@ Images = str | Path | Sequence[str | Path]  # a folder, a list file, a CSV, one 
 
 Item = TypeVar("Item")
 Rendered = tuple[Tensor, Tensor]  # uint8: the weak view (3, S, S) and the crops (N, 3, S, S)
-Seen = tuple[Path, Rendered | SetAside]
+Outcome = tuple[Path, str | None]  # why an image cannot be read; None if it can
 
 PREDICTION_CHUNK = 32  # images decoded and encoded together
 
@@ -63,8 +67,13 @@ class FineAlign:
         device: str = "auto",
         precision: WantedPrecision = "auto",
         config: Config | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
-        """``config``, where given, decides everything but the texts; the other settings are then not looked at."""
+        """``config``, where given, decides everything but the texts; the other settings are then not looked at.
+
+        ``ranks`` are the processes that share the encoding, as ``Ranks.launched()`` gives them, all of which call the
+        same methods in the same order and get the same results. Without it a process does everything by itself.
+        """
         self.classes = classes
         self.descriptions = descriptions
         self.templates = templates
@@ -74,6 +83,7 @@ class FineAlign:
         self.device = device
         self.precision = precision
         self.config = config
+        self.ranks = ranks
 
     def fit(
         self,
@@ -107,6 +117,8 @@ class FineAlign:
                     progress=progress,
                     checkpoints=checkpoints,
                     on_epoch=on_epoch,
+                    name_of=lambda image: display_path(self.paths_[image]),
+                    ranks=self._ranks,
                 )
             except BaseException:
                 del self._saved  # half trained is not fitted
@@ -200,12 +212,15 @@ class FineAlign:
         """
         self._require_fitted()
         kind = _choose_score(type(self.method_), self.config_.prediction.score, score)
-        with closing(self._seen(paths, kind)) as seen:
-            for chunk in seen:
-                read = [(path, views) for path, views in chunk if not isinstance(views, SetAside)]
-                scored = iter(self._score(read, kind, with_start))
-                for _, found in chunk:
-                    yield found if isinstance(found, SetAside) else next(scored)
+        looks = [_Look(crops=kind != "global")]
+        if with_start and (self._saved.start_norms or method_gaze(self.method_)):
+            looks.append(_Look(crops=False, at_start=True))
+        with closing(self._encoded(paths, looks)) as encoded:
+            for outcomes, features in encoded:
+                read = [path for path, reason in outcomes if reason is None]
+                scored = self._score(read, features[0], kind, at_start=features[-1] if with_start else None)
+                for path, reason in outcomes:
+                    yield next(scored) if reason is None else SetAside(display_path(path), reason)
 
     def readable_predictions(
         self,
@@ -234,14 +249,11 @@ class FineAlign:
         self._require_fitted()
         self.set_aside_ = []
         parts = []
-        norms = self._norms_at_start() if at_start else nullcontext()
-        with norms, closing(self._seen(paths, "las" if crops else "global")) as seen:
-            for chunk in seen:
-                self.set_aside_ += [found for _, found in chunk if isinstance(found, SetAside)]
-                read = [found for _, found in chunk if not isinstance(found, SetAside)]
-                if read:
-                    parts.append(self._embed(read, at_start=at_start))
-        if not parts:
+        with closing(self._encoded(paths, [_Look(crops=crops, at_start=at_start)])) as encoded:
+            for outcomes, (found,) in encoded:
+                self.set_aside_ += [SetAside(display_path(path), why) for path, why in outcomes if why is not None]
+                parts.append(found)
+        if not any(len(one.weak) for one in parts):
             raise ImageInputError("None of the images can be read. The reason for each is in set_aside_.")
         return ImageFeatures(torch.cat([one.weak for one in parts]), torch.cat([one.crops for one in parts]))
 
@@ -268,7 +280,7 @@ class FineAlign:
             ) from error
         height, width = pixels.shape[:2]
         with torch.inference_mode():
-            features = self._embed([self._render(pixels, kind)])
+            features = self._embed([self._render(pixels, crops=True)], _Look(crops=True))
             weights = self.method_.crop_weights(features)
             scores, probabilities = self._with_probabilities(self.method_, features, kind)
         return Explanation(
@@ -306,7 +318,14 @@ class FineAlign:
         write_model(self._saved, Path(folder))
 
     @classmethod
-    def load(cls, folder: str | Path, *, device: str = "auto", precision: WantedPrecision = "auto") -> Self:
+    def load(
+        cls,
+        folder: str | Path,
+        *,
+        device: str = "auto",
+        precision: WantedPrecision = "auto",
+        ranks: Ranks | None = None,
+    ) -> Self:
         """A fitted model from a run folder or its ``model/``. Raises ModelError."""
         chosen = choose_device(device)
         saved = read_model(Path(folder), device=chosen, precision=choose_precision(precision, chosen))
@@ -315,6 +334,7 @@ class FineAlign:
             descriptions=dict(zip(saved.texts.classes, saved.texts.descriptions, strict=True)),
             templates=saved.texts.templates,
             config=saved.config,
+            ranks=ranks,
         )
         model.set_aside_, model.history_, model.start_norms_ = [], [], saved.start_norms
         model._become(saved)
@@ -331,6 +351,10 @@ class FineAlign:
         # The start is the same texts before anything was learned: their mean a class, by the global score.
         start = create_method(MethodSettings(name="cupl"), saved.text_features, logit_scale=saved.method.logit_scale)
         self.start_method_ = start.to(saved.backbone.device)
+
+    @property
+    def _ranks(self) -> Ranks:
+        return self.ranks or Ranks()
 
     def _require_fitted(self) -> None:
         if not hasattr(self, "_saved"):
@@ -358,51 +382,69 @@ class FineAlign:
                 nonlocal done
                 stage.advance(count - done)
                 done = count
+                progress.stop_if_asked()
 
-            stored, self.set_aside_ = store_pixels(
-                paths,
-                shorter_side=data.working_size,
-                max_pixels=data.max_pixels,
-                folder=folder,
-                max_bytes=int(data.cache_gb * 1e9),
-                on_progress=advance,
-            )
+            with self._ranks.first_of_each_machine():
+                stored, self.set_aside_ = store_pixels(
+                    paths,
+                    shorter_side=data.working_size,
+                    max_pixels=data.max_pixels,
+                    folder=folder,
+                    max_bytes=int(data.cache_gb * 1e9),
+                    on_progress=advance,
+                )
         self.paths_ = stored.paths
+        self._ranks.refuse_different("the images that can be read", [len(stored.paths), _digest(stored.paths)])
         return stored
 
     @torch.inference_mode()
-    def _score(self, seen: Sequence[tuple[Path, Rendered]], kind: Score, with_start: bool) -> Iterator[Prediction]:
-        if not seen:
-            return
-        views = [found for _, found in seen]
-        features = self._embed(views)
+    def _score(
+        self, read: Sequence[Path], features: ImageFeatures, kind: Score, *, at_start: ImageFeatures | None
+    ) -> Iterator[Prediction]:
         scored = [self._with_probabilities(self.method_, features, kind)]
-        if with_start:
-            at_start = features
-            if self._saved.start_norms or method_gaze(self.method_):
-                with self._norms_at_start():
-                    at_start = self._embed([(weak, weak.new_empty(0, *weak.shape)) for weak, _ in views], at_start=True)
+        if at_start is not None:
             scored.append(self._with_probabilities(self.start_method_, at_start, "global"))
-        for index, (path, _) in enumerate(seen):
+        for index, path in enumerate(read):
             yield Prediction(path, *(rows[index] for pair in scored for rows in pair))
 
     def _norms_at_start(self) -> AbstractContextManager[None]:
         norms = self._saved.start_norms
         return self.backbone_.with_norms(norms) if norms else nullcontext()
 
-    def _seen(self, paths: Iterable[Path], kind: Score) -> Generator[list[Seen], None, None]:
-        """The views of the images, chunk by chunk, in order: decoded and cut by threads, a chunk ahead of the model."""
+    def _encoded(
+        self, paths: Iterable[Path], looks: Sequence["_Look"]
+    ) -> Generator[tuple[list[Outcome], list[ImageFeatures]], None, None]:
+        """Some images at a time, in order: each path with why it cannot be read, and what each look makes of the rest.
+
+        Each rank reads and encodes every ``count``-th chunk; all get all. Decoded and cut by threads, a chunk ahead.
+        """
+        ranks, kind = self._ranks, "las" if any(look.crops for look in looks) else "global"
 
         def see(path: Path) -> Rendered:
-            return self._render(np.array(read_image(path, max_pixels=self.config_.data.max_pixels)), kind)
+            return self._render(
+                np.array(read_image(path, max_pixels=self.config_.data.max_pixels)), crops=kind == "las"
+            )
 
-        with closing(in_order(see, paths, held=2 * PREDICTION_CHUNK)) as seen:
-            yield from _chunks(seen, PREDICTION_CHUNK)
+        everyones, own = tee(paths)
+        mine = (path for place, path in enumerate(own) if place // PREDICTION_CHUNK % ranks.count == ranks.index)
+        with closing(in_order(see, mine, held=2 * PREDICTION_CHUNK)) as seen:
+            chunks = _chunks(seen, PREDICTION_CHUNK)
+            for together in _chunks(everyones, PREDICTION_CHUNK * ranks.count):
+                chunk = [found for _, found in next(chunks, [])]  # none where other ranks take the last ones
+                reasons = [found.reason if isinstance(found, SetAside) else None for found in chunk]
+                of_ranks = [json.loads(text) for text in ranks.texts(json.dumps(reasons))]
+                sizes = [one.count(None) for one in of_ranks]
+                read = [found for found in chunk if not isinstance(found, SetAside)]
+                parts = [self._embed(read, look) for look in looks]
+                features = [
+                    ImageFeatures(weak=ranks.gather(part.weak, sizes), crops=ranks.gather(part.crops, sizes))
+                    for part in parts
+                ]
+                yield list(zip(together, chain.from_iterable(of_ranks), strict=True)), features
 
-    def _render(self, pixels: Pixels, kind: Score) -> Rendered:
-        """What a score looks at, uint8: the weak view (3, S, S), and the crops (N, 3, S, S), N = 0 if it needs none."""
+    def _render(self, pixels: Pixels, *, crops: bool) -> Rendered:
         weak = self._views.weak(pixels)
-        if kind == "global":
+        if not crops:
             return weak, weak.new_empty(0, *weak.shape)
         # Every image gets the same draws, so its scores do not depend on its neighbours or its place in a list.
         return weak, self._views.crops(pixels, epoch=PREDICTION_EPOCH, image=0)
@@ -414,13 +456,27 @@ class FineAlign:
         scores = method.score(features, kind)
         return scores.cpu().numpy(), method.probabilities(scores).cpu().numpy()
 
-    def _embed(self, seen: Sequence[Rendered], *, at_start: bool = False) -> ImageFeatures:
-        """The features of rendered images, one or more; ``at_start``: looked at as before anything was learned."""
-        gaze = None if at_start else method_gaze(self.method_)
-        whole = self.backbone_.embed(torch.stack([weak for weak, _ in seen]), gaze)
-        crops = torch.cat([parts for _, parts in seen])
-        parts = self.backbone_.embed(crops) if len(crops) else whole.new_zeros(0, whole.shape[1])
-        return ImageFeatures(weak=whole, crops=parts.reshape(len(seen), -1, whole.shape[1]))
+    @torch.inference_mode()
+    def _embed(self, seen: Sequence[Rendered], look: "_Look") -> ImageFeatures:
+        """The features of rendered images, of their crops where ``look`` asks for those."""
+        count = self.config_.views.crops if look.crops else 0
+        if not seen:
+            none = self.text_features_.names[:0]
+            return ImageFeatures(weak=none, crops=none[:, None].expand(0, count, -1))
+        gaze = None if look.at_start else method_gaze(self.method_)
+        with self._norms_at_start() if look.at_start else nullcontext():
+            whole = self.backbone_.embed(torch.stack([weak for weak, _ in seen]), gaze)
+            crops = torch.cat([parts for _, parts in seen]) if look.crops else whole[:0]
+            parts = self.backbone_.embed(crops) if look.crops else crops
+        return ImageFeatures(weak=whole, crops=parts.reshape(len(seen), count, whole.shape[1]))
+
+
+@dataclass(frozen=True)
+class _Look:
+    """One way to encode images: with their crops or without, by the backbone as it is or as it was at the start."""
+
+    crops: bool
+    at_start: bool = False
 
 
 def _views(config: Config, backbone: Backbone) -> Views:
@@ -436,6 +492,13 @@ def _choose_score(method: type[Method], configured: Score | str, asked: Score | 
             return valid
     name = method.__module__.rpartition(".")[2].replace("_", "-")
     raise ConfigError(f"The method {name!r} has no score {kind!r}. Valid: {', '.join(method.scores)}.")
+
+
+def _digest(paths: Iterable[Path]) -> str:
+    found = hashlib.sha256()
+    for path in paths:
+        found.update(display_path(path).encode() + b"\n")
+    return found.hexdigest()
 
 
 def _chunks(items: Iterable[Item], size: int) -> Iterator[list[Item]]:

@@ -2,12 +2,15 @@
 
 import json
 import logging
+import os
+import shlex
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -15,7 +18,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from finealign import __version__
-from finealign.errors import FinealignError
+from finealign.errors import FinealignError, StoppedError
+
+if TYPE_CHECKING:  # torch comes with it
+    from finealign.terminal import Bars
 
 app = typer.Typer(
     name="finealign",
@@ -79,6 +85,7 @@ def adapt(
         from finealign.config import read_config
         from finealign.methods import method_settings
         from finealign.prompts import read_classes, read_descriptions, read_templates
+        from finealign.ranks import Ranks
         from finealign.run_folder import adapt_into, default_folder, plan
         from finealign.terminal import Bars
 
@@ -86,33 +93,29 @@ def adapt(
         name = method.partition("@")[0] if method else None
         flags = {"backbone": backbone, "method__name": name, "seed": seed, "device": device, "precision": precision}
         chosen = read_config(config, settings or (), base=base, **flags)
+        ranks = Ranks.launched(chosen.device)
         model = FineAlign(
             read_classes(classes),
             descriptions=read_descriptions(descriptions) if descriptions else None,
             templates=read_templates(templates) if templates else None,
             config=chosen,
+            ranks=ranks,
         )
         if resume and overwrite:
             raise FinealignError("--resume continues what is there and --overwrite removes it. Give one of them.")
         folder = out or default_folder(images, chosen)
         if dry_run:
-            _show_plan(plan(folder, model, images, resume=resume, overwrite=overwrite), as_json)
+            found = plan(folder, model, images, resume=resume, overwrite=overwrite)
+            if ranks.first:
+                _show_plan(found, as_json)
             return
-        try:
+        with _stoppable(Bars(drawn=ranks.first), go_on=f"What was done is in {folder}. {_how_to_resume()}") as progress:
             summary = adapt_into(
-                folder,
-                model,
-                images,
-                resume=resume,
-                overwrite=overwrite,
-                keep_adapted=keep_adapted,
-                progress=Bars(),
+                folder, model, images, resume=resume, overwrite=overwrite, keep_adapted=keep_adapted, progress=progress
             )
-        except KeyboardInterrupt:
-            raise FinealignError(
-                f"Interrupted. What was done is in {folder}; the same command with --resume continues it."
-            ) from None
-        _show_summary(summary.as_json(), as_json)
+        if ranks.first:
+            _show_summary(summary.as_json(), as_json)
+        ranks.leave()
 
 
 @app.command()
@@ -132,25 +135,36 @@ def predict(
         from finealign.classifier import FineAlign
         from finealign.images import list_images, set_aside_csv
         from finealign.predictions import Row, beside, best_rows, check_destination, write_csv, write_predictions
+        from finealign.ranks import Ranks
         from finealign.terminal import Bars
+
+        ranks = Ranks.launched(device)
 
         if out:
             check_destination(out, overwrite=overwrite)
             check_destination(beside(out), overwrite=overwrite)
         paths = list_images(images)
-        loaded = FineAlign.load(model, device=device, precision=precision)
+        loaded = FineAlign.load(model, device=device, precision=precision, ranks=ranks)
         names = loaded.texts_.classes
-        progress = Bars()
-        with progress.stage("predicting", len(paths)) as stage:
-            found = loaded.readable_predictions(paths, score=score, advance=stage.advance)
+        nothing = "No file was written; the same command starts again."
+        with (
+            _stoppable(Bars(drawn=ranks.first), go_on=nothing) as progress,
+            progress.stage("predicting", len(paths)) as stage,
+        ):
+            found = loaded.readable_predictions(paths, score=score, advance=progress.between(stage, ranks))
             rows: list[Row] = []
-            if out:
+            if not ranks.first:
+                count = sum(1 for _ in found)
+            elif out:
                 count = write_predictions(found, names, out, top_k=top_k)
             elif as_json:
                 rows = list(best_rows(found, names, top_k))
                 count = len(rows)
             else:
                 count = write_csv(best_rows(found, names, top_k), sys.stdout, min(top_k, len(names)))
+        ranks.leave()
+        if not ranks.first:
+            return
         if out and loaded.set_aside_:
             set_aside_csv(loaded.set_aside_, beside(out))
         elif out:
@@ -382,11 +396,34 @@ def _guarded(as_json: bool) -> Iterator[None]:
     try:
         yield
     except FinealignError as error:
-        if as_json:
+        rank = os.environ.get("RANK", "0")
+        if rank != "0":  # most often it says what the first says
+            typer.echo(f"process {rank}: {error}", err=True)
+        elif as_json:
             _print_json({"error": str(error), "kind": type(error).__name__})
         else:
             Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
         raise typer.Exit(1) from None
+
+
+@contextmanager
+def _stoppable(progress: "Bars", *, go_on: str) -> Iterator["Bars"]:
+    """Where SIGTERM and Ctrl-C end the work between two pieces of it: exit code 128 plus the signal, as in a shell."""
+    try:
+        with progress.listening():
+            yield progress
+    except (StoppedError, KeyboardInterrupt) as error:
+        if os.environ.get("RANK", "0") == "0":
+            typer.echo(f"{error if isinstance(error, StoppedError) else 'Interrupted.'} {go_on}", err=True)
+        raise typer.Exit(128 + (progress.stopped_by or signal.SIGINT)) from None
+
+
+def _how_to_resume() -> str:
+    """This very command, to go on with what it began."""
+    words = [word for word in sys.argv[1:] if word not in ("--overwrite", "--resume")]
+    program = ["python", "-m", "finealign"] if Path(sys.argv[0]).name == "__main__.py" else ["finealign"]
+    launcher = " by the same launcher" if "LOCAL_RANK" in os.environ else ""
+    return f"Go on{launcher} with:\n{shlex.join([*program, *words, '--resume'])}"
 
 
 def _print_json(value: dict[str, Any]) -> None:

@@ -101,6 +101,9 @@ class TrainingSettings(Settings):
     )
     anchor_batch_size: Positive = Field(256, description="images in each of those steps")
     last_label_pass: bool = Field(True, description="another label pass at the end, for the anchors' last steps")
+    checkpoint_minutes: Annotated[float, Field(ge=0)] = Field(
+        10.0, description="between checkpoints within an epoch; the end of each epoch leaves one in any case"
+    )
     strong_views: Positive = Field(4, description="strong views encoded per image when the encoder is frozen")
 
 

@@ -8,6 +8,7 @@ import torch
 
 from finealign.backbone import Precision
 from finealign.errors import ConfigError
+from finealign.ranks import process_state
 
 WantedPrecision = Literal["auto", "fp32", "bf16"]
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
@@ -16,11 +17,9 @@ CPU_BF16_CHECKS = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
 
 def choose_device(wanted: str) -> torch.device:
     """The device accelerate picks for ``auto``, or the wanted one. Raises ConfigError when it is not there."""
-    from accelerate import PartialState
-
     if wanted == "cpu":
         return torch.device("cpu")
-    found: torch.device = PartialState().device
+    found: torch.device = process_state().device
     if wanted == "auto" or wanted == found.type:
         return found
     raise ConfigError(

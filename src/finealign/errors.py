@@ -32,6 +32,18 @@ class OutputError(FinealignError):
     """A result cannot be written: something is there already, or the place is not writable."""
 
 
+class StoppedError(FinealignError):
+    """The work was asked to stop and did so between two pieces of it: what is done is saved and can be gone on with."""
+
+
+class NotFiniteError(FinealignError):
+    """The loss or what learns is no longer finite; the last good state is kept. ``images`` names those of the batch."""
+
+    def __init__(self, message: str, *, images: list[str]) -> None:
+        super().__init__(message)
+        self.images = images
+
+
 def unknown_name(kind: str, found: str, valid: Iterable[str]) -> str:
     """The sentence for an unknown name: what was found, the nearest valid one, and all of them."""
     names = sorted(valid)

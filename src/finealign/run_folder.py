@@ -10,7 +10,9 @@ import math
 import platform
 import shutil
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -21,10 +23,11 @@ import yaml
 from finealign.backbone import Backbone
 from finealign.classifier import FineAlign, Images
 from finealign.config import Config, resolve, write_config
-from finealign.errors import OutputError
+from finealign.errors import FinealignError, NotFiniteError, OutputError, StoppedError
 from finealign.images import display_path, list_images, set_aside_csv
 from finealign.predictions import write_predictions
 from finealign.progress import Progress
+from finealign.ranks import Ranks
 from finealign.storage import save_text
 from finealign.training import EpochRecord
 from finealign.types import SetAside, Texts
@@ -83,17 +86,19 @@ def adapt_into(
     When the verdict is that adaptation hurt, the model it started from is saved, unless ``keep_adapted``.
 
     ``on_epoch`` is called when an epoch's metrics are written, and may predict with the model as it is then; the time
-    it takes is in none of the timings.
+    it takes is in none of the timings. Of several ranks the first writes, in a folder that all of them see.
 
     Raises OutputError when the folder holds something and neither ``resume`` nor ``overwrite`` is given, when it is
     not a run of ours, or when the run to resume had other images, texts or settings; and what ``FineAlign.fit`` raises.
     """
     progress = progress or Progress()
     began = time.time()
+    ranks = model.ranks or Ranks()
     texts, config, paths, backbone = _prepare(model, images, progress)
     identity = _identity(config, texts, paths)
+    ranks.refuse_different("images, texts, settings or versions", [identity, versions()])
     replaced = _check_room(folder, identity, resume=resume, overwrite=overwrite)
-    make_room(folder, replaced)
+    ranks.wait()  # all have looked before the first changes anything
     run: dict[str, Any] = {
         "status": "running",
         "identity": identity,
@@ -106,56 +111,73 @@ def adapt_into(
         "resumed": resume,
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(began)),
     }
-    _write_json(folder / RUN, run)
-    write_config(config, folder / CONFIG)
     metrics = _Metrics(folder / METRICS)
-    if not resume:
-        save_text("", metrics.path)
+    if ranks.first:
+        make_room(folder, replaced)
+        make_room(folder / CHECKPOINTS, [])
+        _write_json(folder / RUN, run)
+        write_config(config, folder / CONFIG)
+        if not resume:
+            save_text("", metrics.path)
+    ranks.wait()
     listening = 0.0
 
     def after_epoch(record: EpochRecord) -> None:
         nonlocal listening
-        metrics.add(record)
+        if ranks.first:
+            metrics.add(record)
         paused = time.time()
         on_epoch(record)
         listening += time.time() - paused
 
     prepared = time.time()
-    model.fit(paths, backbone=backbone, checkpoints=folder / CHECKPOINTS, on_epoch=after_epoch, progress=progress)
-    write_config(model.config_, folder / CONFIG)
-    fitted = time.time() - listening
-    stopped = _why_stopped(model)
-    verdict = judge_model(model, paths, progress=progress) if model.method_.trains else None
-    kept: Literal["adapted", "start"] = "adapted"
-    if verdict and verdict.call == "hurt" and not keep_adapted:
-        kept = "start"
-        model.revert()
-    model.save(folder / MODEL)
-    with progress.stage("predicting", len(paths)) as stage:
-        found = model.readable_predictions(paths, advance=stage.advance)
-        write_predictions(found, model.texts_.classes, folder / PREDICTIONS)
+    try:
+        model.fit(paths, backbone=backbone, checkpoints=folder / CHECKPOINTS, on_epoch=after_epoch, progress=progress)
+        fitted = time.time() - listening
+        if ranks.first:
+            write_config(model.config_, folder / CONFIG)
+        stopped = _why_stopped(model)
+        verdict = judge_model(model, paths, progress=progress) if model.method_.trains else None
+        kept: Literal["adapted", "start"] = "adapted"
+        if verdict and verdict.call == "hurt" and not keep_adapted:
+            kept = "start"
+            model.revert()
+        if ranks.first:
+            model.save(folder / MODEL)
+        with progress.stage("predicting", len(paths)) as stage:
+            found = model.readable_predictions(paths, advance=progress.between(stage, ranks))
+            if ranks.first:
+                write_predictions(found, model.texts_.classes, folder / PREDICTIONS)
+            else:
+                deque(found, maxlen=0)
+    except FinealignError as error:
+        if ranks.first:
+            with suppress(OutputError):  # the error itself says more
+                _write_json(folder / RUN, run | _why_unfinished(error))
+        raise
     set_aside = model.set_aside_
-    set_aside_csv(set_aside, folder / SET_ASIDE)
-    epochs = len(metrics.records())
     seconds = time.time() - began - listening
     run |= {
         "status": "complete",
         "stopped": stopped,
         "device": str(model.backbone_.device),
         "precision": model.backbone_.precision,
+        "processes": ranks.count,
         "set_aside": len(set_aside),
-        "epochs": epochs,
+        "epochs": len(metrics.records()),
         "verdict": asdict(verdict) if verdict else None,
         "kept": kept,
         "seconds": {"fit": round(fitted - began, 2), "total": round(seconds, 2)},
     }
-    _write_json(folder / RUN, run)
+    if ranks.first:
+        set_aside_csv(set_aside, folder / SET_ASIDE)
+        _write_json(folder / RUN, run)
     return RunSummary(
         folder=folder,
         method=config.method.name,
         images=len(paths) - len(set_aside),
         set_aside=tuple(set_aside),
-        epochs=epochs,
+        epochs=len(metrics.records()),
         seconds=seconds,
         fit_seconds=fitted - prepared,
         stopped=stopped,
@@ -201,9 +223,17 @@ def _why_stopped(model: FineAlign) -> str:
     return f"all {model.config_.training.epochs} epochs done; the last one is kept"
 
 
+def _why_unfinished(error: FinealignError) -> dict[str, Any]:
+    if isinstance(error, StoppedError):
+        return {"status": "stopped", "stopped": str(error)}
+    batch = {"batch": error.images} if isinstance(error, NotFiniteError) else {}
+    return {"status": "failed", "stopped": str(error), **batch}
+
+
 def _identity(config: Config, texts: Texts, paths: Sequence[Path]) -> dict[str, str]:
     """What must be the same for a run to be resumed, one checksum a part. Where it runs may differ."""
-    settings = config.model_dump(exclude={"device": True, "data": {"cache", "cache_gb", "workers"}})
+    unimportant: Any = {"device": True, "data": {"cache", "cache_gb", "workers"}, "training": {"checkpoint_minutes"}}
+    settings = config.model_dump(exclude=unimportant)
     files = [(display_path(path), _size(path)) for path in paths]
     parts = {"settings": settings, "texts": asdict(texts), "images": files}
     return {

@@ -1,5 +1,6 @@
 """Progress bars and tables for a person at a terminal; nothing is drawn anywhere else."""
 
+import signal
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
@@ -23,7 +24,8 @@ SHOWN_AFTER = 2.0  # seconds; a shorter stage draws nothing
 class Bars(Progress):
     """One bar a stage on standard error, with images a second and time left; quiet when that is no terminal."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, drawn: bool = True) -> None:
+        """``drawn``: not where another rank draws."""
         console = Console(stderr=True)
         self._bars = _LateBars(
             TextColumn("{task.description}"),
@@ -34,8 +36,29 @@ class Bars(Progress):
             TextColumn("{task.fields[note]}", style="dim"),
             console=console,
             transient=True,
-            disable=not console.is_terminal,
+            disable=not (drawn and console.is_terminal),
         )
+        self.stopped_by = 0  # the signal that asked to stop
+
+    @property
+    def asked_to_stop(self) -> bool:
+        return self.stopped_by != 0
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Take SIGTERM and Ctrl-C as being asked to stop; a second Ctrl-C interrupts at once."""
+
+        def ask(number: int, frame: object) -> None:
+            if self.stopped_by and number == signal.SIGINT:
+                raise KeyboardInterrupt
+            self.stopped_by = number
+
+        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     @contextmanager
     def stage(self, name: str, total: int | None) -> Iterator[Stage]:

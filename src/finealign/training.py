@@ -7,33 +7,30 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from finealign.ahead import ahead
 from finealign.backbone import Backbone, Gaze
 from finealign.checkpoints import Checkpoint, read_last_checkpoint, write_checkpoint
 from finealign.config import Config
 from finealign.devices import choose_workers
-from finealign.errors import FinealignError, ModelError
+from finealign.encoding import EncodedAfresh, EncodedOnce, ImageSource
+from finealign.errors import NotFiniteError, StoppedError
 from finealign.images import Pixels
-from finealign.mapped import MappedTensors, read_mapped
 from finealign.methods import Method
 from finealign.progress import Progress
-from finealign.types import Box, ImageFeatures, Loss, PseudoLabels
-from finealign.views import Views, cut_and_resize
+from finealign.ranks import Ranks
+from finealign.types import ImageFeatures, Loss, PseudoLabels
+from finealign.views import Views
 
-Item = TypeVar("Item")
-Result = TypeVar("Result")
-
-Uncut = tuple[Tensor, list[Box]]  # an image (3, H, W) and where its crops lie
-
-RENDER_CHUNK = 32  # images whose views are in memory at once in a label pass
 # The draws that shuffle an epoch, and the anchors' own steps; views have numbers of their own, see views.py.
 _ORDER, _SETTLING = 2, 3
+# Steps between two looks at whether all is finite and anyone asked to stop: each makes a GPU wait, and no CPU.
+_LOOK_EVERY = {"cpu": 1}
+_LOOK_SELDOM = 8
+NAMES_SHOWN = 8  # images of a batch that a message names
 
 
 @dataclass(frozen=True)
@@ -51,219 +48,6 @@ class EpochRecord:
     images_per_second: float
 
 
-class ImageSource(Protocol):
-    """Where a loop gets the features of a batch of images, by their position in the data set."""
-
-    def start_epoch(self, epoch: int) -> bool:
-        """Refresh what is kept, if it is due; whether label features were encoded that are kept."""
-
-    def renew(self, epoch: int) -> bool:
-        """Encode what is kept once more, due or not; whether anything is kept that could differ."""
-
-    def label_features(self, batch: Tensor, epoch: int) -> ImageFeatures:
-        """Weak and crop features, without gradient."""
-
-    def whole_images(self, epoch: int) -> Tensor:
-        """The weak features of all images, as kept or encoded now: (n, D)."""
-
-    def strong_features(self, epoch: int, batches: Sequence[Tensor]) -> Iterator[Tensor]:
-        """The strong views of each batch in turn, encoded with gradient where the encoder learns."""
-
-
-class EncodedAfresh:
-    """Images encoded as training goes on; label features are kept on disk for ``refresh`` epochs, then encoded anew.
-
-    ``refresh`` 0 keeps none: they are encoded at every step.
-    """
-
-    def __init__(
-        self,
-        images: Sequence[Pixels],
-        views: Views,
-        backbone: Backbone,
-        *,
-        refresh: int,
-        crops: bool,
-        folder: Path,
-        workers: int = 0,
-        weakly: Gaze | None = None,
-        strongly: Gaze | None = None,
-        progress: Progress,
-    ) -> None:
-        """``folder`` is for the kept features; ``crops`` says whether the method looks at any.
-
-        ``weakly`` and ``strongly`` are how weak and strong views are looked at, where not as the tower does.
-        """
-        self.images, self.views, self.backbone, self.progress = images, views, backbone, progress
-        self.refresh, self.crops = refresh, crops
-        self.folder, self.workers = folder, workers
-        self.weakly, self.strongly = weakly, strongly
-        self.cut_late = backbone.device.type == "cuda"  # where cutting costs next to nothing
-        self.kept: dict[str, Tensor] = {}  # "weak" (n, D) and "crops" (n, N, D), mapped
-        self.kept_in = ""  # the name of their file
-
-    def start_epoch(self, epoch: int) -> bool:
-        due = self.refresh > 0 and (not self.kept or epoch % self.refresh == 0)
-        if due:
-            self.label_pass(epoch)
-        return due
-
-    def renew(self, epoch: int) -> bool:
-        if self.refresh:
-            self.label_pass(epoch)
-        return self.refresh > 0
-
-    def label_pass(self, epoch: int) -> None:
-        """Encode the weak view and the crops of every image as the backbone is now, and keep them."""
-        name = f"features-{epoch:04d}.safetensors"
-        file: MappedTensors | None = None
-        done = 0
-        with self.progress.stage("label pass", len(self.images)) as stage:
-            for part in self._encode(range(len(self.images)), epoch, crops=self.crops):
-                if file is None:
-                    shapes = {"weak": part.weak.shape[1:], "crops": part.crops.shape[1:]}
-                    file = MappedTensors(
-                        self.folder / name, {key: (len(self.images), *rest) for key, rest in shapes.items()}
-                    )
-                rows = slice(done, done + len(part.weak))
-                file.tensors["weak"][rows] = part.weak
-                file.tensors["crops"][rows] = part.crops
-                done = rows.stop
-                stage.advance(len(part.weak))
-        if file is None:
-            raise ValueError("there are no images")
-        self.kept, self.kept_in = file.finish(), name
-        kept = sorted(self.folder.glob("features-*.safetensors"), key=lambda path: int(path.stem.partition("-")[2]))
-        for old in kept[:-2]:
-            old.unlink()  # the last two checkpoints need the last two files at most
-
-    def take_up(self, name: str) -> None:
-        """Use the features an earlier process kept. Raises ModelError."""
-        try:
-            self.kept, self.kept_in = read_mapped(self.folder / name), name
-        except (OSError, ValueError, KeyError) as error:
-            raise ModelError(
-                f"{self.folder / name}, which the checkpoint beside it needs, cannot be read: {error}. "
-                "Start afresh with --overwrite."
-            ) from error
-
-    def label_features(self, batch: Tensor, epoch: int) -> ImageFeatures:
-        if self.kept:
-            return ImageFeatures(weak=self._on_device("weak", batch), crops=self._on_device("crops", batch))
-        parts = list(self._encode(batch.tolist(), epoch, crops=self.crops))
-        return ImageFeatures(
-            weak=torch.cat([part.weak for part in parts]), crops=torch.cat([part.crops for part in parts])
-        )
-
-    def whole_images(self, epoch: int) -> Tensor:
-        if self.kept:
-            return self._on_device("weak", torch.arange(len(self.images)))
-        return torch.cat([part.weak for part in self._encode(range(len(self.images)), epoch, crops=False)])
-
-    def _on_device(self, name: str, batch: Tensor) -> Tensor:
-        rows = self.kept[name][batch]
-        if self.backbone.device.type == "cuda":
-            rows = rows.pin_memory()
-        return rows.to(self.backbone.device, non_blocking=True)
-
-    def strong_features(self, epoch: int, batches: Sequence[Tensor]) -> Iterator[Tensor]:
-        for views in self._ahead(_StrongViews(self.images, self.views, epoch), batches):
-            yield self.backbone.encode_images(views, self.strongly)
-
-    def _ahead(self, work: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]:
-        return ahead(work, items, workers=self.workers, pinned=self.backbone.device.type == "cuda")
-
-    def _encode(self, indices: Sequence[int], epoch: int, *, crops: bool) -> Iterator[ImageFeatures]:
-        """Part by part, so that no more than one part's views are in memory, and the next one's."""
-        chunks = [indices[start : start + RENDER_CHUNK] for start in range(0, len(indices), RENDER_CHUNK)]
-        for weak, cut in self._ahead(_LabelViews(self.images, self.views, epoch, crops, self.cut_late), chunks):
-            whole = self.backbone.embed(weak, self.weakly)
-            pixels = cut if isinstance(cut, Tensor) else self._cut(cut)
-            parts = self.backbone.embed(pixels) if crops else whole.new_zeros(0, whole.shape[1])
-            yield ImageFeatures(weak=whole, crops=parts.reshape(len(whole), -1, whole.shape[1]))
-
-    def _cut(self, images: "list[Uncut]") -> Tensor:
-        device = self.backbone.device
-        return torch.cat(
-            [cut_and_resize(p.to(device, non_blocking=True), boxes, self.views.size) for p, boxes in images]
-        )
-
-
-@dataclass(frozen=True)
-class _StrongViews:
-    """The strong views of a batch in one epoch: (B, 3, S, S) uint8."""
-
-    images: Sequence[Pixels]
-    views: Views
-    epoch: int
-
-    def __call__(self, batch: Tensor) -> Tensor:
-        return torch.stack([self.views.strong(self.images[i], epoch=self.epoch, image=i) for i in batch.tolist()])
-
-
-@dataclass(frozen=True)
-class _LabelViews:
-    """What a label pass looks at, uint8: weak views (B, 3, S, S) and crops (B * N, 3, S, S), or (0, 3, S, S).
-
-    ``cut_late`` leaves the cutting to the device: each image (3, H, W) goes there once, with its boxes.
-    """
-
-    images: Sequence[Pixels]
-    views: Views
-    epoch: int
-    crops: bool
-    cut_late: bool
-
-    def __call__(self, chunk: Sequence[int]) -> tuple[Tensor, Tensor | list[Uncut]]:
-        seen = [(i, self.images[i]) for i in chunk]
-        weak = torch.stack([self.views.weak(pixels) for _, pixels in seen])
-        if not self.crops:
-            return weak, weak[:0]
-        if self.cut_late:
-            return weak, [(torch.from_numpy(pixels).permute(2, 0, 1), self._boxes(i, pixels)) for i, pixels in seen]
-        return weak, torch.cat([self.views.crops(pixels, epoch=self.epoch, image=i) for i, pixels in seen])
-
-    def _boxes(self, image: int, pixels: Pixels) -> list[Box]:
-        return self.views.crop_boxes(*pixels.shape[:2], epoch=self.epoch, image=image)
-
-
-class EncodedOnce:
-    """Every view encoded before training, for a frozen encoder: an epoch costs next to nothing."""
-
-    def __init__(self, images: EncodedAfresh, *, strong_views: int) -> None:
-        self.images = images
-        if not images.kept:
-            images.label_pass(0)
-        everything = torch.arange(len(images.images))
-        width = images.kept["weak"].shape[1]
-        # Not among the features that a checkpoint speaks of: a resumed run encodes them anew, the same ones.
-        file = MappedTensors(images.folder / "strong.safetensors", {"strong": (strong_views, len(everything), width)})
-        with images.progress.stage("strong views", len(everything) * strong_views) as stage, torch.no_grad():
-            for epoch in range(strong_views):
-                done = 0
-                for features in images.strong_features(epoch, torch.split(everything, RENDER_CHUNK)):
-                    file.tensors["strong"][epoch, done : done + len(features)] = features
-                    done += len(features)
-                    stage.advance(len(features))
-        self.strong = file.finish()["strong"]
-
-    def start_epoch(self, epoch: int) -> bool:
-        return epoch == 0
-
-    def renew(self, epoch: int) -> bool:
-        return False
-
-    def label_features(self, batch: Tensor, epoch: int) -> ImageFeatures:
-        return self.images.label_features(batch, epoch)
-
-    def whole_images(self, epoch: int) -> Tensor:
-        return self.images.whole_images(epoch)
-
-    def strong_features(self, epoch: int, batches: Sequence[Tensor]) -> Iterator[Tensor]:
-        for batch in batches:
-            yield self.strong[epoch % len(self.strong), batch].to(self.images.backbone.device)
-
-
 def adapt(
     images: Sequence[Pixels],
     *,
@@ -274,17 +58,25 @@ def adapt(
     progress: Progress,
     checkpoints: Path | None = None,
     on_epoch: Callable[[EpochRecord], None] = lambda record: None,
+    name_of: Callable[[int], str] = lambda image: f"number {image}",
+    ranks: Ranks | None = None,
 ) -> list[EpochRecord]:
     """Train the method, and the backbone where it learns, in place; the records of the epochs run here.
 
-    ``config`` is resolved. With ``checkpoints`` the last whole checkpoint in that folder is continued from, and each
-    epoch leaves one. Raises FinealignError when the loss is no longer finite; the checkpoint before it stays.
+    ``config`` is resolved. With ``checkpoints`` the last whole checkpoint in that folder is continued from, and one is
+    left by each epoch, every ``training.checkpoint_minutes`` and when the run is asked to stop. ``ranks`` share the
+    encoding; each gets the same result. Raises StoppedError when asked to stop, and NotFiniteError, which names the
+    images by ``name_of`` their position, when the loss is no longer finite; the checkpoint before it stays.
     """
     epochs, refresh = config.training.epochs, config.views.refresh_epochs
     if epochs == "auto" or refresh == "auto":
         raise ValueError("adapt() needs a resolved configuration")
+    ranks = ranks or Ranks()
     with ExitStack() as leaving:
-        folder = checkpoints or Path(leaving.enter_context(tempfile.TemporaryDirectory(prefix="finealign-")))
+        folder = checkpoints
+        if folder is None:
+            own = leaving.enter_context(tempfile.TemporaryDirectory(prefix="finealign-")) if ranks.first else ""
+            folder = Path(ranks.texts(own)[0])
         source = EncodedAfresh(
             images,
             views,
@@ -296,20 +88,38 @@ def adapt(
             weakly=Gaze(salient=True) if method.salient else None,
             strongly=method_gaze(method),
             progress=progress,
+            ranks=ranks,
         )
         if not method.trains:
             method.survey(source.whole_images(0))
             return []
-        state = begin(backbone, method, config, images=len(images))
-        done = state.restore(checkpoints, source) if checkpoints else 0
+        state = begin(backbone, method, config, images=len(images), ranks=ranks)
+        if checkpoints:
+            state.restore(checkpoints, source)
         records = []
-        frozen = config.training.encoder == "frozen" and done < epochs
+        frozen = config.training.encoder == "frozen" and state.epoch < epochs
         encoded = EncodedOnce(source, strong_views=config.training.strong_views) if frozen else source
-        for record in run_epochs(state, encoded, config, range(done, epochs), progress):
+        saved = time.monotonic()
+
+        def save(record: EpochRecord | None = None) -> None:
+            nonlocal saved
+            if checkpoints and ranks.first:
+                state.save(checkpoints, source, record)
+            saved = time.monotonic()
+
+        def after_step() -> None:
+            stopping = ranks.any(progress.asked_to_stop)
+            if stopping or time.monotonic() - saved > 60 * config.training.checkpoint_minutes:
+                save()
+            if stopping:
+                raise StoppedError(f"Stopped after step {state.step} of epoch {state.epoch + 1} of {epochs}.")
+
+        todo = range(state.epoch, epochs)
+        for record in run_epochs(state, encoded, config, todo, progress, after_step=after_step, name_of=name_of):
             records.append(record)
             on_epoch(record)
-            if checkpoints:
-                state.save(checkpoints, source, record)
+            save(record)
+        ranks.wait()  # before the first one removes what all look at
         return records
 
 
@@ -318,53 +128,83 @@ def method_gaze(method: Method) -> Gaze | None:
     return Gaze(method.prompts, method.salient) if method.salient or method.prompts is not None else None
 
 
-def begin(backbone: Backbone, method: Method, config: Config, *, images: int) -> "State":
+def begin(backbone: Backbone, method: Method, config: Config, *, images: int, ranks: Ranks | None = None) -> "State":
     """The state before the first step: what learns is opened to gradients, the rest is closed."""
     norms = _what_learns(backbone, method, config)
     optimizer = torch.optim.AdamW(_groups(norms, method, config), betas=(0.9, 0.999))
-    return State(norms=norms, method=method, optimizer=optimizer, labels=torch.full((images,), -1))
+    labels = torch.full((images,), -1)
+    meter = _Meter(classes=method.num_classes)
+    return State(norms=norms, method=method, optimizer=optimizer, labels=labels, meter=meter, ranks=ranks or Ranks())
 
 
 def run_epochs(
-    state: "State", source: ImageSource, config: Config, epochs: range, progress: Progress
+    state: "State",
+    source: ImageSource,
+    config: Config,
+    epochs: range,
+    progress: Progress,
+    *,
+    after_step: Callable[[], None] = lambda: None,
+    name_of: Callable[[int], str] = lambda image: f"number {image}",
 ) -> Iterator[EpochRecord]:
-    """Run these epochs of ``epochs.stop``, each recorded as it ends; ``state`` changes in place."""
+    """Run these epochs of ``epochs.stop``, each recorded as it ends; ``state`` changes in place.
+
+    The first may have been begun: ``state.step`` steps of it are done. ``after_step`` is called when all was found to
+    be finite: on a GPU not after each step. Raises NotFiniteError.
+    """
     training, images = config.training, len(state.labels)
     batches_an_epoch = math.ceil(images / training.batch_size)
+    look_every = _LOOK_EVERY.get(state.device.type, _LOOK_SELDOM)
+
+    def set_rates(epoch: int, step: int) -> float:
+        progressed = (epoch * batches_an_epoch + step) / (epochs.stop * batches_an_epoch)
+        _set_learning_rates(state.optimizer, progressed, final=training.final_learning_rate)
+        return float(state.optimizer.param_groups[0]["lr"])
+
     with progress.stage("adapting", len(epochs) * images) as stage:
         for epoch in epochs:
             began = time.perf_counter()
-            fresh = source.start_epoch(epoch)
-            if state.method.surveys:
-                state.method.survey(source.whole_images(epoch))
-            if fresh:
-                settle_anchors(state, source, config, epoch)
+            state.ranks.follow(state.tensors().values())
+            if not state.step:
+                fresh = source.start_epoch(epoch)
+                if state.method.surveys:
+                    state.method.survey(source.whole_images(epoch))
+                if fresh:
+                    settle_anchors(state, source, config, epoch, name_of=name_of)
             batches = _batches(images, batches_an_epoch, seed=config.seed, epoch=epoch)
-            meter = _Meter(classes=state.method.num_classes)
-            for number, (batch, strong) in enumerate(zip(batches, source.strong_features(epoch, batches), strict=True)):
-                progressed = (epoch * batches_an_epoch + number) / (epochs.stop * batches_an_epoch)
-                _set_learning_rates(state.optimizer, progressed, final=training.final_learning_rate)
-                meter.add(batch, *step(state, source.label_features(batch, epoch), strong))
+            left = batches[state.step :]
+            for batch, strong in zip(left, source.strong_features(epoch, left), strict=True):
+                set_rates(epoch, state.step)
+                state.meter.add(batch, *step(state, source.label_features(batch, epoch), strong))
+                state.step += 1
                 stage.advance(len(batch))
+                if state.step % look_every == 0 or state.step == len(batches):
+                    recent = slice(max(0, state.step - look_every), state.step)
+                    state.refuse_not_finite(batches[recent], state.meter.losses[recent], config, name_of)
+                    after_step()
+            rate = set_rates(epoch, len(batches) - 1)  # anew, for an epoch whose last step was before a stop
             last = epoch + 1 == epochs.stop and training.last_label_pass and _settles(state.method, config)
             if last and source.renew(epoch + 1):
-                settle_anchors(state, source, config, epoch + 1)
-            labels = meter.labels()
-            record = meter.record(epoch + 1, labels, state.labels, state.optimizer.param_groups[0]["lr"], began)
-            if not math.isfinite(record.loss):
-                raise FinealignError(
-                    f"The loss is no longer finite in epoch {epoch + 1}. Lower training.learning_rate "
-                    f"({training.learning_rate}) or training.anchor_learning_rate ({training.anchor_learning_rate})."
-                )
-            state.labels = labels
+                settle_anchors(state, source, config, epoch + 1, name_of=name_of)
+            labels = state.meter.labels()
+            record = state.meter.record(epoch + 1, labels, state.labels, rate, began)
+            state.labels, state.epoch, state.step = labels, epoch + 1, 0
+            state.meter = _Meter(classes=state.method.num_classes)
             stage.note(f"epoch {epoch + 1}/{epochs.stop} loss {record.loss:.3f} changed {record.changed:.1%}")
             yield record
 
 
-def settle_anchors(state: "State", source: ImageSource, config: Config, epoch: int) -> None:
+def settle_anchors(
+    state: "State",
+    source: ImageSource,
+    config: Config,
+    epoch: int,
+    *,
+    name_of: Callable[[int], str] = lambda image: f"number {image}",
+) -> None:
     """Train the anchors alone on crop features that are kept: no image is encoded, so it costs next to nothing.
 
-    Each image's strong view is one of its crops, another one each time. Ours, not the paper's.
+    Each image's strong view is one of its crops, another one each time. Ours, not the paper's. Raises NotFiniteError.
     """
     training = config.training
     if not _settles(state.method, config):
@@ -372,6 +212,7 @@ def settle_anchors(state: "State", source: ImageSource, config: Config, epoch: i
     images = len(state.labels)
     count = max(1, round(images / training.anchor_batch_size))
     rng = np.random.default_rng((config.seed, epoch, _SETTLING))
+    seen, losses = [], []
     for number in range(training.anchor_steps):
         if number % count == 0:
             batches = _shuffled(images, count, rng)
@@ -379,7 +220,10 @@ def settle_anchors(state: "State", source: ImageSource, config: Config, epoch: i
         features = source.label_features(batch, epoch)
         chosen = torch.from_numpy(rng.integers(features.crops.shape[1], size=len(batch))).to(features.crops.device)
         _set_learning_rates(state.optimizer, number / training.anchor_steps, final=training.final_learning_rate)
-        step(state, features, features.crops[torch.arange(len(batch)), chosen])
+        loss, _ = step(state, features, features.crops[torch.arange(len(batch)), chosen])
+        seen.append(batch)
+        losses.append(loss.total.detach())
+    state.refuse_not_finite(seen, losses, config, name_of)
 
 
 def _settles(method: Method, config: Config) -> bool:
@@ -394,6 +238,7 @@ def step(state: "State", features: ImageFeatures, strong: Tensor) -> tuple[Loss,
     loss = state.method.loss(strong, pseudo)
     state.optimizer.zero_grad(set_to_none=True)
     torch.autograd.backward(loss.total)
+    state.ranks.add_gradients(state.encoders())
     state.optimizer.step()
     return loss, pseudo
 
@@ -406,22 +251,64 @@ class State:
     method: Method
     optimizer: torch.optim.AdamW
     labels: Tensor  # (images,) the pseudo-labels of the epoch before, -1 before the first
+    meter: "_Meter"  # of the epoch that is going on
+    ranks: Ranks
+    epoch: int = 0  # epochs done
+    step: int = 0  # steps done of the next one
 
-    def save(self, folder: Path, source: EncodedAfresh, record: EpochRecord) -> None:
-        tensors: dict[str, Tensor] = {"labels": self.labels}
-        tensors |= {f"norms.{name}": value for name, value in self.norms.items()}
-        tensors |= {f"method.{name}": value for name, value in self.method.state_dict().items()}
+    @property
+    def device(self) -> torch.device:
+        return next(self.method.buffers()).device
+
+    def encoders(self) -> list[nn.Parameter]:
+        """What learns through encoded images alone, of which a rank encodes its share."""
+        prompts = [] if self.method.prompts is None else [self.method.prompts]
+        return [*self.norms.values(), *prompts]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What learns, what the method remembers and what the optimiser does, by name."""
+        found: dict[str, Tensor] = {f"norms.{name}": value for name, value in self.norms.items()}
+        found |= {f"method.{name}": value for name, value in self.method.state_dict().items()}
         for index, kept in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{index}.{key}": value for key, value in kept.items()}
-        values = {"record": asdict(record), "features": source.kept_in}
-        write_checkpoint(folder, Checkpoint(record.epoch, tensors, values))
+            found |= {f"optimizer.{index}.{key}": value for key, value in kept.items()}
+        return found
 
-    def restore(self, folder: Path, source: EncodedAfresh) -> int:
-        """Take up the last checkpoint in the folder, if any: the number of epochs it has done."""
+    def refuse_not_finite(
+        self, batches: Sequence[Tensor], losses: Sequence[Tensor], config: Config, name_of: Callable[[int], str]
+    ) -> None:
+        """Raise NotFiniteError where a loss of these steps is not, or what learns no longer is after them."""
+        learning = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        sound = torch.stack([loss.isfinite() for loss in losses])
+        whole = torch.stack([parameter.isfinite().all() for parameter in learning]).all()
+        if bool(sound.all() & whole):
+            return
+        batch = batches[-1 if bool(sound.all()) else int(sound.int().argmin())]
+        names = [name_of(image) for image in batch.tolist()]
+        shown = ", ".join(names[:NAMES_SHOWN]) + (
+            f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
+        )
+        training = config.training
+        raise NotFiniteError(
+            f"The loss is no longer finite in epoch {self.epoch + 1}, from a batch of these images on: {shown}. "
+            f"Lower training.learning_rate ({training.learning_rate:g}) or training.anchor_learning_rate "
+            f"({training.anchor_learning_rate:g}), or look at these images. The last good state is kept.",
+            images=names,
+        )
+
+    def save(self, folder: Path, source: EncodedAfresh, record: EpochRecord | None = None) -> None:
+        """Leave a checkpoint: of the end of an epoch, with its record, or of the midst of one."""
+        tensors = {"labels": self.labels, **self.tensors()}
+        if self.step:
+            tensors |= {f"meter.{name}": value for name, value in self.meter.tensors().items()}
+        values = {"record": asdict(record) if record else None, "features": source.kept_in}
+        write_checkpoint(folder, Checkpoint(self.epoch, tensors, values, step=self.step))
+
+    def restore(self, folder: Path, source: EncodedAfresh) -> None:
+        """Take up the last checkpoint in the folder, if any."""
         found = read_last_checkpoint(folder)
         if found is None:
-            return 0
-        sections: dict[str, dict[str, Tensor]] = {"norms": {}, "method": {}, "optimizer": {}}
+            return
+        sections: dict[str, dict[str, Tensor]] = {"norms": {}, "method": {}, "optimizer": {}, "meter": {}}
         for name, value in found.tensors.items():
             section, _, rest = name.partition(".")
             sections.get(section, {})[rest] = value
@@ -435,10 +322,12 @@ class State:
             index, key = name.split(".")
             kept.setdefault(int(index), {})[key] = value
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": kept})
-        passing = source.refresh and found.epoch % source.refresh == 0  # the next epoch encodes them anew
+        self.epoch, self.step = found.epoch, found.step
+        if found.step:
+            self.meter.load(sections["meter"], self.device)
+        passing = not found.step and source.refresh and found.epoch % source.refresh == 0  # encoded anew at once
         if found.values.get("features") and not passing:
             source.take_up(found.values["features"])
-        return found.epoch
 
 
 class _Meter:
@@ -459,6 +348,23 @@ class _Meter:
         self.weights.append(pseudo.weights)
         for name, value in loss.parts.items():
             self.parts.setdefault(name, []).append(value)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All of it, to go on from later."""
+        parts = {f"parts.{name}": torch.stack(values) for name, values in self.parts.items()}
+        order, found, weights = torch.cat(self.batches), torch.cat(self.found), torch.cat(self.weights)
+        return {"order": order, "found": found, "losses": torch.stack(self.losses), "weights": weights, **parts}
+
+    def load(self, tensors: dict[str, Tensor], device: torch.device) -> None:
+        """Go on from what ``tensors`` gave."""
+        there = {name: value.to(device) for name, value in tensors.items() if name != "order"}
+        self.batches, self.found, self.weights = [tensors["order"]], [there["found"]], [there["weights"]]
+        self.losses = list(there["losses"].unbind())
+        self.parts = {
+            name.removeprefix("parts."): list(value.unbind())
+            for name, value in there.items()
+            if name.startswith("parts.")
+        }
 
     def labels(self) -> Tensor:
         """The pseudo-label of every image, by position: (images,) int64 on the CPU."""
