@@ -20,6 +20,8 @@ def choose_device(wanted: str) -> torch.device:
     if wanted == "cpu":
         return torch.device("cpu")
     found: torch.device = process_state().device
+    if found.type == "cpu":
+        found = torch.device("cpu")  # of several processes accelerate numbers even these, which safetensors refuses
     if wanted == "auto" or wanted == found.type:
         return found
     raise ConfigError(

@@ -1,0 +1,185 @@
+"""Several processes share one run and give what one gives. The launchers are real: torchrun and accelerate, by gloo."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from conftest import CLASSES, write_photos
+from finealign.checkpoints import read_last_checkpoint
+from finealign.ranks import Ranks
+
+Tiny = Callable[[str], str]
+LAUNCHERS = {
+    "torchrun": ["-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "finealign"],
+    # Processes on CPUs it starts by itself only through MPI; --multi_gpu starts as many processes, GPUs or none.
+    "accelerate": [
+        *("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"),
+        *("--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m", "finealign"),
+    ],
+    "alone": ["-m", "finealign"],
+}
+SETTINGS = {
+    "views.crops": 2,
+    "training.epochs": 3,
+    "training.batch_size": 10,
+    "training.anchor_steps": 3,
+    "training.learning_rate": 1e-3,
+    "training.anchor_learning_rate": 1e-3,
+    "views.refresh_epochs": 2,
+}
+
+
+def command(launcher: str, *arguments: str | Path, **settings: object) -> list[str]:
+    chosen = [f"--set={name}={value}" for name, value in settings.items()]
+    return [sys.executable, *LAUNCHERS[launcher], *map(str, arguments), *chosen]
+
+
+def run(words: list[str], *, wanted: int = 0) -> subprocess.CompletedProcess[str]:
+    """Run to the end, on one thread a process. Not longer than three minutes."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_PORT": "0"}
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=180)
+    assert done.returncode == wanted, done.stderr[-3000:]
+    return done
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """25 images, so that no share of them is like another, one of which cannot be read."""
+    folder = write_photos(tmp_path_factory.mktemp("pictures"))
+    (folder / "red" / "3b.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    return folder
+
+
+def adapt(launcher: str, pictures: Path, backbone: str, out: Path, *more: str, **settings: object) -> list[str]:
+    words: list[str | Path] = ["adapt", pictures, "--classes", ",".join(CLASSES), "--backbone", backbone, "--out", out]
+    settings = SETTINGS | {"precision": "fp32", "device": "cpu", "data.cache": out.with_suffix(".cache")} | settings
+    return command(launcher, *words, "--keep-adapted", *more, **settings)
+
+
+def learned(folder: Path) -> dict[str, Tensor]:
+    found = read_last_checkpoint(folder / "checkpoints")
+    assert found is not None
+    return {name: value for name, value in found.tensors.items() if name.startswith(("norms", "method"))}
+
+
+def labels(folder: Path) -> list[str]:
+    return [line.rsplit(",", 1)[0] for line in (folder / "predictions.csv").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
+def test_adapt__by_two_processes_as_by_one(tiny_backbone: Tiny, pictures: Path, tmp_path: Path, launcher: str) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    backbone = tiny_backbone("transformer")
+    method = {"method.name": "lafter"} if launcher == "accelerate" else {}
+    run(adapt("alone", pictures, backbone, one, **method))
+    done = run(adapt(launcher, pictures, backbone, two, **method))
+    assert done.stdout.count("Adapted") == 1
+    assert json.loads((two / "run.json").read_text())["processes"] == 2
+    for line, other in zip(
+        *((folder / "metrics.jsonl").read_text().splitlines() for folder in (one, two)), strict=True
+    ):
+        first, second = json.loads(line), json.loads(other)
+        assert first["class_share"] == second["class_share"]
+        assert first["changed"] == second["changed"]
+        assert first["loss"] == pytest.approx(second["loss"], rel=1e-5)
+    alone, shared = learned(one), learned(two)
+    assert alone.keys() == shared.keys()
+    for name, value in alone.items():
+        torch.testing.assert_close(shared[name], value, rtol=1e-4, atol=1e-6, msg=name)
+    assert labels(one) == labels(two)
+    assert (one / "set_aside.csv").read_text() == (two / "set_aside.csv").read_text()
+
+    # A part of the labelled images each, one file in the order of the input.
+    for launched, name in (("alone", "one.csv"), (launcher, "two.csv")):
+        run(command(launched, "predict", two, pictures, "--out", tmp_path / name, "--precision", "fp32"))
+    assert (tmp_path / "one.csv").read_text() == (tmp_path / "two.csv").read_text()
+    assert (tmp_path / "one.set_aside.csv").read_text() == (tmp_path / "two.set_aside.csv").read_text()
+
+
+def test_adapt__two_processes_are_stopped_and_go_on(tiny_backbone: Tiny, pictures: Path, tmp_path: Path) -> None:
+    backbone = tiny_backbone("transformer")
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    run(adapt("torchrun", pictures, backbone, whole, **{"training.epochs": 40}))
+    words = adapt("torchrun", pictures, backbone, stopped, **{"training.epochs": 40})
+    with subprocess.Popen(
+        words, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True
+    ) as going:
+        until(lambda: (stopped / "metrics.jsonl").exists() and (stopped / "metrics.jsonl").read_text().count("\n") > 1)
+        going.send_signal(signal.SIGTERM)
+        _, told = going.communicate(timeout=60)
+    assert "Go on by the same launcher with:" in told
+    assert json.loads((stopped / "run.json").read_text())["status"] == "stopped"
+    run(adapt("torchrun", pictures, backbone, stopped, "--resume", **{"training.epochs": 40}))
+    first, second = learned(whole), learned(stopped)
+    assert [name for name, value in first.items() if not torch.equal(value, second[name])] == []
+
+
+def test_adapt__processes_with_other_settings_are_refused(tiny_backbone: Tiny, pictures: Path, tmp_path: Path) -> None:
+    """As when a machine has an older file of settings: told on every rank, nothing written."""
+    words = adapt("torchrun", pictures, tiny_backbone("transformer"), tmp_path / "run")
+    script = tmp_path / "differ.py"
+    script.write_text(
+        "import os, sys\nfrom finealign.cli import main\n"
+        "sys.argv += ['--set', f'training.learning_rate=0.00{1 + int(os.environ[\"RANK\"])}']\nmain()\n"
+    )
+    start = words.index("finealign") - 1
+    done = run([*words[:start], str(script), *words[start + 2 :]], wanted=1)
+    assert "The processes of this run differ in images, texts, settings or versions" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def until(true: Callable[[], bool], *, seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.02)
+
+
+# --- alone ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 8])
+@pytest.mark.parametrize("length", [0, 1, 5, 64])
+def test_sizes__share_everything_evenly(count: int, length: int) -> None:
+    sizes = Ranks(0, count).sizes(length)
+    assert sum(sizes) == length
+    assert len(sizes) == count
+    assert max(sizes) - min(sizes) <= 1
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 8])
+@pytest.mark.parametrize("length", [1, 5, 64])
+def test_share__puts_every_item_in_one_place_and_leaves_no_rank_without(count: int, length: int) -> None:
+    items = torch.arange(length)
+    shares = [Ranks(index, count).share(items) for index in range(count)]
+    sizes = Ranks(0, count).sizes(length)
+    assert torch.equal(torch.cat([share[:size] for share, size in zip(shares, sizes, strict=True)]), items)
+    assert all(len(share) for share in shares)
+
+
+def test_alone__nothing_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    ranks = Ranks.launched()
+    part = torch.ones(3, 2, requires_grad=True)
+    part.grad = torch.ones(3, 2)
+    assert ranks == Ranks(0, 1)
+    assert ranks.gather(part, [3]) is part
+    assert ranks.texts("ä") == ["ä"]
+    assert ranks.any(True)
+    assert not ranks.any(False)
+    ranks.add_gradients([part])
+    ranks.follow([part])
+    ranks.refuse_different("anything", object())
+    ranks.wait()
+    ranks.leave()
+    with ranks.first_of_each_machine():
+        assert torch.equal(part.grad, torch.ones(3, 2))
