@@ -27,12 +27,12 @@ from torch import Tensor
 
 from finealign.backbone import Backbone
 from finealign.classifier import FineAlign
-from finealign.config import make_config, resolve
+from finealign.config import make_config, merged, resolve
 from finealign.demo.model import demo_model
 from finealign.demo.world import make_world
 from finealign.evaluate import read_truth
 from finealign.images import list_images, read_pixels
-from finealign.methods import create_method
+from finealign.methods import Method, create_method
 from finealign.progress import Progress
 from finealign.prompts import make_texts, read_classes, read_descriptions
 from finealign.training import begin, run_epochs
@@ -45,7 +45,10 @@ SETS = (*CHOOSING, *UNTOUCHED, "demo")
 CROPS, STRONG = 16, 4  # encoded per image; a run with N crops takes the first N, which are the ones it would draw
 CHUNK = 32
 
-Settings = dict[str, Any]
+# What a step learns from: the strong view, or in its place one of the image's crops, or the whole image.
+STRONG_VIEW, ANOTHER_CROP, WHOLE_IMAGE = "strong view", "another crop", "the whole image"
+
+Settings = dict[str, Any]  # of the package; "strong" beside its sections is one of the three above
 
 
 def varied(section: str, key: str, values: Sequence[Any]) -> dict[str, Settings]:
@@ -79,6 +82,15 @@ AXES: dict[str, dict[str, Settings]] = {
     "weight decay of the anchors": varied("training", "weight_decay", [0.01, 0.1]),
 }
 
+# Asked for by name; not among "all", nor among the runs that the verdict was fitted to.
+MORE_AXES: dict[str, dict[str, Settings]] = {
+    "what stands for the strong view": {
+        f"{view}, batch {size}": {"strong": view, "training": {"batch_size": size}}
+        for view, size in product((STRONG_VIEW, ANOTHER_CROP, WHOLE_IMAGE), (64, 128, 256))
+    },
+    "low learning rates of the anchors": varied("training", "anchor_learning_rate", [1e-4, 2e-4, 3e-4, 5e-4, 1e-3]),
+}
+
 
 @dataclass(frozen=True)
 class Encoded:
@@ -101,6 +113,8 @@ class EncodedSet:
 
     encoded: Encoded
     crops: int
+    strong: str = STRONG_VIEW
+    seed: int = 0
 
     def start_epoch(self, epoch: int) -> bool:
         return epoch == 0
@@ -115,8 +129,14 @@ class EncodedSet:
         return self.encoded.weak
 
     def strong_features(self, epoch: int, batches: Sequence[Tensor]) -> Iterator[Tensor]:
+        generator = torch.Generator().manual_seed(1000 * self.seed + epoch)
         for batch in batches:
-            yield self.encoded.strong[epoch % STRONG, batch]
+            if self.strong == ANOTHER_CROP:
+                yield self.encoded.crops[batch, torch.randint(self.crops, batch.shape, generator=generator)]
+            elif self.strong == WHOLE_IMAGE:
+                yield self.encoded.weak[batch]
+            else:
+                yield self.encoded.strong[epoch % STRONG, batch]
 
 
 class Sets:
@@ -195,20 +215,26 @@ class NoBackbone:
     """Stands where nothing of the backbone learns."""
 
 
+def trained(encoded: Encoded, settings: Settings, seed: int) -> tuple[Method, int]:
+    """A method that has learned from the encoded set, and how many crops of an image it looks at."""
+    values = {**settings, "seed": seed, "training": {"encoder": "frozen", **settings.get("training", {})}}
+    strong = values.pop("strong", STRONG_VIEW)
+    config = resolve(make_config(values), images=len(encoded.weak), classes=encoded.texts.num_classes, input_size=1)
+    crops, epochs = config.views.crops, config.training.epochs
+    assert epochs != "auto"
+    method = create_method(config.method, encoded.texts, logit_scale=encoded.logit_scale)
+    if method.trains:
+        state = begin(NoBackbone(), method, config, images=len(encoded.weak))  # type: ignore[arg-type]
+        for _ in run_epochs(state, EncodedSet(encoded, crops, strong, seed), config, range(epochs), Progress()):
+            pass
+    elif method.surveys:
+        method.survey(encoded.weak)
+    return method.requires_grad_(False), crops
+
+
 def run(encoded: Encoded, settings: Settings, seed: int) -> dict[str, Any]:
     """Train on the encoded set; top-1 by every score of the method, and of the start, in percent."""
-    values = {**settings, "seed": seed, "training": {"encoder": "frozen", **settings.get("training", {})}}
-    config = resolve(make_config(values), images=len(encoded.weak), classes=encoded.texts.num_classes, input_size=1)
-    crops = config.views.crops
-    method = create_method(config.method, encoded.texts, logit_scale=encoded.logit_scale)
-    epochs = config.training.epochs
-    if not method.trains and method.surveys:
-        method.survey(encoded.weak)
-    if method.trains and epochs != "auto":
-        state = begin(NoBackbone(), method, config, images=len(encoded.weak))  # type: ignore[arg-type]
-        source = EncodedSet(encoded, crops)
-        for _ in run_epochs(state, source, config, range(epochs), Progress()):
-            pass
+    method, crops = trained(encoded, settings, seed)
     start = create_method(make_config({"method": {"name": "cupl"}}).method, encoded.texts, logit_scale=1.0)
     seen = ImageFeatures(encoded.test_weak, encoded.test_crops[:, :crops])
 
@@ -234,14 +260,14 @@ def ceilings(encoded: Encoded) -> dict[str, float]:
 
 
 def tables(results: list[dict[str, Any]], sets: Sequence[str]) -> str:
-    """Markdown: a table an axis; the mean gain of each score over the seeds, by set, for the method's own score."""
+    """Markdown: a table an axis; mean gains over seeds and orders, of the method's own score by set, then of each."""
     lines = []
     gains: dict[tuple[str, str], dict[str, list[dict[str, float]]]] = {}
     for row in results:
         if row["set"] in sets:
             gains.setdefault((row["axis"], row["value"]), {}).setdefault(row["set"], []).append(row["top1"])
     default = gains.get(("as it is", ""), {})
-    for axis in ["as it is", *AXES]:
+    for axis in ["as it is", *AXES, *MORE_AXES]:
         rows = {value: by_set for (one, value), by_set in gains.items() if one == axis}
         if not rows:
             continue
@@ -268,8 +294,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", default="0,1")
+    parser.add_argument("--orders", default="", help="seeds to train with on each set as encoded; else its own seed")
     parser.add_argument("--sets", default=",".join(SETS))
-    parser.add_argument("--axes", default="all", help="names with commas between; all; none: the default alone")
+    more = ", ".join(MORE_AXES)
+    parser.add_argument(
+        "--axes", default="all", help=f"names with commas between; all, save {more}; none: the default alone"
+    )
     parser.add_argument("--backbone", default="")
     parser.add_argument("--transductive", action="store_true", help="only transclip, fitted on the test images too")
     parser.add_argument("--ceiling", action="store_true", help="only a linear probe on labels, for each set")
@@ -293,25 +323,31 @@ def main() -> None:
         return
     log = known.out / "results.jsonl"
     lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
-    results = [row for row in map(json.loads, lines) if row["base"] == known.base]
-    done = {(row["axis"], row["value"], row["set"], row["seed"]) for row in results}
+    results: dict[tuple[str, str, str, int, int], dict[str, Any]] = {}
+    for row in map(json.loads, lines):
+        if row["base"] == known.base:
+            order = row.setdefault("order", row["seed"])
+            results[row["axis"], row["value"], row["set"], row["seed"], order] = row
     axes = [] if known.axes == "none" else list(AXES) if known.axes == "all" else known.axes.split(",")
     variants: list[tuple[str, str, Settings]] = [("as it is", "", {})]
-    variants += [(axis, value, AXES[axis][value]) for axis in axes for value in AXES[axis]]
+    variants += [(axis, value, changed) for axis in axes for value, changed in (AXES | MORE_AXES)[axis].items()]
     base = json.loads(known.base)
-    for name, seed in product(known.sets.split(","), map(int, known.seeds.split(","))):
-        missing = [variant for variant in variants if (*variant[:2], name, seed) not in done]
+    seeds = [int(seed) for seed in known.seeds.split(",")]
+    asked = [(seed, int(order)) for seed in seeds for order in (known.orders or str(seed)).split(",")]
+    for name, (seed, order) in product(known.sets.split(","), asked):
+        missing = [variant for variant in variants if (*variant[:2], name, seed, order) not in results]
         if not missing:
             continue
         encoded = sets.encoded(name, seed)
         for axis, value, settings in missing:
-            merged = {section: {**base.get(section, {}), **settings.get(section, {})} for section in {*base, *settings}}
-            row = {"axis": axis, "value": value, "set": name, "seed": seed, "base": known.base}
-            row["top1"] = run(encoded, merged, seed)
-            results.append(row)
+            row = {"axis": axis, "value": value, "set": name, "seed": seed, "order": order, "base": known.base}
+            row["top1"] = run(encoded, merged(base, settings), order)
+            results[axis, value, name, seed, order] = row
             with log.open("a", encoding="utf-8") as opened:
                 opened.write(json.dumps(row) + "\n")
-    print(tables(results, known.sets.split(",")))
+    shown = {axis for axis, _, _ in variants}
+    rows = [row for row in results.values() if row["axis"] in shown and (row["seed"], row["order"]) in asked]
+    print(tables(rows, known.sets.split(",")))
 
 
 if __name__ == "__main__":

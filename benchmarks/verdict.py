@@ -16,14 +16,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from ablation import AXES, CHOOSING, SETS, Encoded, EncodedSet, NoBackbone, Sets, Settings
+from ablation import AXES, CHOOSING, SETS, Encoded, Sets, Settings, trained
 from numpy.typing import NDArray
 
 from finealign.benchmark.grid import Cell, read_cell
-from finealign.config import make_config, resolve
-from finealign.methods import Method, create_method
-from finealign.progress import Progress
-from finealign.training import begin, run_epochs
+from finealign.config import make_config
+from finealign.methods import create_method
 from finealign.types import ImageFeatures
 from finealign.verdict import HELPED, HURT, SAMPLE, WEIGHTS, gather, judge
 
@@ -57,19 +55,6 @@ def settings() -> dict[str, Settings]:
     found["bad: logit scale 10"] = {"method": {"logit_scale": 10.0}}
     found["bad: logit scale 400"] = {"method": {"logit_scale": 400.0}}
     return found
-
-
-def trained(encoded: Encoded, change: Settings, seed: int) -> tuple[Method, int]:
-    values = {**change, "seed": seed, "training": {"encoder": "frozen", **change.get("training", {})}}
-    config = resolve(make_config(values), images=len(encoded.weak), classes=encoded.texts.num_classes, input_size=1)
-    method = create_method(config.method, encoded.texts, logit_scale=encoded.logit_scale)
-    epochs = config.training.epochs
-    assert epochs != "auto"
-    source = EncodedSet(encoded, config.views.crops)
-    state = begin(NoBackbone(), method, config, images=len(encoded.weak))  # type: ignore[arg-type]
-    for _ in run_epochs(state, source, config, range(epochs), Progress()):
-        pass
-    return method.requires_grad_(False), config.views.crops
 
 
 def measure(encoded: Encoded, change: Settings, seed: int) -> dict[str, Any]:

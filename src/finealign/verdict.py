@@ -35,15 +35,13 @@ HELPED, HURT = 5.05, 0.0  # a score above the first is called helped, below the 
 class Verdict:
     """What the judge says.
 
-    There is no estimate of the accuracy: nine in ten scores lay within some six points of the true change, which is no
+    There is no estimate of the accuracy: nine in ten scores lay within 4.7 points of the true change, which is no
     better than saying "helped". The bound is exact.
     """
 
     call: Call
     score: float  # the weighted evidence; its sign is what counts
-    most: (
-        float  # the share of judged images whose label changed, in percent: accuracy on them changed by no more points
-    )
+    most: float  # percent of the judged images relabelled: accuracy on them changed by no more points
     advice: str
     evidence: dict[str, float]
     images: int  # judged by
