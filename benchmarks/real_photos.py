@@ -8,42 +8,32 @@ The folder of sets comes from FINEALIGN_SHARED, else ../shared. A cell that is d
 
 import argparse
 import json
-import os
-import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from task import finealign, real
+
 SETS = ("eurosat", "dtd10", "pets37-small", "cifar100", "flowers12", "food10", "ucmerced")
 
 
-def finealign(*arguments: str) -> dict[str, Any]:
-    """One call of the command with --json. Its errors end the benchmark."""
-    done = subprocess.run(
-        [sys.executable, "-m", "finealign", *arguments, "--json"], capture_output=True, text=True, check=False
-    )
-    found: dict[str, Any] = json.loads(done.stdout) if done.stdout else {"error": done.stderr}
-    if "error" in found:
-        sys.exit(f"finealign {' '.join(arguments)}\n{found['error']}")
-    return found
-
-
-def cell(shared: Path, name: str, seed: int, out: Path, backbone: str, extra: list[str]) -> dict[str, Any]:
+def cell(name: str, seed: int, out: Path, backbone: str, extra: list[str]) -> dict[str, Any]:
     """The evaluation of one set and seed, made or read back."""
     folder = out / f"{name}-seed{seed}"
     result = folder.with_suffix(".json")
     if result.exists():
         found: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
         return found
-    data = shared / "data" / name
-    texts = ["--classes", str(data / "classes.txt"), "--descriptions", str(data / "descriptions.json")]
+    task = real(name)
     going_on = ["--resume"] if (folder / "run.json").exists() else []
-    settings = ["--backbone", backbone, "--seed", str(seed), "--out", str(folder), *going_on, *extra]
-    run = finealign("adapt", str(data / "train"), *texts, *settings)
+    run = finealign(
+        *replace(task, backbone=backbone or task.backbone).adapt(folder, "--seed", str(seed), *going_on, *extra)
+    )
     found = {"set": name, "seed": seed, "seconds": run["seconds"], "epochs": run["epochs"]}
     for score in ("las", "global"):
-        found[score] = finealign("evaluate", str(folder), str(data / "test"), "--score", score)
+        found[score] = finealign("evaluate", str(folder), str(task.labelled), "--score", score)
     result.write_text(json.dumps(found), encoding="utf-8")
     return found
 
@@ -75,18 +65,12 @@ def main() -> None:
     parser.add_argument("--sets", default=",".join(SETS))
     parser.add_argument("--backbone", default="")
     known, extra = parser.parse_known_args()
-    shared = Path(os.environ.get("FINEALIGN_SHARED", Path(__file__).parents[2] / "shared"))
-    if not (shared / "data").is_dir():
-        sys.exit(
-            f"No real photos at {shared}. Set FINEALIGN_SHARED to the folder that holds data/ and models/miniclip/."
-        )
-    backbone = known.backbone or f"local-dir:{shared / 'models' / 'miniclip'}"
     known.out.mkdir(parents=True, exist_ok=True)
     extra = [argument for argument in extra if argument != "--"]
     cells = []
     for name in known.sets.split(","):
         for seed in map(int, known.seeds.split(",")):
-            cells.append(cell(shared, name, seed, known.out, backbone, extra))
+            cells.append(cell(name, seed, known.out, known.backbone, extra))
             print(
                 f"{name} seed {seed}: {100 * cells[-1]['las']['difference']['top1']:+.1f}", file=sys.stderr, flush=True
             )

@@ -27,6 +27,8 @@ ORDER = [
     "ranks",
     "progress",
     "config",
+    "paths",
+    "shards",
     "images",
     "pixels",
     "ahead",

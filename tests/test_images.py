@@ -190,8 +190,8 @@ def test_list_images__folder_that_cannot_be_listed(tmp_path: Path, monkeypatch: 
     (tmp_path / "closed").mkdir()
     scandir = os.scandir
 
-    def refuse(folder: str) -> Any:
-        if Path(folder).name == "closed":
+    def refuse(folder: bytes) -> Any:
+        if Path(os.fsdecode(folder)).name == "closed":
             raise PermissionError(13, "Permission denied", folder)
         return scandir(folder)
 

@@ -368,7 +368,7 @@ class FineAlign:
                 config.backbone, device=device, precision=choose_precision(config.precision, device), seed=config.seed
             )
 
-    def _decode(self, paths: list[Path], config: Config, progress: Progress) -> Sequence[Pixels]:
+    def _decode(self, paths: Sequence[Path], config: Config, progress: Progress) -> Sequence[Pixels]:
         data = config.data
         if data.working_size == "auto":
             raise ValueError("the configuration is not resolved")

@@ -13,12 +13,13 @@ import stat
 import threading
 import warnings
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, TypeVar
+from typing import BinaryIO, NoReturn, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,13 +36,18 @@ from PIL import (
 )
 
 from finealign.errors import ImageInputError, OutputError
+from finealign.paths import PathList
+from finealign.shards import SUFFIX, ShardError, find_shard, member_size, open_member, read_shard
 from finealign.types import SetAside
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".jpe", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
 MAX_PIXELS = 200_000_000
+MAX_SIDE = 100_000  # a row of millions of pixels takes Pillow minutes, and as much again to bring to a square
+MAX_SHARDS = 100_000  # of one pattern
 
 Pixels = NDArray[np.uint8]  # (H, W, 3)
 
+_LISTED = frozenset(suffix.encode() for suffix in (*IMAGE_SUFFIXES, SUFFIX))  # in a folder
 _SUFFIXES_SHOWN = ", ".join(sorted(IMAGE_SUFFIXES))
 # Only these decoders ever see a file: Pillow's others start programs (EPS) or read formats no suffix above promises.
 # Importing the plugins is what registers them in Image.OPEN; JPEG covers MPO too.
@@ -80,14 +86,17 @@ def display_path(path: str | Path) -> str:
         return str(path).encode("utf-8", "backslashreplace").decode("utf-8")
 
 
-def list_images(source: str | Path | Sequence[str | Path]) -> list[Path]:
+def list_images(source: str | Path | Sequence[str | Path]) -> Sequence[Path]:
     """The images that ``source`` names; none is opened, so a path that is listed may still turn out unreadable.
 
     ``source`` is one of:
 
     - a folder: every image file below it, sorted by path relative to it. Names starting with a dot are skipped.
-      Linked folders are followed, but no folder is listed twice, so loops end;
+      Linked folders are followed, but no folder is listed twice, so loops end. A million files take about as much
+      memory as their names;
     - an image file: itself;
+    - a WebDataset shard, a ``.tar`` file: the images in it, in its order, each as the shard's path with its own name
+      below. So are the shards in a folder listed, and those of a pattern with braces, as ``"{000..099}.tar"``;
     - a ``.txt`` file in UTF-8: one path a line; blank lines and lines starting with ``#`` are skipped;
     - a ``.csv`` file in UTF-8: the column ``path``; other columns are ignored;
     - a sequence of paths: as given.
@@ -97,6 +106,7 @@ def list_images(source: str | Path | Sequence[str | Path]) -> list[Path]:
     Raises:
         ImageInputError: ``source`` does not exist, names no image, or is not one of the above.
     """
+    paths: Sequence[Path]
     if not isinstance(source, str | Path):
         paths = [Path(path) for path in source]
         if not paths:
@@ -104,6 +114,8 @@ def list_images(source: str | Path | Sequence[str | Path]) -> list[Path]:
         return paths
 
     path, shown = Path(source), f"'{display_path(source)}'"
+    if "{" in path.name and path.suffix.lower() == SUFFIX and not path.exists():
+        return _of_shards(_expand(path))
     try:
         mode = _stat(path).st_mode
     except ImageReadError as exc:
@@ -122,6 +134,8 @@ def list_images(source: str | Path | Sequence[str | Path]) -> list[Path]:
         raise ImageInputError(f"{shown} is neither a folder nor a regular file. Give a folder, an image or a list.")
     elif suffix in IMAGE_SUFFIXES:
         paths = [path]
+    elif suffix == SUFFIX:
+        paths = _of_shards([path])
     elif suffix == ".txt":
         lines = (line.strip() for line in io.StringIO(_read_text(path), newline=None))
         paths = [path.parent / line for line in lines if line and not line.startswith("#")]
@@ -134,7 +148,8 @@ def list_images(source: str | Path | Sequence[str | Path]) -> list[Path]:
     else:
         raise ImageInputError(
             f"Cannot tell what {shown} is from its suffix {suffix!r}. Wanted a folder, an image ({_SUFFIXES_SHOWN}), "
-            "or a .txt or .csv list of images. Rename the file, or list it in a .txt."
+            "a .tar of images that is not compressed, or a .txt or .csv list of images. Rename the file, or list it "
+            "in a .txt."
         )
     return paths
 
@@ -186,7 +201,8 @@ def read_image(path: Path, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     can rotate it again.
 
     Raises:
-        ImageReadError: the file is not a whole image of at most ``max_pixels``; the message is the reason alone.
+        ImageReadError: the file is not a whole image of at most ``max_pixels``, and ``MAX_SIDE`` a side; the message is
+            the reason alone.
     """
     with open_regular(path) as file, _quiet_pillow:
         try:
@@ -194,6 +210,8 @@ def read_image(path: Path, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
             width, height = image.size
             if width * height > max_pixels:
                 raise ImageReadError(f"{width} x {height} pixels, over the limit of {max_pixels:,}")
+            if max(width, height) > MAX_SIDE:
+                raise ImageReadError(f"{width} x {height} pixels, over the limit of {MAX_SIDE:,} a side")
             image.load()
             return _to_rgb(_upright(image))
         except ImageReadError:
@@ -260,6 +278,14 @@ def open_regular(path: Path) -> io.BufferedReader:
     Raises:
         ImageReadError: it cannot be opened, is not a regular file, or is empty; the message is the reason alone.
     """
+    shard = find_shard(path)
+    if shard is not None:
+        try:
+            return open_member(shard, path)
+        except ShardError as exc:
+            raise ImageReadError(str(exc)) from exc
+        except OSError as exc:
+            raise ImageReadError(reason_of(exc)) from exc
     # Asked before opening: to open a pipe or a device can wait for ever.
     status = _stat(path)
     if not stat.S_ISREG(status.st_mode):
@@ -267,9 +293,20 @@ def open_regular(path: Path) -> io.BufferedReader:
     if status.st_size == 0:
         raise ImageReadError("empty file")
     try:
+        if path.suffix.lower() == SUFFIX and (damage := read_shard(path).damage):
+            raise ImageReadError(damage)
         return path.open("rb")
     except OSError as exc:
         raise ImageReadError(reason_of(exc)) from exc
+
+
+def file_size(path: Path) -> int:
+    """Bytes of the file or the member of a shard; -1 where it cannot be told, as it will be set aside when read."""
+    try:
+        shard = find_shard(path)
+        return path.stat().st_size if shard is None else member_size(shard, path)
+    except (OSError, ValueError):
+        return -1
 
 
 def reason_of(exc: Exception) -> str:
@@ -285,6 +322,8 @@ def reason_of(exc: Exception) -> str:
             return "more pixels than Pillow allows"
         case OSError(strerror=str(text)):
             return text.lower()
+    if "MAX_TEXT_" in str(exc):
+        return "a text or colour profile in it is larger than Pillow allows"
     return "truncated file" if "truncated" in str(exc).lower() else "damaged or truncated file"
 
 
@@ -305,31 +344,96 @@ def set_aside_csv(rows: Sequence[SetAside], path: Path) -> None:
         ) from exc
 
 
-def _walk(root: Path) -> list[Path]:
-    def refuse(error: OSError) -> None:
+def _of_shards(shards: Sequence[Path]) -> PathList:
+    paths = PathList(_with_members(os.fsencode(shard) for shard in shards))
+    if not paths:
+        shown = ", ".join(f"'{display_path(shard)}'" for shard in shards[:3])
+        raise ImageInputError(f"No image in {shown}. Wanted at least one file ending in {_SUFFIXES_SHOWN} in a shard.")
+    return paths
+
+
+def _expand(pattern: Path) -> list[Path]:
+    """The shards that a pattern with braces stands for, by the rules of a shell. Raises ImageInputError."""
+    from braceexpand import braceexpand
+
+    ranges = re.findall(
+        r"\{(-?\d{1,18})\.\.(-?\d{1,18})", str(pattern)
+    )  # each is written out before the first is given
+    try:
+        few = all(abs(int(last) - int(first)) < MAX_SHARDS for first, last in ranges)
+        shards = [Path(name) for name in islice(braceexpand(str(pattern)), MAX_SHARDS + 1)] if few else []
+    except ValueError as exc:  # its UnbalancedBracesError
+        raise ImageInputError(f"'{display_path(pattern)}': {exc}. Wanted: a pattern as '{{000..099}}.tar'.") from None
+    if not few or len(shards) > MAX_SHARDS:
         raise ImageInputError(
-            f"Cannot list folder '{display_path(error.filename)}': {reason_of(error)}. "
+            f"'{display_path(pattern)}' stands for more than {MAX_SHARDS:,} shards. Write a closer one."
+        )
+    missing = [shard for shard in shards if not shard.is_file()]
+    if missing:
+        raise ImageInputError(
+            f"'{display_path(pattern)}' stands for {len(shards)} shards, of which {len(missing)} are not there, the "
+            f"first '{display_path(missing[0])}'. Write a closer pattern, or add what is missing."
+        )
+    return shards
+
+
+def _walk(root: Path) -> PathList:
+    def refuse(error: OSError) -> NoReturn:
+        raise ImageInputError(
+            f"Cannot list folder '{display_path(os.fsdecode(error.filename))}': {reason_of(error)}. "
             "Make it readable, or move it out of the images."
         ) from error
 
-    found: list[Path] = []
+    start = os.fsencode(root / "_")[:-1]
+    found: list[bytes] = []  # below ``root``
     visited: set[tuple[int, int]] = set()
-    for folder, folders, files in os.walk(root, onerror=refuse, followlinks=True):
-        status = os.stat(folder)
-        identity = (status.st_dev, status.st_ino)
-        if identity in visited:
-            folders.clear()
-            continue
-        visited.add(identity)
+    waiting = [b""]
+    while waiting:
+        folder = waiting.pop()
+        below: list[tuple[bool, bytes]] = []
+        try:
+            status = os.stat(start + folder or b".")
+            identity = (status.st_dev, status.st_ino)
+            if identity in visited:
+                continue
+            visited.add(identity)
+            with os.scandir(start + folder or b".") as entries:
+                for entry in entries:
+                    if entry.name.startswith(b"."):
+                        continue
+                    if _leads_to_folder(entry):
+                        below.append((entry.is_symlink(), folder + entry.name + b"/"))
+                    elif os.path.splitext(entry.name)[1].lower() in _LISTED:
+                        found.append(folder + entry.name)
+        except OSError as error:
+            refuse(error)
         # Real folders before linked ones, so that a folder met both ways is listed under its own name.
-        ordered = sorted((os.path.islink(os.path.join(folder, name)), name) for name in folders)
-        folders[:] = [name for _, name in ordered if not name.startswith(".")]
-        found += [
-            Path(folder, name)
-            for name in files
-            if not name.startswith(".") and os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
-        ]
-    return sorted(found, key=lambda path: path.relative_to(root).as_posix())
+        waiting += [name for _, name in sorted(below, reverse=True)]
+    found.sort()
+    return PathList(_with_members(start + name for name in found))
+
+
+def _leads_to_folder(entry: os.DirEntry[bytes]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
+
+
+def _with_members(paths: Iterable[bytes]) -> Iterator[bytes | Path]:
+    """The paths, each archive's image members in its place; an archive that is damaged stands behind them itself."""
+    for path in paths:
+        if not path.lower().endswith(SUFFIX.encode()):
+            yield path
+            continue
+        try:
+            shard = read_shard(Path(os.fsdecode(path)))
+        except OSError:
+            yield path
+            continue
+        yield from (member for member in shard.files() if member.suffix.lower() in IMAGE_SUFFIXES)
+        if shard.damage:
+            yield path
 
 
 def _read_text(path: Path) -> str:
@@ -390,15 +494,24 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 def _to_grey(image: Image.Image) -> Image.Image:
     values = np.asarray(image)
+    tags = image.tag_v2 if isinstance(image, TiffImagePlugin.TiffImageFile) else {}
+    if image.mode == "I" and tags and tags.get(TiffImagePlugin.SAMPLEFORMAT, (1,)) == (1,):
+        values = values.view(np.uint32)  # Pillow takes them for signed
     if not np.isfinite(values).all():
         raise ImageReadError("pixel values that are not finite")
     low, high = float(values.min()), float(values.max())
     if image.mode != "F" and low >= 0 and high <= 0xFFFF:
-        return Image.fromarray((values >> 8).astype(np.uint8))
-    if image.mode == "F" and low >= 0 and high <= 1:
-        low, high = 0.0, 1.0
-    scaled = (values.astype(np.float64) - low) * (255 / (high - low or 1))
-    return Image.fromarray(scaled.round().astype(np.uint8))
+        grey = (values >> 8).astype(np.uint8)
+    else:
+        if image.mode == "F" and low >= 0 and high <= 1:
+            low, high = 0.0, 1.0
+        scaled = (values.astype(np.float64) - low) * (255 / (high - low or 1))
+        grey = scaled.round().astype(np.uint8)
+    if tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0:  # white is 0, which Pillow minds in 8 bits alone
+        grey = 255 - grey
+    if isinstance(key := image.info.get("transparency"), int):
+        grey[values == key] = 255
+    return Image.fromarray(grey)
 
 
 class _QuietPillow:

@@ -25,6 +25,7 @@ import PIL
 
 from finealign.errors import ImageInputError, OutputError
 from finealign.images import ImageReadError, Pixels, display_path, in_order, open_regular, read_pixels, reason_of
+from finealign.paths import PathList
 from finealign.storage import save_text
 from finealign.types import SetAside
 
@@ -46,11 +47,11 @@ class StoredPixels(Sequence[Pixels]):
     Raises, at access, ImageInputError: an image that is not in the file can no longer be read.
     """
 
-    paths: list[Path]  # of the images that can be read, in order
+    paths: Sequence[Path]  # of the images that can be read, in order
     cached: int
 
     def __init__(
-        self, paths: list[Path], shapes: Sequence[Sequence[int]], file: Path | None, read: Callable[[Path], Pixels]
+        self, paths: Sequence[Path], shapes: Sequence[Sequence[int]], file: Path | None, read: Callable[[Path], Pixels]
     ) -> None:
         """``shapes`` are (H, W) of the images in ``file``, which are those of the first paths; ``read`` decodes one."""
         self.paths, self._file, self._read = paths, file, read
@@ -314,15 +315,13 @@ def _assemble(
     folder: Path | None,
     cached: int,
 ) -> tuple[StoredPixels, list[SetAside]]:
-    readable: list[Path] = []
-    shapes: list[Sequence[int]] = []
+    shapes = [record for record in records if not isinstance(record, str)]
+    readable = paths
     set_aside: list[SetAside] = []
-    for path, record in zip(paths, records, strict=True):
-        if isinstance(record, str):
-            set_aside.append(SetAside(display_path(path), record))
-        else:
-            readable.append(path)
-            shapes.append(record)
+    if len(shapes) < len(paths):
+        both = list(zip(paths, records, strict=True))
+        readable = PathList(path for path, record in both if not isinstance(record, str))
+        set_aside = [SetAside(display_path(path), record) for path, record in both if isinstance(record, str)]
     file = None if folder is None else folder / PIXELS
     return StoredPixels(readable, shapes[:cached], file, read), set_aside
 

@@ -24,7 +24,7 @@ from finealign.backbone import Backbone
 from finealign.classifier import FineAlign, Images
 from finealign.config import Config, resolve, write_config
 from finealign.errors import FinealignError, NotFiniteError, OutputError, StoppedError
-from finealign.images import display_path, list_images, set_aside_csv
+from finealign.images import display_path, file_size, list_images, set_aside_csv
 from finealign.predictions import write_predictions
 from finealign.progress import Progress
 from finealign.ranks import Ranks
@@ -234,15 +234,18 @@ def _identity(config: Config, texts: Texts, paths: Sequence[Path]) -> dict[str, 
     """What must be the same for a run to be resumed, one checksum a part. Where it runs may differ."""
     unimportant: Any = {"device": True, "data": {"cache", "cache_gb", "workers"}, "training": {"checkpoint_minutes"}}
     settings = config.model_dump(exclude=unimportant)
-    files = [(display_path(path), _size(path)) for path in paths]
-    parts = {"settings": settings, "texts": asdict(texts), "images": files}
-    return {
+    images = hashlib.sha256()  # one by one: there may be millions
+    for path in paths:
+        images.update(f"{json.dumps([display_path(path), file_size(path)])}\n".encode())
+    parts = {"settings": settings, "texts": asdict(texts)}
+    found = {
         name: hashlib.sha256(json.dumps(part, sort_keys=True, default=str).encode()).hexdigest()
         for name, part in parts.items()
     }
+    return found | {"images": images.hexdigest()}
 
 
-def _prepare(model: FineAlign, images: Images, progress: Progress) -> tuple[Texts, Config, list[Path], Backbone]:
+def _prepare(model: FineAlign, images: Images, progress: Progress) -> tuple[Texts, Config, Sequence[Path], Backbone]:
     """Everything that can be wrong before the first image is read, found before anything is written or removed."""
     texts, config = model.check()
     paths = list_images(images)
@@ -308,13 +311,6 @@ def _read_identity(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise OutputError(f"{path} cannot be read ({error}), so the run cannot be resumed. Use --overwrite.") from error
     return identity if isinstance(identity, dict) else {}
-
-
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except (OSError, ValueError):
-        return -1  # it will be set aside when it is read
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:
