@@ -782,3 +782,17 @@ def test_list_backbones__holds_each_sound_pair_once() -> None:
     assert "ViT-B-32/openai" in wrong
     assert set(found) == {"/".join(pair) for pair in open_clip.list_pretrained()} - wrong
     assert found == sorted(set(found))
+
+
+@pytest.mark.parametrize("shape", [(1, 100), (3, 101), (200, 4), (201, 5), (1, 5001), (33, 1), (32, 1)])
+def test_geometry__of_a_strip_is_that_of_its_middle(tiny_backbone: Tiny, shape: tuple[int, int]) -> None:
+    """A strip of 1 x 100,000 would be enlarged to gigabytes first. What differs is half a pixel's rounding."""
+    geometry: Any = load_backbone(tiny_backbone("transformer")).geometry
+    rows, columns, channels = np.indices((*shape, 3))
+    strip = Image.fromarray((127 + 100 * np.sin(rows / 9 + columns / 9 + channels)).astype(np.uint8))
+    assert geometry.keeps_centre
+    middle = np.asarray(geometry(strip)).astype(int)
+    geometry.keeps_centre = False
+    whole = np.asarray(geometry(strip)).astype(int)
+    assert whole.std() > 10
+    assert np.abs(middle - whole).max() <= 3

@@ -25,7 +25,7 @@ from typer.testing import CliRunner, Result
 from conftest import write_photos
 from finealign import __version__, terminal
 from finealign.backbone import load_backbone
-from finealign.cli import app
+from finealign.cli import app, printable
 from finealign.config import DEFAULT_BACKBONE
 from finealign.images import list_images, read_image
 from finealign.methods import method_names
@@ -890,3 +890,8 @@ def test_bars__quiet_when_there_is_no_terminal(made: Made, tmp_path: Path, monke
     assert result.exit_code == 0
     assert result.stderr == ""
     assert "\x1b" not in result.stdout
+
+
+def test_names__that_would_move_the_cursor_are_written_out() -> None:
+    assert printable("a\x1b[2J\u202eb\n.png") == "a\\x1b[2J\\u202eb\\n.png"
+    assert printable("wren é 鳥.png") == "wren é 鳥.png"

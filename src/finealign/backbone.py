@@ -30,6 +30,7 @@ IMAGE_CHUNK, TEXT_CHUNK = 32, 256
 # The share of memory that a step may fill with what its backward pass needs; past it, chunks are encoded again there.
 # Of all memory, not of what is free: the same machine must split a batch the same way each time.
 ACTIVATION_SHARE = 1 / 6
+THIN = 32  # a side this many times the other makes a strip, of which only the middle is scaled
 
 
 @dataclass(frozen=True, eq=False)
@@ -270,6 +271,10 @@ def load_backbone(
         # timm and open_clip announce deprecations of their own at load; none is the user's to act on.
         warnings.simplefilter("ignore")
         try:
+            config = _model_config(name)
+            _refuse_code(config)
+            if name.startswith("local-dir:"):
+                _refuse_oversized(config, Path(name.removeprefix("local-dir:")))
             if tag == "random":
                 with torch.random.fork_rng(devices=[]):
                     torch.manual_seed(seed)
@@ -277,21 +282,22 @@ def load_backbone(
             else:
                 model = open_clip.create_model(name, pretrained=tag, pretrained_text=False, require_pretrained=True)
             tokenizer = open_clip.get_tokenizer(name)
-            config = _model_config(name)
+            preprocess = dict(open_clip.get_model_preprocess_cfg(model))
+            transform = image_transform_v2(PreprocessCfg(**preprocess), is_train=False)
+            geometry = _Geometry(transform.transforms)
+            _refuse_wrong_preprocessing(preprocess, geometry)
         except BackboneError:
             raise
         except Exception as error:  # open_clip, timm and the hub raise whatever they like; the user gets one sentence
             raise _load_failure(identifier, error) from error
     model = model.to(device).eval().requires_grad_(False)
-    preprocess = dict(open_clip.get_model_preprocess_cfg(model))
-    transform = image_transform_v2(PreprocessCfg(**preprocess), is_train=False)
     backbone = Backbone(
         identifier=identifier,
         model=model,
         tokenizer=tokenizer,
         config=config,
         preprocess=preprocess,
-        geometry=_Geometry(transform.transforms),
+        geometry=geometry,
         device=device,
         precision=precision,
     )
@@ -300,16 +306,72 @@ def load_backbone(
     return backbone
 
 
+def _refuse_code(config: dict[str, Any]) -> None:
+    """Raises ValueError where transformers, asked for a tokenizer by these settings, would run what lies beside it."""
+    options = config["text_cfg"].get("tokenizer_kwargs", {})
+    if options.get("trust_remote_code"):
+        raise ValueError("its tokenizer_kwargs ask for code of its own to be run, by trust_remote_code; remove that")
+
+
+def _refuse_oversized(config: dict[str, Any], folder: Path) -> None:
+    """Raises ValueError for a model that its weights are far too few for: built, it could fill the memory, or never end.
+
+    A bound from below: what is let through may still not fit, which is found when the weights are loaded.
+    """
+    weights = [path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin", ".pth")]
+    room = sum(path.stat().st_size for path in weights)
+    for name in ("vision_cfg", "text_cfg", "multimodal_cfg"):
+        tower = config.get(name) or {}
+        layers, width, side = tower.get("layers", 1), tower.get("width", 1), tower.get("image_size", 1)
+        blocks = sum(layers) if isinstance(layers, list) else layers
+        patches = (max(side) if isinstance(side, list) else side) / tower.get("patch_size", 1)
+        counts = [value for value in tower.values() if isinstance(value, int)]
+        least = max(
+            500 * blocks,  # of a layer, the names, shapes and places of its tensors alone
+            blocks * width**2 * tower.get("mlp_ratio", 1),
+            width * tower.get("vocab_size", 1),
+            width * patches**2 / 100,  # open_clip reduces and enlarges the positions
+            config["embed_dim"],
+            *counts,
+        )
+        if least > room:
+            raise ValueError(f"{name} describes a tower that the {room:,} bytes of weights cannot fill")
+
+
+def _refuse_wrong_preprocessing(preprocess: dict[str, Any], geometry: Callable[[Image.Image], Image.Image]) -> None:
+    """Raises what it likes for settings that would come out as an error, or as nonsense, at the first image."""
+    values = torch.tensor([preprocess["mean"], preprocess["std"]], dtype=torch.float64)
+    if values.shape != (2, 3) or not values.isfinite().all() or values[1].min() <= 0:
+        raise ValueError("preprocess_cfg wants mean and std as three numbers each, std above 0")
+    size = preprocess["size"]
+    width, height = (size, size) if isinstance(size, int) else size
+    if width != height or geometry(Image.new("RGB", (3, 2))).size != (width, height):
+        raise ValueError(f"preprocess_cfg makes no square image of {size!r:.100} pixels")
+
+
 class _Geometry:
     """The part of open_clip's preprocessing that moves pixels: all before the tensor is made."""
 
     def __init__(self, transforms: Iterable[Any]) -> None:
         self.steps = [step for step in transforms if type(step).__name__ not in ("MaybeToTensor", "Normalize")]
+        names = [type(step).__name__ for step in self.steps[:2]]
+        # A shorter side to scale by, then the centre: the far ends of a strip would be enlarged for nothing.
+        self.keeps_centre = names == ["Resize", "CenterCrop"] and not isinstance(self.steps[0].size, tuple)
 
     def __call__(self, image: Image.Image) -> Image.Image:
+        if self.keeps_centre and max(image.size) > THIN * min(image.size):
+            image = _centre(image)
         for step in self.steps:
             image = step(image)
         return image
+
+
+def _centre(image: Image.Image) -> Image.Image:
+    """The middle of a strip, half as long as THIN allows; its centre stays where it is, to half a pixel."""
+    room = THIN // 2 * min(image.size)
+    width, height = (side if side <= room else room + (side - room) % 2 for side in image.size)
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
 
 
 def _split(identifier: str) -> tuple[str, str | None]:

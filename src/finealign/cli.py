@@ -426,8 +426,14 @@ def _how_to_resume() -> str:
     return f"Go on{launcher} with:\n{shlex.join([*program, *words, '--resume'])}"
 
 
+def printable(text: str) -> str:
+    """Characters that would move the cursor or turn the line around, as a file's name may hold, written out."""
+    return "".join(one if one.isprintable() or one == " " else one.encode("unicode_escape").decode() for one in text)
+
+
 def _print_json(value: dict[str, Any]) -> None:
-    typer.echo(json.dumps(value, ensure_ascii=False, allow_nan=False))
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    typer.echo(text.encode("utf-8", "backslashreplace"))  # a path may be no UTF-8
 
 
 def _show_plan(found: dict[str, Any], as_json: bool) -> None:
@@ -467,7 +473,7 @@ def _tell_set_aside(rows: list[dict[str, str]], screen: Console) -> None:
     first = rows[0]
     screen.print(
         f"[yellow]{len(rows)} images could not be read[/]; "
-        f"the first: {escape(first['path'])} ({escape(first['reason'])}).",
+        f"the first: {escape(printable(first['path']))} ({escape(first['reason'])}).",
         soft_wrap=True,
         highlight=False,
     )

@@ -18,6 +18,7 @@ from finealign.images import Pixels
 from finealign.mapped import MappedTensors, read_mapped
 from finealign.progress import Progress
 from finealign.ranks import Ranks
+from finealign.storage import make_folder
 from finealign.types import Box, ImageFeatures
 from finealign.views import Views, cut_and_resize
 
@@ -76,6 +77,7 @@ class EncodedAfresh:
         self.images, self.views, self.backbone, self.progress = images, views, backbone, progress
         self.refresh, self.crops = refresh, crops
         self.folder, self.workers = folder, workers
+        make_folder(folder)
         self.weakly, self.strongly = weakly, strongly
         self.ranks = ranks or Ranks()
         self.cut_late = backbone.device.type == "cuda"  # where cutting costs next to nothing

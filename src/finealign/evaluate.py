@@ -117,7 +117,7 @@ def _read_csv(table: Path) -> list[tuple[Path, str]]:
         raise ImageInputError(
             f"{_shown(table)} lists no images. Give one row an image: its path, and its class as the label."
         )
-    twice = [path for path, times in Counter(path for path, _ in labelled).items() if times > 1]
+    twice = [path for path, times in Counter(os.path.abspath(path) for path, _ in labelled).items() if times > 1]
     if twice:
         raise ImageInputError(
             f"{_shown(table)} lists {_images(len(twice))} more than once, such as {_shown(twice[0])}. "
@@ -145,14 +145,14 @@ def _unknown_classes(
     source: Path, unknown: Counter[str], matches: Callable[[str], list[int]], classes: Sequence[str]
 ) -> str:
     def described(name: str) -> str:
-        could_be = " or ".join(repr(classes[index]) for index in matches(name))
+        could_be = " or ".join(f"{classes[index]!r:.100}" for index in matches(name))
         hint = f"; could be {could_be}, write one exactly" if could_be else ""
-        return f"{name!r} ({_images(unknown[name])}{hint})"
+        return f"{name!r:.100} ({_images(unknown[name])}{hint})"
 
     kind = "folder" if os.path.isdir(source) else "label"
     names = f"{kind} name matches" if len(unknown) == 1 else f"{kind} names match"
     listed = _first((described(name) for name in sorted(unknown)), len(unknown), UNKNOWN_SHOWN)
-    valid = _first(map(repr, classes), len(classes), VALID_SHOWN)
+    valid = _first((f"{name!r:.100}" for name in classes), len(classes), VALID_SHOWN)
     return (
         f"{len(unknown)} {names} no class in {_shown(source)}, with {_images(unknown.total())}: {listed}. "
         f"Rename or remove them. Valid class names: {valid}."

@@ -172,7 +172,7 @@ def read_table(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
             if header.count(column) != 1:
                 raise ImageInputError(
                     f"{shown} has {header.count(column)} columns named {column!r}, wanted one; its header is "
-                    f"{','.join(header)!r}. Start the file with a header line, its columns separated by commas."
+                    f"{','.join(header)!r:.200}. Start the file with a header line, its columns separated by commas."
                 )
         last_line = 1
         for row in reader:

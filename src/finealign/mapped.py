@@ -34,7 +34,6 @@ class MappedTensors:
         text += b" " * (-len(text) % 8)  # safetensors aligns the tensors to 8 bytes
         start = 8 + len(text)
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
             with self._aside.open("wb") as file:
                 file.write(len(text).to_bytes(8, "little") + text)
                 # Reserved now: a disk that fills up later would end the process while it writes into the map.
@@ -64,15 +63,23 @@ def read_mapped(path: Path) -> dict[str, Tensor]:
     """The tensors of a file that ``MappedTensors`` finished. Raises OSError or ValueError when it is not whole."""
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(min(size, 100_000)))
+        text = file.read(min(size, 100_000))
+        length = file.seek(0, os.SEEK_END)
+    end = 0
     try:
-        whole = all(entry["dtype"] == "F32" for entry in header.values())
-        found = _map(path, header, 8 + size, writable=False)
-    except (AttributeError, KeyError, TypeError) as error:
+        header = json.loads(text)
+        for name, entry in header.items():
+            shape, offsets = entry["shape"], entry["data_offsets"]
+            if entry["dtype"] != "F32" or not all(type(side) is int and side >= 0 for side in [*shape, *offsets]):
+                raise ValueError(f"{path} holds {name!r:.100}, which is no float32 tensor")
+            if offsets != [end, end + 4 * math.prod(shape)]:
+                raise ValueError(f"{path} holds {name!r:.100} of shape {shape} in another place than it should")
+            end = offsets[1]
+        if length != 8 + size + end:
+            raise ValueError(f"{path} has {length} bytes, not the {8 + size + end} of its header")
+        return _map(path, header, 8 + size, writable=False)
+    except (AttributeError, KeyError, TypeError, RecursionError, RuntimeError) as error:
         raise ValueError(f"{path} does not hold mapped tensors: {error!r}") from error
-    if not whole:
-        raise ValueError(f"{path} holds other tensors than float32")
-    return found
 
 
 def _map(path: Path, header: dict[str, Any], start: int, *, writable: bool) -> dict[str, Tensor]:

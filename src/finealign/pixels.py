@@ -29,7 +29,7 @@ from finealign.paths import PathList
 from finealign.storage import save_text
 from finealign.types import SetAside
 
-FORMAT = 1  # to be raised when images come out of `images` otherwise than before: what is stored is then passed over
+FORMAT = 2  # to be raised when images come out of `images` otherwise than before: what is stored is then passed over
 PIXELS, INDEX = "pixels.u8", "index.json"
 
 _ENTRY = re.compile(r"[0-9a-f]{64}")

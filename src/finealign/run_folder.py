@@ -28,7 +28,7 @@ from finealign.images import display_path, file_size, list_images, set_aside_csv
 from finealign.predictions import write_predictions
 from finealign.progress import Progress
 from finealign.ranks import Ranks
-from finealign.storage import save_text
+from finealign.storage import require_folder, save_text
 from finealign.training import EpochRecord
 from finealign.types import SetAside, Texts
 from finealign.verdict import Verdict, judge_model
@@ -324,6 +324,7 @@ class _Metrics:
         self.path = path
 
     def add(self, record: EpochRecord) -> None:
+        require_folder(self.path.parent)
         kept = [found for found in self.records() if found["epoch"] < record.epoch]
         save_text("".join(f"{json.dumps(found)}\n" for found in [*kept, asdict(record)]), self.path)
 

@@ -12,6 +12,20 @@ if TYPE_CHECKING:  # settings are written without torch
     from torch import Tensor
 
 
+def make_folder(path: Path) -> None:
+    """Make the folder, and those above it, unless it is there. Raises OutputError."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"The folder {path} cannot be made: {error}.") from error
+
+
+def require_folder(path: Path) -> None:
+    """Raises OutputError where a folder that was there has gone: made anew, it would hold half of a run."""
+    if not path.is_dir():
+        raise OutputError(f"The folder {path} was removed during the run. Put it back, or start again.")
+
+
 def save_text(text: str, path: Path) -> None:
     """Write UTF-8 so that no reader ever sees half a file. Raises OutputError; what was there stays."""
 

@@ -22,6 +22,7 @@ from finealign.images import Pixels
 from finealign.methods import Method
 from finealign.progress import Progress
 from finealign.ranks import Ranks
+from finealign.storage import require_folder
 from finealign.types import ImageFeatures, Loss, PseudoLabels
 from finealign.views import Views
 
@@ -297,6 +298,7 @@ class State:
 
     def save(self, folder: Path, source: EncodedAfresh, record: EpochRecord | None = None) -> None:
         """Leave a checkpoint: of the end of an epoch, with its record, or of the midst of one."""
+        require_folder(folder)
         tensors = {"labels": self.labels, **self.tensors()}
         if self.step:
             tensors |= {f"meter.{name}": value for name, value in self.meter.tensors().items()}
