@@ -1,8 +1,10 @@
 """Tiny backbones with random weights, small photos made on the spot, and the real data where it is to be had."""
 
+import ctypes
 import json
 import os
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,9 @@ from PIL import Image
 
 CLASSES = ["red", "green", "blue"]
 COLOURS = {"red": (200, 40, 40), "green": (40, 200, 40), "blue": (40, 40, 200)}
+CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH = 1, 2
+CAP_VERSION = 0x20080522
+PR_SET_SECUREBITS, SECBIT_NOROOT = 28, 1
 TEXT_TOWER = {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
 VISION_TOWERS: dict[str, dict[str, Any]] = {
     "transformer": {"image_size": 32, "layers": 2, "width": 64, "head_width": 32, "patch_size": 16},
@@ -102,3 +107,30 @@ def tiny_config(backbone: str, **overrides: Any) -> Any:
         "training__anchor_learning_rate": 1e-3,
     }
     return read_config(None, (), **(values | overrides))
+
+
+@contextmanager
+def unprivileged() -> Iterator[None]:
+    """For this thread, those it starts and the processes they start: modes of files count even for root."""
+    if os.geteuid() != 0:
+        yield
+        return
+    libc = ctypes.CDLL(None, use_errno=True)
+    header = (ctypes.c_uint32 * 2)(CAP_VERSION, 0)
+    sets = (ctypes.c_uint32 * 6)()  # effective, permitted, inheritable; then the same of higher capabilities
+
+    def call(function: str, *arguments: Any) -> None:
+        if getattr(libc, function)(*arguments) != 0:
+            raise OSError(ctypes.get_errno(), f"{function}: {os.strerror(ctypes.get_errno())}")
+
+    call("capget", header, sets)
+    effective = sets[0]
+    sets[0] = effective & ~(1 << CAP_DAC_OVERRIDE | 1 << CAP_DAC_READ_SEARCH)
+    call("capset", header, sets)
+    call("prctl", PR_SET_SECUREBITS, SECBIT_NOROOT, 0, 0, 0)
+    try:
+        yield
+    finally:
+        call("prctl", PR_SET_SECUREBITS, 0, 0, 0, 0)
+        sets[0] = effective
+        call("capset", header, sets)

@@ -3,7 +3,6 @@
 Never a traceback, a hang, or a wrong answer unsaid. The tests run without root's right to read everything.
 """
 
-import ctypes
 import faulthandler
 import json
 import os
@@ -27,6 +26,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import hostile
+from conftest import unprivileged
 from finealign import FineAlign
 from finealign.cli import app
 from finealign.demo.model import demo_model
@@ -36,9 +36,6 @@ from finealign.prompts import read_classes
 from finealign.types import SetAside
 from hostile import Aside, Fails, Hostile, Reads, Works
 
-CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH = 1, 2
-CAP_VERSION = 0x20080522
-PR_SET_SECUREBITS, SECBIT_NOROOT = 28, 1
 SECONDS = 20  # for any one case
 PRECISE = ("--device", "cpu", "--precision", "fp32")
 GOOD = {"first.png": (200, 40, 40), "in the middle.jpg": (40, 200, 40), "zuletzt.webp": (40, 40, 200)}
@@ -71,33 +68,6 @@ def home() -> Iterator[Path]:
                 yield folder
         finally:
             shutil.rmtree(folder)
-
-
-@contextmanager
-def unprivileged() -> Iterator[None]:
-    """For this thread, those it starts and the processes they start: modes of files count even for root."""
-    if os.geteuid() != 0:
-        yield
-        return
-    libc = ctypes.CDLL(None, use_errno=True)
-    header = (ctypes.c_uint32 * 2)(CAP_VERSION, 0)
-    sets = (ctypes.c_uint32 * 6)()  # effective, permitted, inheritable; then the same of higher capabilities
-
-    def call(function: str, *arguments: Any) -> None:
-        if getattr(libc, function)(*arguments) != 0:
-            raise OSError(ctypes.get_errno(), f"{function}: {os.strerror(ctypes.get_errno())}")
-
-    call("capget", header, sets)
-    effective = sets[0]
-    sets[0] = effective & ~(1 << CAP_DAC_OVERRIDE | 1 << CAP_DAC_READ_SEARCH)
-    call("capset", header, sets)
-    call("prctl", PR_SET_SECUREBITS, SECBIT_NOROOT, 0, 0, 0)
-    try:
-        yield
-    finally:
-        call("prctl", PR_SET_SECUREBITS, 0, 0, 0, 0)
-        sets[0] = effective
-        call("capset", header, sets)
 
 
 @pytest.fixture(scope="module")

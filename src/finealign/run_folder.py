@@ -151,7 +151,7 @@ def adapt_into(
             else:
                 deque(found, maxlen=0)
     except FinealignError as error:
-        if ranks.first:
+        if ranks.first and folder.is_dir():
             with suppress(OutputError):  # the error itself says more
                 _write_json(folder / RUN, run | _why_unfinished(error))
         raise
