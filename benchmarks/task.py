@@ -65,12 +65,15 @@ def words(*arguments: str, processes: int = 1) -> list[str]:
     return [sys.executable, *launcher, "-m", "finealign", *arguments]
 
 
-def finealign(*arguments: str, processes: int = 1) -> dict[str, Any]:
-    """One call of the command with --json; several processes divide the cores. Its errors end the benchmark."""
-    threads = {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // processes))} if processes > 1 else {}
+def finealign(*arguments: str, processes: int = 1, threads: int = 0) -> dict[str, Any]:
+    """One call of the command with --json, on so many threads a process, or the cores divided among them.
+
+    Its errors end the benchmark.
+    """
+    threads = threads or max(1, len(os.sched_getaffinity(0)) // processes)
     done = subprocess.run(
         words(*arguments, "--json", processes=processes),
-        env={**os.environ, **threads},
+        env={**os.environ, "OMP_NUM_THREADS": str(threads)},
         capture_output=True,
         text=True,
         check=False,

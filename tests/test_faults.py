@@ -107,6 +107,18 @@ def test_kill__resumed_is_bit_for_bit_the_uninterrupted(
     assert weights(out) == wanted
 
 
+def test_kill__while_the_first_file_is_written_leaves_a_folder_to_begin_in(
+    photos: Path, tiny_backbone: Tiny, tmp_path: Path
+) -> None:
+    """benchmarks/kills.py found such a folder refused as not a run's."""
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "run.part").write_text("{")
+    run(photos, tiny_backbone("transformer"), out, lambda record: None)
+    assert json.loads((out / "run.json").read_text())["status"] == "complete"
+    assert not list(out.rglob("*.part"))
+
+
 @pytest.mark.parametrize("kilobytes", [1, 200, 3000])
 def test_full_disk__is_told_and_what_was_good_goes_on(
     uninterrupted: tuple[Path, list[bytes]], tiny_backbone: Tiny, tmp_path: Path, kilobytes: int

@@ -114,8 +114,8 @@ def adapt_into(
     metrics = _Metrics(folder / METRICS)
     if ranks.first:
         make_room(folder, replaced)
+        _write_json(folder / RUN, run)  # first of all: without it the folder is not known for a run's
         make_room(folder / CHECKPOINTS, [])
-        _write_json(folder / RUN, run)
         write_config(config, folder / CONFIG)
         if not resume:
             save_text("", metrics.path)
@@ -256,7 +256,7 @@ def _prepare(model: FineAlign, images: Images, progress: Progress) -> tuple[Text
 
 def _check_room(folder: Path, identity: dict[str, str], *, resume: bool, overwrite: bool) -> list[Path]:
     """What has to go for the run to begin; raises OutputError where it may not begin."""
-    there = names_in(folder)
+    there = names_in(folder) - {Path(RUN).with_suffix(".part").name}  # left by a run killed as it began
     if not there:
         if resume:
             raise OutputError(f"Nothing to resume: {folder} holds no run. Leave --resume out to start one.")
