@@ -66,8 +66,7 @@ def at(config: Config, dotted: str) -> object:
 
 # --- write_config, read_config: the round trip ------------------------------------------------------------------------
 
-# PyYAML itself loses the three rare line separators (NEL, LS, PS) of a text that is written readably.
-word = st.text(st.characters(exclude_characters="\x85\u2028\u2029", exclude_categories=["Cs"]), max_size=12)
+word = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
 share = st.floats(0.01, 1)
 rate = st.floats(1e-12, 1e12)
 count = st.integers(1, 10**12)
@@ -111,13 +110,14 @@ training_values = st.fixed_dictionaries(
         "anchor_steps": st.integers(0, 10**6),
         "anchor_batch_size": count,
         "last_label_pass": st.booleans(),
+        "checkpoint_minutes": st.just(0.0) | rate,
         "strong_views": count,
     }
 )
 config_values = st.fixed_dictionaries(
     {
         "backbone": word,
-        "seed": st.integers(0, 2**70),
+        "seed": st.integers(0, 2**64 - 1),
         "device": word,
         "precision": st.sampled_from(["auto", "fp32", "bf16"]),
         "data": data_values,

@@ -123,13 +123,14 @@ def test_adapt_into__run_json_says_what_was_done(finished: Path, tiny_backbone: 
         "epochs": EPOCHS,
         "resumed": False,
         "processes": 1,
+        "origin": {},
         "stopped": "all 4 epochs done; the last one is kept",
         "kept": "adapted",
     }
     assert {name: found[name] for name in fixed} == fixed
     assert set(found) == {*fixed, "identity", "versions", "started", "seconds", "verdict"}
     assert found["verdict"]["call"] in ("helped", "unclear", "hurt")
-    assert set(found["identity"]) == {"settings", "texts", "images"}
+    assert set(found["identity"]) == {"settings", "texts", "images", "weights"}
     assert {"python", "finealign", "torch", "open_clip_torch", "timm", "accelerate"} <= set(found["versions"])
     assert found["versions"]["finealign"] == __version__
     assert 0 < found["seconds"]["fit"] <= found["seconds"]["total"]

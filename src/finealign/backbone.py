@@ -1,6 +1,7 @@
 """The only room that knows open_clip: load, tokenise, encode, list what may be trained, save."""
 
 import copy
+import hashlib
 import json
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -19,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from finealign.alignment import saliency_pooled
 from finealign.errors import BackboneError, unknown_name
+from finealign.hub import cached_commit, fetch
 from finealign.storage import save_tensors
 from finealign.towers import is_convolutional, is_normalisation, token_width, tokens_of, working_copy
 from finealign.types import TextFeatures, Texts
@@ -52,6 +54,7 @@ class Backbone:
     """
 
     identifier: str
+    origin: dict[str, str]  # "repository" and "revision" of a hub's model, else empty
     model: Any  # open_clip's CLIP, CustomTextCLIP or CoCa
     tokenizer: Any
     config: dict[str, Any]  # open_clip's model_cfg
@@ -77,6 +80,15 @@ class Backbone:
     def logit_scale(self) -> float:
         """The factor the model was trained to multiply cosines by (100 for CLIP)."""
         return float(self.model.logit_scale.detach().exp())
+
+    @cached_property
+    def checksum(self) -> str:
+        """SHA-256 over the weights as they were when first asked, by name: of the same model everywhere."""
+        found = hashlib.sha256()
+        for name, value in sorted(self.model.state_dict().items()):
+            found.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+            found.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        return found.hexdigest()
 
     @property
     def token_width(self) -> int:
@@ -256,8 +268,9 @@ def _gazed(encoder: Any, pixels: Tensor, gaze: Gaze, *, scale: float) -> Tensor:
 def load_backbone(
     identifier: str, *, device: torch.device | str = "cpu", precision: Precision = "fp32", seed: int = 0
 ) -> Backbone:
-    """Load ``ARCH/PRETRAINED``, ``ARCH/random``, ``hf-hub:NAME`` or ``local-dir:PATH``.
+    """Load ``ARCH/PRETRAINED``, ``ARCH/random``, ``hf-hub:NAME[@REVISION]`` or ``local-dir:PATH``.
 
+    By ``hf-hub:`` only safetensors and texts are fetched; by ARCH/PRETRAINED what open_clip knows, never code.
     ``random`` builds the architecture with weights drawn from ``seed``: for tests and timing. Raises BackboneError for
     an unknown name, for weights that were trained with QuickGELU in a tower without it (and the reverse), and when
     the weights cannot be had.
@@ -267,10 +280,15 @@ def load_backbone(
 
     device = torch.device(device)
     name, tag = _split(identifier)
+    origin: dict[str, str] = {}
     with warnings.catch_warnings():
         # timm and open_clip announce deprecations of their own at load; none is the user's to act on.
         warnings.simplefilter("ignore")
         try:
+            if name.startswith("hf-hub:"):
+                folder, commit = fetch(name.removeprefix("hf-hub:"))
+                origin = {"repository": name.removeprefix("hf-hub:").partition("@")[0], "revision": commit}
+                name = f"local-dir:{folder}"
             config = _model_config(name)
             _refuse_code(config)
             if name.startswith("local-dir:"):
@@ -290,9 +308,12 @@ def load_backbone(
             raise
         except Exception as error:  # open_clip, timm and the hub raise whatever they like; the user gets one sentence
             raise _load_failure(identifier, error) from error
+    if tag not in (None, "random") and (repository := _repository(name, tag)):
+        origin = {"repository": repository, "revision": cached_commit(repository)}
     model = model.to(device).eval().requires_grad_(False)
     backbone = Backbone(
         identifier=identifier,
+        origin=origin,
         model=model,
         tokenizer=tokenizer,
         config=config,
@@ -314,9 +335,9 @@ def _refuse_code(config: dict[str, Any]) -> None:
 
 
 def _refuse_oversized(config: dict[str, Any], folder: Path) -> None:
-    """Raises ValueError for a model that its weights are far too few for: built, it could fill the memory, or never end.
+    """Raises ValueError where the weights are far too few: such a model could fill the memory, or never be built.
 
-    A bound from below: what is let through may still not fit, which is found when the weights are loaded.
+    A bound from below: whether the weights fit is found when they are loaded.
     """
     weights = [path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin", ".pth")]
     room = sum(path.stat().st_size for path in weights)
@@ -324,7 +345,7 @@ def _refuse_oversized(config: dict[str, Any], folder: Path) -> None:
         tower = config.get(name) or {}
         layers, width, side = tower.get("layers", 1), tower.get("width", 1), tower.get("image_size", 1)
         blocks = sum(layers) if isinstance(layers, list) else layers
-        patches = (max(side) if isinstance(side, list) else side) / tower.get("patch_size", 1)
+        patches = (max(side) if isinstance(side, list) else side) / (tower.get("patch_size") or 32)  # a ResNet has none
         counts = [value for value in tower.values() if isinstance(value, int)]
         least = max(
             500 * blocks,  # of a layer, the names, shapes and places of its tensors alone
@@ -443,14 +464,16 @@ def _model_config(name: str) -> dict[str, Any]:
 
     if name.startswith("local-dir:"):
         path = Path(name.removeprefix("local-dir:")) / CONFIG
-    elif name.startswith("hf-hub:"):
-        from huggingface_hub import hf_hub_download
-
-        path = Path(hf_hub_download(name.removeprefix("hf-hub:").partition("@")[0], CONFIG))
     else:
         return copy.deepcopy(dict(open_clip.get_model_config(name)))
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["model_cfg"]
     return found
+
+
+def _repository(name: str, tag: str) -> str:
+    import open_clip
+
+    return str((open_clip.get_pretrained_cfg(name, tag) or {}).get("hf_hub", "")).rstrip("/")
 
 
 def _memory(device: torch.device) -> int:

@@ -50,8 +50,11 @@ def read_last_checkpoint(folder: Path) -> Checkpoint | None:
             with safe_open(path, framework="pt") as opened:
                 values = json.loads((opened.metadata() or {})["finealign"])
                 tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118, not a mapping
-            return Checkpoint(values.pop("epoch"), tensors, values, step=values.pop("step", 0))
-        except (SafetensorError, KeyError, ValueError, OSError) as error:
+            epoch, step = values.pop("epoch"), values.pop("step", 0)
+            if not all(type(count) is int and count >= 0 for count in (epoch, step)):
+                raise ValueError(f"its epoch is {epoch!r:.100} and its step {step!r:.100}")
+            return Checkpoint(epoch, tensors, values, step=step)
+        except (SafetensorError, AttributeError, KeyError, TypeError, ValueError, OSError, RecursionError) as error:
             torn.append(f"{path.name}: {error}")
     if torn:
         raise ModelError(f"No checkpoint in {folder} can be read ({'; '.join(torn)}). Start afresh with --overwrite.")

@@ -5,18 +5,21 @@ beside the method (see ``methods/``) and are checked there; here they pass throu
 """
 
 import math
+import stat
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
 
 from finealign.errors import ConfigError, unknown_name
 from finealign.storage import save_text
 
 Auto = Literal["auto"]
-Positive = Annotated[int, Field(ge=1)]
+Positive = Annotated[int, Field(ge=1, lt=2**63)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
 
 DEFAULT_BACKBONE = "ViT-B-32-quickgelu/openai"
@@ -24,12 +27,26 @@ DEFAULT_BACKBONE = "ViT-B-32-quickgelu/openai"
 LABEL_PASSES = 2
 # The anchors' learning rate where images are many, and how many a class that takes: with fewer, less in proportion.
 ANCHOR_RATE, IMAGES_A_CLASS = 1e-3, 50
+# A file of settings takes a few thousand bytes and some fifty values; far beyond that, it is something else.
+MOST_BYTES, MOST_VALUES = 100_000, 10_000
+
+
+def _is_number(annotation: Any) -> bool:
+    return annotation in (int, float) or any(_is_number(part) for part in get_args(annotation))
 
 
 class Settings(BaseModel):
     """A section: unknown keys are errors, and a made section never changes."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _refuse_truth_as_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """Python takes true for 1, and YAML takes yes, on and off for true and false."""
+        if isinstance(value, bool) and _is_number(cls.model_fields[info.field_name or ""].annotation):
+            raise PydanticCustomError("truth", "A number is wanted, not true or false (yes, no, on and off are those)")
+        return value
 
 
 class DataSettings(Settings):
@@ -119,7 +136,7 @@ class Config(Settings):
     """Everything that decides a run, apart from the images and the texts."""
 
     backbone: str = Field(DEFAULT_BACKBONE, description="ARCH/PRETRAINED, ARCH/random, hf-hub:NAME or local-dir:PATH")
-    seed: Annotated[int, Field(ge=0)] = Field(0, description="decides every random draw")
+    seed: Annotated[int, Field(ge=0, lt=2**64)] = Field(0, description="decides every random draw")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
     precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto", description="auto: bf16 where the processor is good at it"
@@ -195,7 +212,11 @@ def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]
 
 def write_config(config: Config, path: Path) -> None:
     """Write every setting as YAML that ``read_config`` takes back. Raises OutputError."""
-    save_text(yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True), path)
+    values = config.model_dump()
+    text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    if any(separator in text for separator in "\x85\u2028\u2029"):  # PyYAML loses them unless it escapes them
+        text = yaml.safe_dump(values, sort_keys=False)
+    save_text(text, path)
 
 
 def resolve(config: Config, *, images: int, classes: int, input_size: int) -> Config:
@@ -249,17 +270,22 @@ def _readable(model: type[BaseModel], detail: Any, prefix: str = "") -> str:
         current = current.model_fields[part].annotation
     choices = [str(choice) for choice in get_args(current) if isinstance(choice, str)]
     wanted = f" Valid: {', '.join(choices)}." if choices else ""
-    return f"{prefix}{'.'.join(known or location)}: found {detail['input']!r}. {detail['msg']}.{wanted}"
+    return f"{prefix}{'.'.join(known or location)}: found {_shown(detail['input'])}. {detail['msg']}.{wanted}"
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
+        status = path.stat()
+        if stat.S_ISREG(status.st_mode) and status.st_size > MOST_BYTES:
+            raise ConfigError(f"{path} holds {status.st_size:,} bytes. Wanted: settings, at most {MOST_BYTES:,} bytes.")
+        if not stat.S_ISREG(status.st_mode):  # to open a pipe can wait for ever, and a device may have no end
+            raise OSError("not a regular file")
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ConfigError(
             f"No configuration file at {path}. Wanted: a YAML file, as a run folder's config.yaml."
         ) from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{path} cannot be read as UTF-8 text: {error}.") from None
     values = _parse_yaml(text, str(path))
     if values is None:
@@ -271,10 +297,63 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 def _parse_yaml(text: str, where: str) -> Any:
     try:
-        return yaml.safe_load(text)
+        return yaml.load(text, _Loader)
     # PyYAML lets through what Python says of a date, a number or a nesting that it cannot construct.
     except (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
         raise ConfigError(f"{where} is not YAML: {' '.join(str(error).split())[:300]}.") from None
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe, and strict where YAML is silent or has no bound: keys that stand twice, aliases of aliases, numbers."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self._sizes: dict[yaml.Node, int] = {}  # values in each node, every alias written out
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        alias = self.check_event(yaml.AliasEvent)
+        node = super().compose_node(parent, index)
+        if node is None or node in self._sizes:
+            return node
+        if alias:
+            raise yaml.YAMLError(f"a value holds itself{node.start_mark}")
+        if len(self._sizes) > MOST_VALUES:
+            raise yaml.YAMLError(f"it holds more than {MOST_VALUES:,} values")
+        inner: list[yaml.Node] = []
+        if isinstance(node, yaml.SequenceNode):
+            inner = node.value
+        elif isinstance(node, yaml.MappingNode):
+            inner = [part for pair in node.value for part in pair]
+            keys: set[tuple[str, str]] = set()
+            for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+                if (key.tag, key.value) in keys:
+                    raise yaml.YAMLError(f"the key {key.value!r:.100} stands twice in one section{key.start_mark}")
+                keys.add((key.tag, key.value))
+        self._sizes[node] = 1 + sum(self._sizes[part] for part in inner)
+        if self._sizes[node] > MOST_VALUES:
+            raise yaml.YAMLError(f"it holds more than {MOST_VALUES:,} values, each alias counted")
+        return node
+
+    def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> Any:
+        value: str = super().construct_scalar(node)
+        value.encode()  # half of a character, as "\\ud800", is no text
+        return value
+
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        value = super().construct_yaml_int(node)
+        if abs(value) > sys.float_info.max:
+            raise yaml.YAMLError(f"a number of {value.bit_length()} bits is too large{node.start_mark}")
+        return value
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
+
+
+def _shown(value: object) -> str:
+    try:
+        return f"{value!r:.200}"
+    except ValueError:  # Python writes no integer of more than a few thousand digits
+        return "a very large number"
 
 
 def _assign(values: dict[str, Any], keys: Sequence[str], value: Any) -> None:

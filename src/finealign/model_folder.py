@@ -9,15 +9,16 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field, ValidationError
 from torch import Tensor
 
 from finealign import __version__
 from finealign.backbone import WEIGHTS, Backbone, load_backbone
-from finealign.config import Config, make_config
-from finealign.errors import ConfigError, FinealignError, ModelError
+from finealign.config import Config, Settings, make_config, readable_errors, resolve
+from finealign.errors import BackboneError, FinealignError, ModelError
 from finealign.methods import Method, create_method
 from finealign.storage import save_tensors
 from finealign.types import TextFeatures, Texts
@@ -36,6 +37,19 @@ class SavedModel:
     backbone: Backbone
     method: Method
     start_norms: dict[str, Tensor]
+
+
+class Manifest(Settings):
+    """What ``finealign.json`` holds."""
+
+    format: Literal[1]
+    finealign: str
+    classes: Annotated[list[str], Field(min_length=2)]
+    descriptions: dict[str, Annotated[list[str], Field(min_length=1)]]
+    templates: Annotated[list[str], Field(min_length=1)]
+    logit_scale: Annotated[float, Field(gt=0, strict=True)]
+    config: dict[str, Any]
+    sha256: dict[str, str]
 
 
 def write_model(model: SavedModel, folder: Path) -> None:
@@ -79,28 +93,32 @@ def read_model(path: Path, *, device: torch.device, precision: Any) -> SavedMode
 
     folder = model_folder(path)
     manifest = _read_manifest(folder / MANIFEST)
-    for name, expected in manifest["sha256"].items():
+    for name, expected in manifest.sha256.items():
         if not (folder / name).is_file():
             raise ModelError(f"The model in {folder} is not whole: {name} is missing. Copy the folder again.")
         if _sha256(folder / name) != expected:
             raise ModelError(f"{folder / name} is not the file that was saved: its checksum differs. Copy it again.")
     try:
         tensors = load_file(folder / TENSORS, device=str(device))
-        config = make_config(manifest["config"])
+        config = make_config(manifest.config)
         texts = Texts(
-            classes=tuple(manifest["classes"]),
-            descriptions=tuple(tuple(manifest["descriptions"][name]) for name in manifest["classes"]),
-            templates=tuple(manifest["templates"]),
+            classes=tuple(manifest.classes),
+            descriptions=tuple(tuple(manifest.descriptions[name]) for name in manifest.classes),
+            templates=tuple(manifest.templates),
         )
         features = TextFeatures(
             names=tensors["texts.names"], descriptions=tensors["texts.descriptions"], class_of=tensors["texts.class_of"]
         )
         backbone = load_backbone(f"local-dir:{folder}", device=device, precision=precision)
+        start_norms = _section(tensors, "start")
+        _refuse_misfits(config, texts, features, backbone, tensors)
         method = create_method(
-            config.method, features, logit_scale=manifest["logit_scale"], token_width=backbone.token_width
+            config.method, features, logit_scale=manifest.logit_scale, token_width=backbone.token_width
         ).to(device)
         method.load_state_dict(_section(tensors, "method"))
-    except (SafetensorError, ConfigError, KeyError, TypeError, RuntimeError) as error:
+    except BackboneError:
+        raise
+    except (SafetensorError, FinealignError, OSError, KeyError, ValueError, RuntimeError) as error:
         raise ModelError(f"The model in {folder} cannot be read: {' '.join(str(error).split())[:300]}.") from error
     return SavedModel(
         config=config,
@@ -108,7 +126,7 @@ def read_model(path: Path, *, device: torch.device, precision: Any) -> SavedMode
         text_features=features,
         backbone=backbone,
         method=method,
-        start_norms=_section(tensors, "start"),
+        start_norms=start_norms,
     )
 
 
@@ -118,20 +136,57 @@ def _section(tensors: dict[str, Tensor], section: str) -> dict[str, Tensor]:
     }
 
 
-def _read_manifest(path: Path) -> dict[str, Any]:
+def _refuse_misfits(
+    config: Config, texts: Texts, features: TextFeatures, backbone: Backbone, tensors: dict[str, Tensor]
+) -> None:
+    """Raises ValueError where the parts do not belong together; the method looks after its own."""
+    if config != resolve(config, images=1, classes=1, input_size=1):
+        raise ValueError("its settings are not resolved: one is still auto")
+    class_of = [index for index, group in enumerate(texts.descriptions) for _ in group]
+    if features.class_of.dtype != torch.int64 or features.class_of.tolist() != class_of:
+        raise ValueError("texts.class_of does not follow the descriptions")
+    width = backbone.config["embed_dim"]
+    wanted: dict[str, tuple[int, ...]] = {
+        "texts.names": (len(texts.classes), width),
+        "texts.descriptions": (len(class_of), width),
+    }
+    if start := _section(tensors, "start"):
+        learned = {f"start.{name}": tuple(value.shape) for name, value in backbone.norm_parameters().items()}
+        if learned.keys() != {f"start.{name}" for name in start}:
+            raise ValueError("the start's parameters are not those of the backbone")
+        wanted |= learned
+    for name, shape in wanted.items():
+        if tensors[name].dtype != torch.float32 or tuple(tensors[name].shape) != shape:
+            raise ValueError(f"{name} is {tensors[name].dtype} of shape {tuple(tensors[name].shape)}, not {shape}")
+        if not tensors[name].isfinite().all():
+            raise ValueError(f"{name} is not finite")
+    known = {"texts.names", "texts.descriptions", "texts.class_of"}
+    strangers = [name for name in tensors if name not in known and not name.startswith(("method.", "start."))]
+    if strangers:
+        raise ValueError(f"it holds a tensor {strangers[0]!r:.100} that no such model has")
+
+
+def _read_manifest(path: Path) -> Manifest:
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{path} cannot be read: {error}. Copy the folder again.") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        found = manifest.get("format") if isinstance(manifest, dict) else None
+    kind = found.get("format") if isinstance(found, dict) else None
+    if kind is True or kind != FORMAT:
         raise ModelError(
-            f"{path} is of format {found!r}; this version, {__version__}, reads format {FORMAT}. "
+            f"{path} is of format {kind!r:.100}; this version, {__version__}, reads format {FORMAT}. "
             "Adapt again, or use the version that wrote it."
         )
-    missing = {"classes", "descriptions", "templates", "logit_scale", "config", "sha256"} - set(manifest)
-    if missing or set(manifest["sha256"]) != {WEIGHTS, TENSORS}:
-        raise ModelError(f"{path} is not whole: {', '.join(sorted(missing)) or 'a checksum'} is missing.")
+    try:
+        manifest = Manifest.model_validate(found)
+    except ValidationError as error:
+        raise ModelError(
+            f"{path} is not whole: {readable_errors(Manifest, error, '')} Copy the folder again."
+        ) from error
+    if set(manifest.sha256) != {WEIGHTS, TENSORS}:
+        raise ModelError(f"{path} is not whole: a checksum is missing. Copy the folder again.")
+    if sorted(manifest.classes) != sorted(manifest.descriptions):
+        raise ModelError(f"{path} is not whole: its descriptions are not those of its classes. Copy the folder again.")
     return manifest
 
 

@@ -169,6 +169,8 @@ def _check_mapping(found: object, where: str) -> dict[str, list[str]]:
         single = isinstance(sentences, str | bytes)
         if not isinstance(key, str) or single or not isinstance(sentences, Sequence):
             raise PromptError(f"{where}: {key!r:.100} holds {sentences!r:.60}. Wanted: a list of sentences.")
+        if _HALF.search(key):
+            raise PromptError(f"{where}: the class {key!r:.100} holds half of a character. Write it anew.")
         if not sentences:
             raise PromptError(f"{where}: the class {key!r:.100} has no description. Wanted: at least one sentence.")
         for sentence in sentences:

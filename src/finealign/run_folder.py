@@ -95,7 +95,7 @@ def adapt_into(
     began = time.time()
     ranks = model.ranks or Ranks()
     texts, config, paths, backbone = _prepare(model, images, progress)
-    identity = _identity(config, texts, paths)
+    identity = _identity(config, texts, paths, backbone)
     ranks.refuse_different("images, texts, settings or versions", [identity, versions()])
     replaced = _check_room(folder, identity, resume=resume, overwrite=overwrite)
     ranks.wait()  # all have looked before the first changes anything
@@ -106,6 +106,7 @@ def adapt_into(
         "classes": list(texts.classes),
         "seed": config.seed,
         "backbone": config.backbone,
+        "origin": backbone.origin,
         "method": config.method.name,
         "versions": versions(),
         "resumed": resume,
@@ -198,7 +199,7 @@ def plan(
 ) -> dict[str, Any]:
     """What ``adapt_into`` would do, everything checked and nothing written. Raises what it would raise."""
     texts, config, paths, backbone = _prepare(model, images, Progress())
-    _check_room(folder, _identity(config, texts, paths), resume=resume, overwrite=overwrite)
+    _check_room(folder, _identity(config, texts, paths, backbone), resume=resume, overwrite=overwrite)
     resolved = resolve(config, images=len(paths), classes=len(texts.classes), input_size=backbone.input_size)
     return {
         "out": str(folder),
@@ -230,7 +231,7 @@ def _why_unfinished(error: FinealignError) -> dict[str, Any]:
     return {"status": "failed", "stopped": str(error), **batch}
 
 
-def _identity(config: Config, texts: Texts, paths: Sequence[Path]) -> dict[str, str]:
+def _identity(config: Config, texts: Texts, paths: Sequence[Path], backbone: Backbone) -> dict[str, str]:
     """What must be the same for a run to be resumed, one checksum a part. Where it runs may differ."""
     unimportant: Any = {"device": True, "data": {"cache", "cache_gb", "workers"}, "training": {"checkpoint_minutes"}}
     settings = config.model_dump(exclude=unimportant)
@@ -242,7 +243,7 @@ def _identity(config: Config, texts: Texts, paths: Sequence[Path]) -> dict[str, 
         name: hashlib.sha256(json.dumps(part, sort_keys=True, default=str).encode()).hexdigest()
         for name, part in parts.items()
     }
-    return found | {"images": images.hexdigest()}
+    return found | {"images": images.hexdigest(), "weights": backbone.checksum}
 
 
 def _prepare(model: FineAlign, images: Images, progress: Progress) -> tuple[Texts, Config, Sequence[Path], Backbone]:
