@@ -309,7 +309,7 @@ def make_room(folder: Path, replaced: Sequence[Path]) -> None:
 def _read_identity(path: Path) -> dict[str, Any]:
     try:
         identity = json.loads(path.read_text(encoding="utf-8"))["identity"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise OutputError(f"{path} cannot be read ({error}), so the run cannot be resumed. Use --overwrite.") from error
     return identity if isinstance(identity, dict) else {}
 
@@ -333,9 +333,12 @@ class _Metrics:
         if not self.path.exists():
             return []
         found = []
-        for line in self.path.read_text(encoding="utf-8").splitlines():
+        for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
-                found.append(json.loads(line))
-            except ValueError:
+                record = json.loads(line)
+            except (ValueError, RecursionError):
                 break  # torn by an interruption: that epoch's checkpoint was not written either
+            if not isinstance(record, dict) or type(record.get("epoch")) is not int:
+                break
+            found.append(record)
         return found
