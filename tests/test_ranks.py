@@ -90,11 +90,10 @@ def test_adapt__by_two_processes_as_by_one(tiny_backbone: Tiny, pictures: Path, 
         first, second = json.loads(line), json.loads(other)
         assert first["class_share"] == second["class_share"]
         assert first["changed"] == second["changed"]
-        assert first["loss"] == pytest.approx(second["loss"], rel=1e-5)
+        assert first["loss"] == second["loss"]
     alone, shared = learned(one), learned(two)
     assert alone.keys() == shared.keys()
-    for name, value in alone.items():
-        torch.testing.assert_close(shared[name], value, rtol=1e-4, atol=1e-6, msg=name)
+    assert [name for name, value in alone.items() if not torch.equal(value, shared[name])] == []
     assert labels(one) == labels(two)
     assert (one / "set_aside.csv").read_text() == (two / "set_aside.csv").read_text()
 
