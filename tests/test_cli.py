@@ -507,6 +507,10 @@ def test_adapt__interrupted_tells_how_to_go_on(made: Made, tmp_path: Path, monke
     monkeypatch.setattr("sys.argv", ["/bin/finealign", "adapt", "my photos", "--overwrite"])
     result = command(*made.adapt("--out", tmp_path / "run"))
     assert result.exit_code == 130
+    assert result.stderr.strip() == "Interrupted. Nothing was begun yet."
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").touch()
+    result = command(*made.adapt("--out", tmp_path / "run"))
     assert f"Interrupted. What was done is in {tmp_path / 'run'}. Go on with:" in result.stderr
     assert "\nfinealign adapt 'my photos' --resume\n" in result.stderr
 

@@ -52,7 +52,7 @@ def weights(out: Path) -> list[bytes]:
 
 def start(command: list[str], out: Path, *, epochs: int) -> "subprocess.Popen[str]":
     """A run that has gone so far and goes on."""
-    going = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    going = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
     metrics, until = out / "metrics.jsonl", time.monotonic() + 120
     while going.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") >= epochs):
         assert time.monotonic() < until, "waited in vain"
@@ -72,14 +72,16 @@ def uninterrupted(tiny_backbone: Tiny, tmp_path_factory: pytest.TempPathFactory)
     return photos, weights(folder / "whole")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(("number", "workers"), [(signal.SIGTERM, 2), (signal.SIGINT, 0)])
 def test_signal__saves_and_tells_the_command_that_goes_on(
-    uninterrupted: tuple[Path, list[bytes]], tiny_backbone: Tiny, tmp_path: Path, number: signal.Signals
+    uninterrupted: tuple[Path, list[bytes]], tiny_backbone: Tiny, tmp_path: Path, number: signal.Signals, workers: int
 ) -> None:
+    """To the whole group, as a scheduler or a terminal sends it: to the processes that make views as well."""
     photos, wanted = uninterrupted
     out = tmp_path / "my run"
-    with start(words(photos, tiny_backbone("transformer"), out), out, epochs=3) as going:
-        going.send_signal(number)
+    command = words(photos, tiny_backbone("transformer"), out, f"--set=data.workers={workers}")
+    with start(command, out, epochs=3) as going:
+        os.killpg(going.pid, number)
         _, told = going.communicate(timeout=60)
     assert going.returncode == 128 + number
     assert "Traceback" not in told
@@ -146,6 +148,18 @@ def test_full_disk__is_told_and_what_was_good_goes_on(
 def run(photos: Path, backbone: str, out: Path, on_epoch: Callable[[EpochRecord], None], **more: Any) -> None:
     model = FineAlign(CLASSES, config=tiny_config(backbone, training__epochs=4, training__anchor_steps=0))
     adapt_into(out, model, photos, on_epoch=on_epoch, keep_adapted=True, **more)
+
+
+def test_overwrite__cut_short_leaves_a_run_that_can_be_overwritten(
+    photos: Path, tiny_backbone: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backbone, out = tiny_backbone("transformer"), tmp_path / "run"
+    run(photos, backbone, out, lambda record: None)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(shutil, "rmtree", lambda path: (_ for _ in ()).throw(KeyboardInterrupt))
+        run(photos, backbone, out, lambda record: None, overwrite=True)
+    run(photos, backbone, out, lambda record: None, overwrite=True)
+    assert json.loads((out / "run.json").read_text())["status"] == "complete"
 
 
 @pytest.mark.parametrize("which", ["run", "checkpoints"])

@@ -175,6 +175,7 @@ def test_alone__nothing_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ranks.texts("ä") == ["ä"]
     assert ranks.any(True)
     assert not ranks.any(False)
+    assert Ranks(0, 3).gather(torch.empty(2, 0, 5), [2, 2, 1]).shape == (5, 0, 5)  # nothing to send
     ranks.add_gradients([part])
     ranks.follow([part])
     ranks.refuse_different("anything", object())

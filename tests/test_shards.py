@@ -243,6 +243,7 @@ def test_path_list__is_a_sequence_like_a_list() -> None:
     assert paths[::-2] == plain[::-2]
     assert paths != plain[:-1]
     assert paths != "a/b.png"
+    assert paths != names
     assert not PathList([])
     with pytest.raises(IndexError):
         paths[5]

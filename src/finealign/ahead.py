@@ -1,5 +1,6 @@
 """Results made while the one before is in use, so that the model never waits for its input. Order stays."""
 
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Generic, TypeVar
@@ -28,10 +29,19 @@ def _by_processes(
 
     dataset: Any = _Work(work, items)
     # batch_size=None: an item is a batch already.
-    for result in DataLoader(dataset, batch_size=None, num_workers=workers, pin_memory=pinned):
+    loader = DataLoader(
+        dataset, batch_size=None, num_workers=workers, pin_memory=pinned, worker_init_fn=_leave_signals_to_the_parent
+    )
+    for result in loader:
         if isinstance(result, Exception):
             raise result
         yield result
+
+
+def _leave_signals_to_the_parent(worker: int) -> None:
+    """A signal to the whole group is the parent's to answer: it ends its workers when it has saved."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class _Work(Generic[Item, Result]):

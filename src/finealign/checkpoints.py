@@ -2,6 +2,7 @@
 
 import json
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,8 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
     name = f"epoch-{checkpoint.epoch:04d}" + (f"-step-{checkpoint.step:04d}" if checkpoint.step else "")
     save_tensors(checkpoint.tensors, folder / f"{name}.safetensors", metadata=header)
     for old in _in_order(folder)[:-KEPT]:
-        old.unlink()
+        with suppress(OSError):  # one too many does no harm
+            old.unlink()
 
 
 def read_last_checkpoint(folder: Path) -> Checkpoint | None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from finealign.backbone import Backbone, load_backbone
 from finealign.config import DEFAULT_BACKBONE, Config, MethodSettings, make_config, resolve
 from finealign.devices import WantedPrecision, choose_device, choose_precision
-from finealign.errors import ConfigError, FinealignError, ImageInputError
+from finealign.errors import ConfigError, FinealignError, ImageInputError, StoppedError
 from finealign.images import ImageReadError, Pixels, display_path, in_order, list_images, read_image
 from finealign.methods import Method, create_method, find_method, method_options, method_settings
 from finealign.model_folder import SavedModel, read_model, write_model
@@ -384,15 +384,21 @@ class FineAlign:
                 done = count
                 progress.stop_if_asked()
 
-            with self._ranks.first_of_each_machine():
-                stored, self.set_aside_ = store_pixels(
-                    paths,
-                    shorter_side=data.working_size,
-                    max_pixels=data.max_pixels,
-                    folder=folder,
-                    max_bytes=int(data.cache_gb * 1e9),
-                    on_progress=advance,
-                )
+            failed: FinealignError | None = None
+            with self._ranks.first_of_each_machine():  # which all have to leave, whatever befalls one
+                try:
+                    stored, self.set_aside_ = store_pixels(
+                        paths,
+                        shorter_side=data.working_size,
+                        max_pixels=data.max_pixels,
+                        folder=folder,
+                        max_bytes=int(data.cache_gb * 1e9),
+                        on_progress=advance,
+                    )
+                except FinealignError as error:
+                    failed = error
+        if self._ranks.any(failed is not None):
+            raise failed or StoppedError("Stopped, as another process of the run was.")
         self.paths_ = stored.paths
         self._ranks.refuse_different("the images that can be read", [len(stored.paths), _digest(stored.paths)])
         return stored

@@ -6,8 +6,8 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -86,7 +86,7 @@ def adapt(
         from finealign.methods import method_settings
         from finealign.prompts import read_classes, read_descriptions, read_templates
         from finealign.ranks import Ranks
-        from finealign.run_folder import adapt_into, default_folder, plan
+        from finealign.run_folder import RUN, adapt_into, default_folder, plan
         from finealign.terminal import Bars
 
         base = method_settings(method) if method else {}
@@ -108,8 +108,14 @@ def adapt(
             found = plan(folder, model, images, resume=resume, overwrite=overwrite)
             if ranks.first:
                 _show_plan(found, as_json)
+            ranks.leave()
             return
-        with _stoppable(Bars(drawn=ranks.first), go_on=f"What was done is in {folder}. {_how_to_resume()}") as progress:
+
+        def go_on() -> str:
+            begun = (folder / RUN).is_file()
+            return f"What was done is in {folder}. {_how_to_resume()}" if begun else "Nothing was begun yet."
+
+        with _stoppable(Bars(drawn=ranks.first), go_on=go_on) as progress:
             summary = adapt_into(
                 folder, model, images, resume=resume, overwrite=overwrite, keep_adapted=keep_adapted, progress=progress
             )
@@ -146,9 +152,12 @@ def predict(
         paths = list_images(images)
         loaded = FineAlign.load(model, device=device, precision=precision, ranks=ranks)
         names = loaded.texts_.classes
-        nothing = "No file was written; the same command starts again."
+
+        def go_on() -> str:
+            return "No file was written; the same command starts again."
+
         with (
-            _stoppable(Bars(drawn=ranks.first), go_on=nothing) as progress,
+            _stoppable(Bars(drawn=ranks.first), go_on=go_on) as progress,
             progress.stage("predicting", len(paths)) as stage,
         ):
             found = loaded.readable_predictions(paths, score=score, advance=progress.between(stage, ranks))
@@ -168,7 +177,8 @@ def predict(
         if out and loaded.set_aside_:
             set_aside_csv(loaded.set_aside_, beside(out))
         elif out:
-            beside(out).unlink(missing_ok=True)  # of an earlier run that is being replaced
+            with suppress(OSError):
+                beside(out).unlink(missing_ok=True)  # of an earlier run that is being replaced
         if as_json:
             result: dict[str, Any] = {"images": count, "set_aside": [asdict(row) for row in loaded.set_aside_]}
             _print_json(result | ({"out": str(out)} if out else {"predictions": [row.as_json() for row in rows]}))
@@ -192,9 +202,11 @@ def evaluate(
     with _working(as_json):
         from finealign.classifier import FineAlign
         from finealign.evaluate import evaluate_predictions, read_truth
+        from finealign.ranks import Ranks
         from finealign.terminal import Bars, evaluation_tables
 
-        loaded = FineAlign.load(model, device=device, precision=precision)
+        ranks = Ranks.launched(device)
+        loaded = FineAlign.load(model, device=device, precision=precision, ranks=ranks)
         truth = read_truth(labelled, loaded.texts_.classes)
         progress = Bars()
         with progress.stage("evaluating", len(truth.paths)) as stage:
@@ -203,6 +215,9 @@ def evaluate(
             )
         names, unread = loaded.texts_.classes, len(loaded.set_aside_)
         found = evaluate_predictions(predictions, truth, names, set_aside=unread)
+        ranks.leave()
+        if not ranks.first:
+            return
         if as_json:
             _print_json(found)
             return
@@ -222,6 +237,7 @@ def demo(
 ) -> None:
     """Compare the methods on drawn birds with the small model that ships along: no download, no labels."""
     with _working(as_json):
+        _refuse_launcher()
         from finealign.demo.run import default_folder, run_demo
         from finealign.terminal import Bars, demo_table
 
@@ -263,6 +279,7 @@ def benchmark(
 ) -> None:
     """Run methods on labelled sets and tabulate them: top-1, gain over zero-shot, paired intervals, time."""
     with _working(as_json):
+        _refuse_launcher()
         from finealign.benchmark.catalogue import DATA_SETS
         from finealign.benchmark.grid import Cell, Grid, run_grid
         from finealign.benchmark.table import against_published, gains, make_table, markdown, save_table
@@ -407,15 +424,23 @@ def _guarded(as_json: bool) -> Iterator[None]:
 
 
 @contextmanager
-def _stoppable(progress: "Bars", *, go_on: str) -> Iterator["Bars"]:
+def _stoppable(progress: "Bars", *, go_on: Callable[[], str]) -> Iterator["Bars"]:
     """Where SIGTERM and Ctrl-C end the work between two pieces of it: exit code 128 plus the signal, as in a shell."""
     try:
         with progress.listening():
             yield progress
     except (StoppedError, KeyboardInterrupt) as error:
         if os.environ.get("RANK", "0") == "0":
-            typer.echo(f"{error if isinstance(error, StoppedError) else 'Interrupted.'} {go_on}", err=True)
+            typer.echo(f"{error if isinstance(error, StoppedError) else 'Interrupted.'} {go_on()}", err=True)
         raise typer.Exit(128 + (progress.stopped_by or signal.SIGINT)) from None
+
+
+def _refuse_launcher() -> None:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise FinealignError(
+            "This verb is not shared among the processes of a launcher. Start it without one; several "
+            "`finealign benchmark` with the same --out share its cells."
+        )
 
 
 def _how_to_resume() -> str:

@@ -4,6 +4,7 @@ With several ranks each encodes its share; the features come together on all of 
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -109,7 +110,8 @@ class EncodedAfresh:
         self.kept_in = name
         kept = sorted(self.folder.glob("features-*.safetensors"), key=lambda path: int(path.stem.partition("-")[2]))
         for old in kept[:-2] if self.ranks.first else ():
-            old.unlink()  # the last two checkpoints need the last two files at most
+            with suppress(OSError):  # one too many does no harm
+                old.unlink()  # the last two checkpoints need the last two files at most
 
     def take_up(self, name: str) -> None:
         """Use the features an earlier process kept. Raises ModelError."""
@@ -132,7 +134,13 @@ class EncodedAfresh:
     def whole_images(self, epoch: int) -> Tensor:
         if self.kept:
             return self._on_device("weak", torch.arange(len(self.images)))
-        return torch.cat([part.weak for part in self._encode(range(len(self.images)), epoch, crops=False)])
+        parts = []
+        with self.progress.stage("encoding all images", len(self.images)) as stage:
+            after_part = self.progress.between(stage, self.ranks)
+            for part in self._encode(range(len(self.images)), epoch, crops=False):
+                parts.append(part.weak)
+                after_part(len(part.weak))
+        return torch.cat(parts)
 
     def _on_device(self, name: str, batch: Tensor) -> Tensor:
         rows = self.kept[name][batch]

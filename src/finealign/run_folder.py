@@ -156,6 +156,11 @@ def adapt_into(
             with suppress(OutputError):  # the error itself says more
                 _write_json(folder / RUN, run | _why_unfinished(error))
         raise
+    except BaseException as error:
+        if ranks.first and folder.is_dir():
+            with suppress(OutputError):
+                _write_json(folder / RUN, run | {"status": "failed", "stopped": f"{type(error).__name__}: {error}"})
+        raise
     set_aside = model.set_aside_
     seconds = time.time() - began - listening
     run |= {
@@ -280,7 +285,8 @@ def _check_room(folder: Path, identity: dict[str, str], *, resume: bool, overwri
         raise OutputError(
             f"{folder} already holds a run. Use --resume to continue it, --overwrite to replace it, or another --out."
         )
-    return [folder / name for name in CONTENTS if name in there]
+    # Its run.json is written over: without it what a kill leaves would not be known for a run's.
+    return [folder / name for name in CONTENTS if name in there and name != RUN]
 
 
 def names_in(folder: Path) -> set[str]:

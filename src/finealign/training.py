@@ -45,7 +45,7 @@ class EpochRecord:
     changed: float  # share of pseudo-labels that differ from the epoch before; 1 in the first
     class_share: list[float]  # share of images labelled as each class
     learning_rate: float  # of the normalisation parameters, at the end
-    seconds: float
+    seconds: float  # of an epoch that was stopped midway, since it was resumed
     images_per_second: float
 
 
@@ -116,7 +116,9 @@ def adapt(
                 raise StoppedError(f"Stopped after step {state.step} of epoch {state.epoch + 1} of {epochs}.")
 
         todo = range(state.epoch, epochs)
-        for record in run_epochs(state, encoded, config, todo, progress, after_step=after_step, name_of=name_of):
+        for record in run_epochs(
+            state, encoded, config, todo, progress, after_step=after_step, before_last_pass=save, name_of=name_of
+        ):
             records.append(record)
             on_epoch(record)
             save(record)
@@ -146,12 +148,14 @@ def run_epochs(
     progress: Progress,
     *,
     after_step: Callable[[], None] = lambda: None,
+    before_last_pass: Callable[[], None] = lambda: None,
     name_of: Callable[[int], str] = lambda image: f"number {image}",
 ) -> Iterator[EpochRecord]:
     """Run these epochs of ``epochs.stop``, each recorded as it ends; ``state`` changes in place.
 
     The first may have been begun: ``state.step`` steps of it are done. ``after_step`` is called when all was found to
-    be finite: on a GPU not after each step. Raises NotFiniteError.
+    be finite: on a GPU not after each step; ``before_last_pass`` when all steps are done and the anchors' last are not.
+    Raises NotFiniteError.
     """
     training, images = config.training, len(state.labels)
     batches_an_epoch = math.ceil(images / training.batch_size)
@@ -174,6 +178,8 @@ def run_epochs(
                     settle_anchors(state, source, config, epoch, name_of=name_of)
             batches = _batches(images, batches_an_epoch, seed=config.seed, epoch=epoch)
             left = batches[state.step :]
+            images_left = sum(map(len, left))
+            stage.advance(images - images_left)
             for batch, strong in zip(left, source.strong_features(epoch, left), strict=True):
                 set_rates(epoch, state.step)
                 state.meter.add(batch, *step(state, source.label_features(batch, epoch), strong))
@@ -185,10 +191,12 @@ def run_epochs(
                     after_step()
             rate = set_rates(epoch, len(batches) - 1)  # anew, for an epoch whose last step was before a stop
             last = epoch + 1 == epochs.stop and training.last_label_pass and _settles(state.method, config)
+            if last:
+                before_last_pass()
             if last and source.renew(epoch + 1):
                 settle_anchors(state, source, config, epoch + 1, name_of=name_of)
             labels = state.meter.labels()
-            record = state.meter.record(epoch + 1, labels, state.labels, rate, began)
+            record = state.meter.record(epoch + 1, labels, state.labels, rate, images_left, began)
             state.labels, state.epoch, state.step = labels, epoch + 1, 0
             state.meter = _Meter(classes=state.method.num_classes)
             stage.note(f"epoch {epoch + 1}/{epochs.stop} loss {record.loss:.3f} changed {record.changed:.1%}")
@@ -373,7 +381,10 @@ class _Meter:
         order = torch.cat(self.batches)
         return torch.empty_like(order).scatter_(0, order, torch.cat(self.found).cpu())
 
-    def record(self, epoch: int, labels: Tensor, before: Tensor, learning_rate: float, began: float) -> EpochRecord:
+    def record(
+        self, epoch: int, labels: Tensor, before: Tensor, learning_rate: float, images: int, began: float
+    ) -> EpochRecord:
+        """Of an epoch of which so many images were looked at since it began here."""
         seconds = time.perf_counter() - began
         return EpochRecord(
             epoch=epoch,
@@ -384,7 +395,7 @@ class _Meter:
             class_share=(torch.bincount(labels, minlength=self.classes) / len(labels)).tolist(),
             learning_rate=learning_rate,
             seconds=seconds,
-            images_per_second=len(labels) / seconds,
+            images_per_second=images / seconds,
         )
 
 
