@@ -87,7 +87,7 @@ def draw(rows: list[Row], path: Path) -> None:
         axis.plot([row[0] / 60 for row in rows], [row[column] for row in rows], linewidth=1)
         axis.set(ylabel=label, ylim=(0, 1.2 * max(row[column] for row in rows)))
     axes[1].set_xlabel("minutes")
-    figure.savefig(path)
+    figure.savefig(path, metadata={"Date": None})
 
 
 def main() -> None:

@@ -13,6 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import psutil
 import pytest
 
 from conftest import CLASSES, tiny_config, unprivileged
@@ -240,3 +242,21 @@ def test_not_finite__run_json_names_every_image_of_the_batch(
     assert last is not None
     assert last.epoch == 1
     assert isinstance(caught.value, FinealignError)
+
+
+def test_long_run__memory_and_open_files_stay(photos: Path, tiny_backbone: Tiny, tmp_path: Path) -> None:
+    """benchmarks/soak.py in short: a label pass and a checkpoint an epoch, predictions now and then."""
+    process, seen = psutil.Process(), []
+    backbone = tiny_backbone("transformer")
+    config = tiny_config(backbone, training__epochs=120, training__anchor_steps=2, views__refresh_epochs=1)
+    model = FineAlign(CLASSES, config=config)
+
+    def measure(record: EpochRecord) -> None:
+        if record.epoch % 10 == 0:
+            model.predict_proba(photos)
+        seen.append((process.memory_info().rss, process.num_fds()))
+
+    adapt_into(tmp_path / "run", model, photos, on_epoch=measure, keep_adapted=True)
+    early, late = ([rss for rss, _ in part] for part in (seen[50:70], seen[100:]))
+    assert np.median(late) < 1.02 * np.median(early)
+    assert len({files for _, files in seen[50:]}) == 1
