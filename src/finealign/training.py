@@ -179,7 +179,8 @@ def run_epochs(
             batches = _batches(images, batches_an_epoch, seed=config.seed, epoch=epoch)
             left = batches[state.step :]
             images_left = sum(map(len, left))
-            stage.advance(images - images_left)
+            if state.step:
+                stage.advance(images - images_left)
             for batch, strong in zip(left, source.strong_features(epoch, left), strict=True):
                 set_rates(epoch, state.step)
                 state.meter.add(batch, *step(state, source.label_features(batch, epoch), strong))
