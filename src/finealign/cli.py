@@ -45,7 +45,14 @@ def main() -> None:
     """The command."""
     # open_clip logs to the root logger, and one that nobody has set up would print every line to the screen.
     logging.basicConfig(handlers=[logging.NullHandler()])
-    app()
+    try:
+        app()
+    except SystemExit as done:
+        if "LOCAL_RANK" in os.environ:  # threads of gloo's now and then abort an interpreter that takes itself down
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(done.code if isinstance(done.code, int) else done.code is not None)
+        raise
 
 
 @app.callback(invoke_without_command=True)

@@ -135,6 +135,7 @@ class Ranks:
     def leave(self) -> None:
         """At the end, when no rank needs another any more."""
         if self.count > 1:
+            self.wait()
             process_state().destroy_process_group()
 
     @contextmanager
