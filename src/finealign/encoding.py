@@ -153,7 +153,7 @@ class EncodedAfresh:
         strong = self._ahead(_StrongViews(self.images, self.views, epoch), shares)
         for batch, views in zip(batches, strong, strict=True):
             # On a CPU one process takes the halves that two would, so that both round alike and their runs are the same
-            # bit for bit: the optimiser makes much of what little rounding leaves. It costs no time there.
+            # bit for bit: the optimiser makes much of what little rounding leaves.
             halves = views.tensor_split(2) if self.halved and len(views) > 1 else [views]
             part = torch.cat([self.backbone.encode_images(half, self.strongly) for half in halves])
             yield self.ranks.gather(part, self.ranks.sizes(len(batch)))
