@@ -34,13 +34,13 @@ ORDER = [
     "ahead",
     "mapped",
     "prompts",
-    "describe",
     "views",
     "alignment",
     "towers",
     "hub",
     "backbone",
     "devices",
+    "describe",
     "checkpoints",
     "pseudo_labels",
     "losses",
@@ -49,6 +49,7 @@ ORDER = [
     "training",
     "model_folder",
     "classifier",
+    "export",
     "predictions",
     "evaluate",
     "verdict",
@@ -65,7 +66,19 @@ ORDER = [
 PURE_MATHS = ["alignment", "pseudo_labels", "losses"]
 MAY_READ_TRUTH = {"evaluate", "cli", "demo.run", "benchmark.catalogue", "benchmark.grid", "benchmark.table"}
 PICKLES = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
-NETWORK = {"aiohttp", "ftplib", "http", "httpx", "huggingface_hub", "requests", "socket", "ssl", "urllib", "urllib3"}
+NETWORK = {
+    "aiohttp",
+    "ftplib",
+    "http",
+    "httpx",
+    "huggingface_hub",
+    "openai",
+    "requests",
+    "socket",
+    "ssl",
+    "urllib",
+    "urllib3",
+}
 LABELS = re.compile(r"label|target|truth|annotation|ground|^y$|^y_", re.IGNORECASE)
 
 

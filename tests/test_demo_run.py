@@ -566,8 +566,8 @@ def test_choose_examples__from_all_over_the_classes() -> None:
 def example(path: Path, before: int, after: int, truth: int, weights: list[float]) -> Example:
     boxes = tuple((number, number, number + 12, number + 12) for number in range(len(weights)))
     none = np.zeros(0, dtype=np.float32)
-    seen = Explanation(path, 30, 24, "las", boxes, np.array(weights, dtype=np.float32), none, none)
-    return Example(seen, before, after, truth)
+    seen = Explanation(30, 24, "las", boxes, np.array(weights, dtype=np.float32), none, none)
+    return Example(path, seen, before, after, truth)
 
 
 @pytest.fixture

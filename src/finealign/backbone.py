@@ -4,7 +4,7 @@ import copy
 import hashlib
 import json
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -172,7 +172,7 @@ class Backbone:
             return self._texts[1]
         prompts = [template.replace("{}", name) for name in texts.classes for template in texts.templates]
         sentences = [sentence for group in texts.descriptions for sentence in group]
-        encoded = self._encode_sentences(prompts + sentences)
+        encoded = self.encode_sentences(prompts + sentences)
         names = encoded[: len(prompts)].reshape(len(texts.classes), len(texts.templates), -1).mean(1)
         class_of = [index for index, group in enumerate(texts.descriptions) for _ in group]
         features = TextFeatures(
@@ -183,25 +183,40 @@ class Backbone:
         self._texts = texts, features
         return features
 
-    def _encode_sentences(self, sentences: list[str]) -> Tensor:
+    @torch.inference_mode()
+    def encode_sentences(self, sentences: Sequence[str]) -> Tensor:
+        """Normalised embeddings of texts (n, D), float32. Raises BackboneError as ``encode_texts`` does."""
         features = []
         for start in range(0, len(sentences), TEXT_CHUNK):
-            chunk = sentences[start : start + TEXT_CHUNK]
-            tokens = self.tokenizer(chunk)
-            self._refuse_overflow(chunk, tokens.shape[1])
-            tokens = tokens.to(self.device)
+            chunk = list(sentences[start : start + TEXT_CHUNK])
+            self._refuse_overflow(chunk)
+            tokens = self.tokenizer(chunk).to(self.device)
             features.append(normalize(self.model.encode_text(tokens).float(), dim=-1))
         return torch.cat(features)
 
-    def _refuse_overflow(self, sentences: list[str], window: int) -> None:
-        """Tokenised with room to spare, a text that fits has nothing but padding after the window."""
+    @property
+    def window(self) -> int:
+        """How many tokens of a text are read."""
+        return int(self.tokenizer(["a"]).shape[1])
+
+    def beyond_window(self, sentences: Sequence[str]) -> list[bool]:
+        """Whether each text is longer than what is read of one.
+
+        Tokenised with room to spare, a text that fits has nothing but padding after the window.
+        """
+        window = self.window
         padding = self.tokenizer(["a"], context_length=2 * window)[0, -1]
-        beyond = (self.tokenizer(sentences, context_length=2 * window)[:, window:] != padding).any(1).tolist()
-        cut = [sentence for sentence, longer in zip(sentences, beyond, strict=True) if longer]
+        found: list[bool] = (
+            (self.tokenizer(list(sentences), context_length=2 * window)[:, window:] != padding).any(1).tolist()
+        )
+        return found
+
+    def _refuse_overflow(self, sentences: list[str]) -> None:
+        cut = [text for text, longer in zip(sentences, self.beyond_window(sentences), strict=True) if longer]
         if cut:
             raise BackboneError(
-                f"{len(cut)} texts are longer than the {window} tokens that {self.identifier} reads, and would be cut "
-                f"silently. The first: {cut[0]!r:.120}. Shorten them."
+                f"{len(cut)} texts are longer than the {self.window} tokens that {self.identifier} reads, and would be "
+                f"cut silently. The first: {cut[0]!r:.120}. Shorten them."
             )
 
     @property

@@ -278,21 +278,37 @@ class FineAlign:
             raise ImageInputError(
                 f"Cannot explain '{display_path(path)}': {error}. Give the path of one image that can be read."
             ) from error
-        height, width = pixels.shape[:2]
+        return self.explain_pixels([pixels], score=kind)[0]
+
+    def explain_pixels(
+        self, images: Sequence[Pixels], *, score: Score | None = None, with_start: bool = False
+    ) -> list[Explanation]:
+        """As ``explain`` for images that are decoded already, (H, W, 3) uint8 each, encoded together.
+
+        By ``global`` there are no crops to tell of. ``with_start`` also scores each by the model adaptation started
+        from. Raises ConfigError for a score the method does not have.
+        """
+        self._require_fitted()
+        kind = _choose_score(type(self.method_), self.config_.prediction.score, score)
+        look = _Look(crops=kind != "global")
+        seen = [self._render(pixels, crops=look.crops) for pixels in images]
+        if not seen:
+            return []
         with torch.inference_mode():
-            features = self._embed([self._render(pixels, crops=True)], _Look(crops=True))
-            weights = self.method_.crop_weights(features)
-            scores, probabilities = self._with_probabilities(self.method_, features, kind)
-        return Explanation(
-            path=path,
-            width=width,
-            height=height,
-            score=kind,
-            boxes=tuple(self._views.crop_boxes(height, width, epoch=PREDICTION_EPOCH, image=0)),
-            weights=weights[0].cpu().numpy(),
-            scores=scores[0],
-            probabilities=probabilities[0],
-        )
+            features = self._embed(seen, look)
+            weights = self.method_.crop_weights(features) if look.crops else features.weak.new_empty(len(seen), 0)
+            pairs = [self._with_probabilities(self.method_, features, kind)]
+            if with_start:
+                before = self._embed(seen, _Look(crops=False, at_start=True))
+                pairs.append(self._with_probabilities(self.start_method_, before, "global"))
+        found = []
+        for index, pixels in enumerate(images):
+            height, width = pixels.shape[:2]
+            boxes = self._views.crop_boxes(height, width, epoch=PREDICTION_EPOCH, image=0) if look.crops else []
+            weight = weights[index].cpu().numpy()
+            scored = (rows[index] for pair in pairs for rows in pair)
+            found.append(Explanation(width, height, kind, tuple(boxes), weight, *scored))
+        return found
 
     @property
     def score_(self) -> Score:

@@ -204,7 +204,13 @@ def read_image(path: Path, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
         ImageReadError: the file is not a whole image of at most ``max_pixels``, and ``MAX_SIDE`` a side; the message is
             the reason alone.
     """
-    with open_regular(path) as file, _quiet_pillow:
+    with open_regular(path) as file:
+        return decode_image(file, max_pixels=max_pixels)
+
+
+def decode_image(file: BinaryIO, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """The image in an open file that can be sought in, as ``read_image`` gives it. Raises ImageReadError as it does."""
+    with _quiet_pillow:
         try:
             image = _identify(file)
             width, height = image.size

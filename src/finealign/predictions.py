@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
+from numpy.typing import NDArray
 
 from finealign.errors import OutputError, unknown_name
 from finealign.images import display_path
-from finealign.types import Prediction
+from finealign.types import Explanation, Prediction
 
 PARQUET_ROWS = 4096
 
@@ -27,19 +28,42 @@ class Row:
     confidences: list[float]
 
     def as_json(self) -> dict[str, object]:
-        top = [{"label": name, "confidence": value} for name, value in zip(self.labels, self.confidences, strict=True)]
-        return {"path": self.path, "label": self.labels[0], "confidence": self.confidences[0], "top": top}
+        return {"path": self.path} | _top(self.labels, self.confidences)
 
 
 def best_rows(predictions: Iterable[Prediction], classes: Sequence[str], top_k: int) -> Iterator[Row]:
     """The ``top_k`` most probable classes of each prediction; ties go to the class named first."""
     for prediction in predictions:
-        order = np.argsort(-prediction.probabilities, kind="stable")[:top_k]
-        yield Row(
-            path=display_path(prediction.path),
-            labels=[classes[index] for index in order],
-            confidences=[round(float(prediction.probabilities[index]), 6) for index in order],
-        )
+        yield Row(display_path(prediction.path), *_best(prediction.probabilities, classes, top_k))
+
+
+def explained(found: Explanation, classes: Sequence[str], top_k: int) -> dict[str, object]:
+    """An explanation as JSON: the best classes, those of the start (null where unknown), and each crop's weight.
+
+    Boxes are left, top, right, bottom in pixels of an image of ``width`` by ``height``.
+    """
+    start = found.start_probabilities
+    return {
+        **_top(*_best(found.probabilities, classes, top_k)),
+        "start": None if start is None else _top(*_best(start, classes, top_k)),
+        "score": found.score,
+        "width": found.width,
+        "height": found.height,
+        "crops": [
+            {"box": list(box), "weight": round(float(weight), 6)}
+            for box, weight in zip(found.boxes, found.weights, strict=True)
+        ],
+    }
+
+
+def _best(probabilities: NDArray[np.float32], classes: Sequence[str], top_k: int) -> tuple[list[str], list[float]]:
+    order = np.argsort(-probabilities, kind="stable")[:top_k]
+    return [classes[index] for index in order], [round(float(probabilities[index]), 6) for index in order]
+
+
+def _top(labels: list[str], confidences: list[float]) -> dict[str, object]:
+    top = [{"label": name, "confidence": value} for name, value in zip(labels, confidences, strict=True)]
+    return {"label": labels[0], "confidence": confidences[0], "top": top}
 
 
 def check_destination(path: Path, *, overwrite: bool) -> None:

@@ -95,17 +95,18 @@ class Explanation:
     """What a fitted model looks at in one image, and what it makes of it.
 
     Boxes are in pixels of the image as it is shown, its EXIF rotation applied. Scores and probabilities are those the
-    model predicts with by the same score.
+    model predicts with by the same score; so are those of the model it started from, where that was asked for.
     """
 
-    path: Path
     width: int  # of the image as it is shown, in pixels
     height: int
-    score: Score  # what the scores are: "las" or "fused"
-    boxes: tuple[Box, ...]  # N crops
+    score: Score  # what the scores are
+    boxes: tuple[Box, ...]  # N crops; none for "global", which looks at the image as a whole
     weights: NDArray[np.float32]  # (N,) how much each crop counts, in [0, 1]; they sum to 1
     scores: NDArray[np.float32]  # (C,)
     probabilities: NDArray[np.float32]  # (C,)
+    start_scores: NDArray[np.float32] | None = None  # (C,)
+    start_probabilities: NDArray[np.float32] | None = None  # (C,)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ apart by colour-blind eyes; right and wrong differ in sign as well as in colour.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -43,6 +44,7 @@ MARKERS = {"fair": "o", "self-training": "s"}
 class Example:
     """A test image whose label changed, and the crops the adapted model looks at; classes by their index."""
 
+    path: Path
     explanation: Explanation
     before: int
     after: int
@@ -255,7 +257,7 @@ def _draw_strip(figure: "Figure", panels: Panels) -> None:
         seen = example.explanation
         left = 0.45 + place * pitch
         axes = _axes(figure, left, top, side, side)
-        axes.imshow(np.asarray(read_image(seen.path)), interpolation="antialiased")
+        axes.imshow(np.asarray(read_image(example.path)), interpolation="antialiased")
         axes.set_anchor("S")
         axes.set_axis_off()
         heaviness = relative(seen.weights)

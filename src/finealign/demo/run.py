@@ -277,6 +277,7 @@ def _panels(found: dict[str, _Measured], truth: Truth, classes: tuple[str, ...])
     still = int(changed.sum()) - mended - broken
     examples = [
         Example(
+            path=truth.paths[index],
             explanation=adapted.model.explain(truth.paths[index], score="las"),
             before=int(start.labels[index]),
             after=int(adapted.labels[index]),
