@@ -41,7 +41,17 @@ from test_cli import command, discerning, only_json
 
 Tiny = Callable[[str], str]
 ORDER = ["zero-shot", "cupl", "wca", "self-training", "fair"]
-RUN_FOLDER = {"config.yaml", "run.json", "metrics.jsonl", "predictions.csv", "set_aside.csv", "model", "checkpoints"}
+RUN_FOLDER = {
+    "config.yaml",
+    "run.json",
+    "metrics.jsonl",
+    "predictions.csv",
+    "set_aside.csv",
+    "examples",
+    "model",
+    "checkpoints",
+    "report.html",
+}
 LEFT = {"world", "self-training", "fair", "demo.png", "demo.json", "report.md"}
 DESCRIPTIONS: dict[str, tuple[str, ...]] = {name: (f"A {name} square.", f"It is {name} all over.") for name in CLASSES}
 PLACE = {"device": "cpu", "precision": "fp32"}

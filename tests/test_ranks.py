@@ -71,8 +71,8 @@ def learned(folder: Path) -> dict[str, Tensor]:
     return {name: value for name, value in found.tensors.items() if name.startswith(("norms", "method"))}
 
 
-def labels(folder: Path) -> list[str]:
-    return [line.rsplit(",", 1)[0] for line in (folder / "predictions.csv").read_text().splitlines()]
+def labels(folder: Path) -> list[list[str]]:
+    return [line.split(",")[:2] for line in (folder / "predictions.csv").read_text().splitlines()]
 
 
 @pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])

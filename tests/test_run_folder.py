@@ -23,7 +23,17 @@ from finealign.progress import Progress, Stage
 from finealign.run_folder import RunSummary, adapt_into, default_folder, plan
 
 Tiny = Callable[[str], str]
-CONTRACT = {"config.yaml", "run.json", "metrics.jsonl", "predictions.csv", "set_aside.csv", "model", "checkpoints"}
+CONTRACT = {
+    "config.yaml",
+    "run.json",
+    "metrics.jsonl",
+    "predictions.csv",
+    "set_aside.csv",
+    "examples",
+    "model",
+    "checkpoints",
+    "report.html",
+}
 EPOCHS = 4  # of three steps each
 
 
@@ -102,8 +112,8 @@ def run(finished: Path, tmp_path: Path) -> Path:
 
 
 def test_adapt_into__leaves_the_contract(finished: Path) -> None:
-    assert {path.name for path in finished.iterdir()} - {"report.html"} == CONTRACT
-    assert {path.suffix for path in (finished / "model").iterdir()} == {".json", ".safetensors"}
+    assert {path.name for path in finished.iterdir()} == CONTRACT
+    assert {path.suffix for path in (finished / "model").iterdir()} == {".json", ".md", ".safetensors"}
     assert checkpoints(finished) == ["epoch-0003-step-0003", "epoch-0004", "features-0003", "features-0004"]
     assert not list(finished.rglob("*.part"))
 
@@ -284,7 +294,7 @@ def test_adapt_into__overwrite_removes_what_is_ours_alone(run: Path, album: Path
     adapt(run, album, four_epochs(tiny_backbone("transformer"), seed=5, training__epochs=2), overwrite=True)
     assert (run / "thesis.txt").read_text(encoding="utf-8") == "years of work"
     assert (run / "notes" / "a.txt").read_text(encoding="utf-8") == "mine"
-    assert {path.name for path in run.iterdir()} - {"report.html"} == CONTRACT | {"thesis.txt", "notes"}
+    assert {path.name for path in run.iterdir()} == CONTRACT | {"thesis.txt", "notes"}
     assert checkpoints(run) == ["epoch-0001-step-0003", "epoch-0002", "features-0001", "features-0002"]
     assert [line["epoch"] for line in metrics(run)] == [1, 2]
     assert run_json(run)["seed"] == 5

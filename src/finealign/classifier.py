@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
 from itertools import chain, islice, tee
 from pathlib import Path
-from typing import Self, TypeVar
+from typing import Any, Self, TypeVar
 
 import numpy as np
 import torch
@@ -22,11 +22,13 @@ from finealign.devices import WantedPrecision, choose_device, choose_precision
 from finealign.errors import ConfigError, FinealignError, ImageInputError, StoppedError
 from finealign.images import ImageReadError, Pixels, display_path, in_order, list_images, read_image
 from finealign.methods import Method, create_method, find_method, method_options, method_settings
+from finealign.model_card import model_card
 from finealign.model_folder import SavedModel, read_model, write_model
 from finealign.pixels import store_pixels
 from finealign.progress import Progress
 from finealign.prompts import make_texts
 from finealign.ranks import Ranks
+from finealign.storage import save_text
 from finealign.training import EpochRecord, adapt, method_gaze
 from finealign.types import Explanation, ImageFeatures, Prediction, Score, SetAside, TextFeatures, Texts
 from finealign.views import PREDICTION_EPOCH, Views
@@ -328,10 +330,14 @@ class FineAlign:
         self._become(SavedModel(config, self.texts_, self.text_features_, self.backbone_, self.start_method_, {}))
         return self
 
-    def save(self, folder: str | Path) -> None:
-        """Write the fitted model: an open_clip local directory with the anchors and texts beside it."""
+    def save(self, folder: str | Path, *, run: Mapping[str, Any] | None = None) -> None:
+        """Write the fitted model: an open_clip local directory with the anchors and texts beside it, and a model card.
+
+        ``run`` is what ``run.json`` says of how the model was made, for the card.
+        """
         self._require_fitted()
         write_model(self._saved, Path(folder))
+        save_text(model_card(self._saved, run), Path(folder) / "README.md")
 
     @classmethod
     def load(

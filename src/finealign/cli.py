@@ -233,6 +233,43 @@ def evaluate(
 
 
 @app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="A run folder of `finealign adapt`.")],
+    labelled: Annotated[
+        Path | None, typer.Option(help="Measure on these too: a folder of class folders, or a CSV path,label.")
+    ] = None,
+    score: ScoreKind = None,
+    device: Device = "auto",
+    precision: Precision = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Write a run's report.html anew, with accuracy, confusion and calibration where there are labels."""
+    with _working(as_json):
+        _refuse_launcher()
+        from finealign.report import render, save_evaluation, write_report
+
+        if labelled:
+            from finealign.classifier import FineAlign
+            from finealign.evaluate import evaluate_predictions, read_truth
+            from finealign.terminal import Bars
+
+            render(run)  # before the images are looked at: is there a run to report?
+            loaded = FineAlign.load(run, device=device, precision=precision)
+            truth = read_truth(labelled, loaded.texts_.classes)
+            with Bars().stage("evaluating", len(truth.paths)) as stage:
+                predictions = list(
+                    loaded.readable_predictions(truth.paths, score=score, with_start=True, advance=stage.advance)
+                )
+            names, unread = loaded.texts_.classes, len(loaded.set_aside_)
+            save_evaluation(evaluate_predictions(predictions, truth, names, set_aside=unread, in_full=True), run)
+        path = write_report(run)
+        if as_json:
+            _print_json({"report": str(path)})
+            return
+        Console().print(f"Report: [bold]{escape(str(path))}[/]", soft_wrap=True, highlight=False)
+
+
+@app.command()
 def demo(
     out: Annotated[
         Path | None, typer.Option(help="Where it goes. Default: runs/demo-seedN, with --quick -quick.")
@@ -496,6 +533,7 @@ def _show_summary(found: dict[str, Any], as_json: bool) -> None:
     _tell_set_aside(found["set_aside"], Console(stderr=True))
     folder = escape(found["out"])
     screen.print(f"Run folder: [bold]{folder}[/]", soft_wrap=True, highlight=False)
+    screen.print(f"Report: [bold]{escape(str(Path(found['out'], 'report.html')))}[/]", soft_wrap=True, highlight=False)
     screen.print(f"Next: finealign predict {folder} IMAGES, or finealign evaluate {folder} LABELLED", soft_wrap=True)
 
 

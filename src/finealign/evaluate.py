@@ -8,7 +8,7 @@ shape, a label outside [0, C), NaN, no image at all): that is a mistake of the c
 import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,15 @@ class ConfusedPair:
     share: float
 
 
+@dataclass(frozen=True)
+class Bin:
+    """Images of like confidence: how sure the model was of them in the mean, and how often it was right."""
+
+    images: int
+    confidence: float
+    accuracy: float
+
+
 @dataclass(frozen=True, eq=False)
 class Evaluation:
     """How one set of scores does against the truth."""
@@ -55,6 +64,7 @@ class Evaluation:
     top1: Interval
     top5: float
     ece: float
+    calibration: tuple["Bin", ...]
     per_class: dict[str, float | None]  # in the order of the classes; None where a class has no image
     confusion: NDArray[np.int64]  # (C, C), a row a true class, a column a predicted one
     pairs: tuple[ConfusedPair, ...]
@@ -242,6 +252,12 @@ def expected_calibration_error(probabilities: Floats, labels: Ints, bins: int = 
         labels: (n,) in [0, C).
         bins: at least 1.
     """
+    found = calibration_bins(probabilities, labels, bins)
+    return sum(one.images * abs(one.accuracy - one.confidence) for one in found) / len(labels)
+
+
+def calibration_bins(probabilities: Floats, labels: Ints, bins: int = 15) -> tuple[Bin, ...]:
+    """The bins that ``expected_calibration_error`` sums over, which has the arguments; empty ones are left out."""
     if bins < 1:
         raise ValueError(f"bins must be at least 1, not {bins}")
     probabilities, labels = _check_scores(probabilities, labels)
@@ -252,8 +268,10 @@ def expected_calibration_error(probabilities: Floats, labels: Ints, bins: int = 
     correct = probabilities.argmax(axis=1) == labels
     upper = np.arange(1, bins + 1) / bins
     bin_of = np.minimum(np.searchsorted(upper, confidence, side="left"), bins - 1)  # rounding may carry past 1
-    gaps = np.bincount(bin_of, weights=correct - confidence, minlength=bins)  # n_b (accuracy_b - confidence_b)
-    return float(np.abs(gaps).sum() / len(labels))
+    members = [bin_of == index for index in range(bins)]
+    return tuple(
+        Bin(int(one.sum()), float(confidence[one].mean()), float(correct[one].mean())) for one in members if one.any()
+    )
 
 
 def bootstrap_interval(
@@ -328,6 +346,7 @@ def evaluate_scores(
         top1=bootstrap_interval(correct, seed=seed),
         top5=top_k_accuracy(scores, labels, k=5),
         ece=expected_calibration_error(probabilities, labels),
+        calibration=calibration_bins(probabilities, labels),
         per_class={
             name: None if np.isnan(accuracy) else float(accuracy)
             for name, accuracy in zip(classes, _recall(confusion), strict=True)
@@ -339,9 +358,17 @@ def evaluate_scores(
 
 
 def evaluate_predictions(
-    predictions: Sequence[Prediction], truth: Truth, classes: Sequence[str], *, set_aside: int = 0
+    predictions: Sequence[Prediction],
+    truth: Truth,
+    classes: Sequence[str],
+    *,
+    set_aside: int = 0,
+    in_full: bool = False,
 ) -> dict[str, object]:
     """The summary of predictions made ``with_start``, held against the truth by their paths.
+
+    ``in_full`` adds what a report draws: ``confusion``, for both models the cells that are not nought as
+    [true class, predicted class, images] by index, and ``calibration``, their bins.
 
     Raises ``ImageInputError`` if there is none, and ``KeyError`` for an image the truth does not have.
     """
@@ -362,7 +389,16 @@ def evaluate_predictions(
         classes,
     )
     difference = paired_difference(adapted.correct, start.correct)
-    return summary(adapted, start, difference, images=len(predictions), set_aside=set_aside)
+    found = summary(adapted, start, difference, images=len(predictions), set_aside=set_aside)
+    if in_full:
+        both = {"zero_shot": start, "adapted": adapted}
+        found["confusion"] = {name: _cells(one.confusion) for name, one in both.items()}
+        found["calibration"] = {name: [asdict(each) for each in one.calibration] for name, one in both.items()}
+    return found
+
+
+def _cells(confusion: NDArray[np.int64]) -> list[list[int]]:
+    return [[int(truth), int(named), int(confusion[truth, named])] for truth, named in np.argwhere(confusion)]
 
 
 def summary(

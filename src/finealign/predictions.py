@@ -5,6 +5,7 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
@@ -26,6 +27,7 @@ class Row:
     path: str
     labels: list[str]
     confidences: list[float]
+    start: tuple[str, float] | None = None  # the best class of the model adaptation started from, if it was asked
 
     def as_json(self) -> dict[str, object]:
         return {"path": self.path} | _top(self.labels, self.confidences)
@@ -34,7 +36,10 @@ class Row:
 def best_rows(predictions: Iterable[Prediction], classes: Sequence[str], top_k: int) -> Iterator[Row]:
     """The ``top_k`` most probable classes of each prediction; ties go to the class named first."""
     for prediction in predictions:
-        yield Row(display_path(prediction.path), *_best(prediction.probabilities, classes, top_k))
+        before = prediction.start_probabilities
+        (label,), (confidence,) = _best(before, classes, 1) if before is not None else ([""], [0.0])
+        start = None if before is None else (label, confidence)
+        yield Row(display_path(prediction.path), *_best(prediction.probabilities, classes, top_k), start)
 
 
 def explained(found: Explanation, classes: Sequence[str], top_k: int) -> dict[str, object]:
@@ -81,12 +86,18 @@ def beside(out: Path) -> Path:
     return out.with_name(f"{out.stem}.set_aside.csv")
 
 
-def write_predictions(predictions: Iterable[Prediction], classes: Sequence[str], path: Path, *, top_k: int = 1) -> int:
-    """Write the predictions in the format of the file's ending; how many there were. Raises OutputError."""
+def write_predictions(
+    predictions: Iterable[Prediction], classes: Sequence[str], path: Path, *, top_k: int = 1, with_start: bool = False
+) -> int:
+    """Write the predictions in the format of the file's ending; how many there were. Raises OutputError.
+
+    ``with_start``, for CSV alone: two columns more, of predictions that were made with the start.
+    """
     aside = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        count = WRITERS[path.suffix](best_rows(predictions, classes, top_k), aside, min(top_k, len(classes)))
+        write = partial(_write_csv, with_start=True) if with_start else WRITERS[path.suffix]
+        count = write(best_rows(predictions, classes, top_k), aside, min(top_k, len(classes)))
         aside.replace(path)
     except OSError as error:
         raise OutputError(f"{path} cannot be written: {error}. Choose another --out.") from error
@@ -96,22 +107,26 @@ def write_predictions(predictions: Iterable[Prediction], classes: Sequence[str],
     return count
 
 
-def write_csv(rows: Iterable[Row], stream: TextIO, top_k: int) -> int:
-    """``path,label,confidence`` and, for more than one class a row, ``label_2,confidence_2`` and so on."""
+def write_csv(rows: Iterable[Row], stream: TextIO, top_k: int, *, with_start: bool = False) -> int:
+    """``path,label,confidence`` and, for more than one class a row, ``label_2,confidence_2`` and so on.
+
+    ``with_start``: then ``start_label,start_confidence``, of the model adaptation started from.
+    """
     writer = csv.writer(stream, lineterminator="\n")
     header = ["path", "label", "confidence"]
-    writer.writerow(header + [f"{name}_{rank}" for rank in range(2, top_k + 1) for name in ("label", "confidence")])
+    header += [f"{name}_{rank}" for rank in range(2, top_k + 1) for name in ("label", "confidence")]
+    writer.writerow(header + ["start_label", "start_confidence"] * with_start)
     count = 0
     for row in rows:
         count += 1
         best = zip(row.labels, row.confidences, strict=True)
-        writer.writerow([row.path, *(value for pair in best for value in pair)])
+        writer.writerow([row.path, *(value for pair in best for value in pair), *((row.start or ()) * with_start)])
     return count
 
 
-def _write_csv(rows: Iterable[Row], path: Path, top_k: int) -> int:
+def _write_csv(rows: Iterable[Row], path: Path, top_k: int, *, with_start: bool = False) -> int:
     with path.open("w", encoding="utf-8", newline="") as stream:
-        return write_csv(rows, stream, top_k)
+        return write_csv(rows, stream, top_k, with_start=with_start)
 
 
 def _write_jsonl(rows: Iterable[Row], path: Path, top_k: int) -> int:

@@ -1,7 +1,7 @@
 """The run folder: what `finealign adapt` leaves behind, written as the run goes on.
 
-``config.yaml`` (resolved), ``run.json``, ``metrics.jsonl``, ``predictions.csv``, ``set_aside.csv``, ``model/`` and
-``checkpoints/``. Nothing that is there is overwritten unless asked; a resumed run must be the same run.
+``layout.py`` names what is in it. Nothing that is there is overwritten unless asked; a resumed run must be the same
+run.
 """
 
 import hashlib
@@ -24,18 +24,27 @@ from finealign.backbone import Backbone
 from finealign.classifier import FineAlign, Images
 from finealign.config import Config, resolve, write_config
 from finealign.errors import FinealignError, NotFiniteError, OutputError, StoppedError
+from finealign.examples import Watch, write_examples
 from finealign.images import display_path, file_size, list_images, set_aside_csv
+from finealign.layout import (
+    CHECKPOINTS,
+    CONFIG,
+    CONTENTS,
+    EXAMPLES,
+    METRICS,
+    MODEL,
+    PREDICTIONS,
+    RUN,
+    SET_ASIDE,
+)
 from finealign.predictions import write_predictions
 from finealign.progress import Progress
 from finealign.ranks import Ranks
+from finealign.report import write_report
 from finealign.storage import require_folder, save_text
 from finealign.training import EpochRecord
 from finealign.types import SetAside, Texts
 from finealign.verdict import Verdict, judge_model
-
-RUN, CONFIG, METRICS = "run.json", "config.yaml", "metrics.jsonl"
-PREDICTIONS, SET_ASIDE, MODEL, CHECKPOINTS = "predictions.csv", "set_aside.csv", "model", "checkpoints"
-CONTENTS = (RUN, CONFIG, METRICS, PREDICTIONS, SET_ASIDE, MODEL, CHECKPOINTS)
 
 
 @dataclass(frozen=True)
@@ -144,13 +153,21 @@ def adapt_into(
             kept = "start"
             model.revert()
         if ranks.first:
-            model.save(folder / MODEL)
+            run |= {"verdict": asdict(verdict) if verdict else None, "kept": kept}
+            model.save(folder / MODEL, run=run)
         with progress.stage("predicting", len(paths)) as stage:
-            found = model.readable_predictions(paths, advance=progress.between(stage, ranks))
+            watch = Watch()
+            found = watch.over(
+                model.readable_predictions(paths, with_start=True, advance=progress.between(stage, ranks))
+            )
             if ranks.first:
-                write_predictions(found, model.texts_.classes, folder / PREDICTIONS)
+                write_predictions(found, model.texts_.classes, folder / PREDICTIONS, top_k=2, with_start=True)
             else:
                 deque(found, maxlen=0)
+        set_aside = model.set_aside_
+        if ranks.first:
+            with progress.stage("drawing the report", None):
+                write_examples(model, watch.chosen, folder / EXAMPLES)
     except FinealignError as error:
         if ranks.first and folder.is_dir():
             with suppress(OutputError):  # the error itself says more
@@ -161,7 +178,6 @@ def adapt_into(
             with suppress(OutputError):
                 _write_json(folder / RUN, run | {"status": "failed", "stopped": f"{type(error).__name__}: {error}"})
         raise
-    set_aside = model.set_aside_
     seconds = time.time() - began - listening
     run |= {
         "status": "complete",
@@ -171,13 +187,12 @@ def adapt_into(
         "processes": ranks.count,
         "set_aside": len(set_aside),
         "epochs": len(metrics.records()),
-        "verdict": asdict(verdict) if verdict else None,
-        "kept": kept,
         "seconds": {"fit": round(fitted - began, 2), "total": round(seconds, 2)},
     }
     if ranks.first:
         set_aside_csv(set_aside, folder / SET_ASIDE)
         _write_json(folder / RUN, run)
+        write_report(folder)
     return RunSummary(
         folder=folder,
         method=config.method.name,

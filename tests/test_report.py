@@ -1,0 +1,385 @@
+"""The report and what it is made of: that it is whole, true to the run folder, and takes nothing at its word."""
+
+import csv
+import json
+import re
+import shutil
+from collections import Counter
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from conftest import CLASSES, tiny_config, write_photos
+from finealign import FineAlign
+from finealign.charts import Curve, by_epoch, calibration
+from finealign.classifier import list_images
+from finealign.errors import ModelError, OutputError
+from finealign.examples import EACH, SIDE, Watch, write_examples
+from finealign.images import read_image
+from finealign.report import read_predictions, render, save_evaluation, write_report
+from finealign.run_folder import adapt_into
+from finealign.types import Prediction
+from test_cli import command
+
+Tiny = Callable[[str], str]
+HOSTILE = "<img src=x onerror=alert(1)>"
+
+
+class Reader(HTMLParser):
+    """What a browser would make of a page: its texts, its tags, what it would fetch, and whether tags close."""
+
+    EMPTY = frozenset({"meta", "img", "br", "link", "input", "path", "use"})
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.texts: list[str] = []
+        self.tags: Counter[str] = Counter()
+        self.ids: list[str] = []
+        self.fetched: list[str] = []
+        self.anchors: list[str] = []
+        self._open: list[str] = []
+        self.feed(page)
+        self.close()
+        assert not self._open, f"not closed: {self._open}"
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags[tag] += 1
+        for name, value in attrs:
+            assert not name.startswith("on"), f"{tag} has {name}"
+            if name == "id":
+                self.ids.append(value or "")
+            if name in ("src", "srcset", "data", "action", "poster"):
+                self.fetched.append(value or "")
+            if name in ("href", "xlink:href"):
+                (self.anchors if (value or "").startswith("#") else self.fetched).append(value or "")
+        if tag not in self.EMPTY:
+            self._open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in self.EMPTY:
+            self._open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in self.EMPTY:
+            assert self._open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.texts).split())
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Tiny) -> Path:
+    """A run of three epochs on 24 photos and one file that is none."""
+    photos = write_photos(tmp_path_factory.mktemp("reported") / "photos")
+    (photos / "torn.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    folder = photos.parent / "run"
+    adapt_into(folder, FineAlign(CLASSES, config=tiny_config(tiny_backbone("transformer"))), str(photos))
+    return folder
+
+
+@pytest.fixture
+def run(finished: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+def rows(run: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader((run / "predictions.csv").read_text(encoding="utf-8").splitlines()))
+
+
+def change(path: Path, **values: Any) -> None:
+    found = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps(found | values), encoding="utf-8")
+
+
+# --- the page ---------------------------------------------------------------------------------------------------------
+
+
+def test_report__is_one_file_that_fetches_nothing(finished: Path) -> None:
+    page = (finished / "report.html").read_text(encoding="utf-8")
+    found = Reader(page)
+    assert found.fetched and all(one.startswith("data:image/jpeg;base64,") for one in found.fetched)
+    assert not found.tags.keys() & {"script", "link", "iframe", "object", "base", "form"}
+    assert "default-src 'none'" in page
+    assert not re.findall(r"@import|url\((?!#)", page)
+
+
+def test_report__every_link_leads_somewhere_and_no_name_stands_twice(finished: Path) -> None:
+    found = Reader((finished / "report.html").read_text(encoding="utf-8"))
+    assert len(found.ids) == len(set(found.ids))
+    assert {anchor.removeprefix("#") for anchor in found.anchors} <= set(found.ids)
+    assert len(found.anchors) > 8
+
+
+def test_report__says_what_the_run_folder_says(finished: Path) -> None:
+    text = Reader((finished / "report.html").read_text(encoding="utf-8")).text
+    said = json.loads((finished / "run.json").read_text(encoding="utf-8"))
+    verdict = {"helped": "Adaptation helped", "unclear": "Unclear whether", "hurt": "Adaptation hurt"}
+    assert verdict[said["verdict"]["call"]] in text
+    assert said["identity"]["weights"] in text
+    assert said["versions"]["torch"] in text
+    changed = sum(row["label"] != row["start_label"] for row in rows(finished))
+    assert f"Labels changed {changed} " in text
+    assert "1 files could not be read" in text and "torn.png" in text
+    assert yaml.safe_load((finished / "config.yaml").read_text())["backbone"] in text
+    assert "a photo of a red." in text  # the texts used
+    assert "2507.09615" in text
+
+
+def test_report__the_run_folder_alone_makes_it(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever the folder was moved, and with the photos gone, it is the same report."""
+    before = (run / "report.html").read_text(encoding="utf-8")
+    (run / "report.html").unlink()
+    shutil.rmtree(run / "checkpoints")
+    monkeypatch.setattr("finealign.images.read_image", None)
+    assert write_report(run) == run / "report.html"
+    assert (run / "report.html").read_text(encoding="utf-8") == before
+
+
+def test_report__takes_no_text_at_its_word(run: Path) -> None:
+    """Names of classes, files and reasons are shown as they are and never become markup."""
+    manifest = json.loads((run / "model" / "finealign.json").read_text(encoding="utf-8"))
+    swapped = json.loads(json.dumps(manifest["descriptions"]).replace("red", "RED").replace("RED", HOSTILE))
+    change(run / "model" / "finealign.json", descriptions=swapped)
+    change(run / "run.json", classes=[HOSTILE, "green", "blue"], method=HOSTILE)
+    for name in ("predictions.csv", "set_aside.csv", "examples/examples.json", "config.yaml"):
+        text = (run / name).read_text(encoding="utf-8")
+        (run / name).write_text(text.replace("red", HOSTILE).replace("torn", HOSTILE), encoding="utf-8")
+    page = render(run)
+    assert "<img src=x" not in page
+    assert HOSTILE in Reader(page).text
+    assert Reader(page).tags["img"] == len(re.findall("data:image/jpeg", page))
+
+
+def test_report__with_labels_has_accuracy_confusion_and_calibration(finished: Path, run: Path) -> None:
+    labelled = finished.parent / "photos" / "truth.csv"
+    labelled.write_text("path,label\n" + "".join(f"{name}/{n}.png,{name}\n" for name in CLASSES for n in range(8)))
+    result = command("report", run, "--labelled", labelled, "--device", "cpu")
+    assert result.exit_code == 0, result.stderr
+    saved = json.loads((run / "evaluation.json").read_text(encoding="utf-8"))
+    text = Reader((run / "report.html").read_text(encoding="utf-8")).text
+    assert f"Measured on 24 labelled images: {saved['zero_shot']['top1']:.1%} before" in text
+    assert "Confusion matrices" in text and "Calibration" in text
+    for name in ("zero_shot", "adapted"):
+        cells = saved["confusion"][name]
+        assert sum(images for _, _, images in cells) == 24
+        assert sum(images for truth, named, images in cells if truth == named) == round(24 * saved[name]["top1"])
+        assert sum(one["images"] for one in saved["calibration"][name]) == 24
+        gap = sum(one["images"] * abs(one["accuracy"] - one["confidence"]) for one in saved["calibration"][name]) / 24
+        assert gap == pytest.approx(saved[name]["ece"])
+    again = command("report", run, "--json")
+    assert json.loads(again.stdout) == {"report": str(run / "report.html")}
+    assert "Measured on 24" in (run / "report.html").read_text(encoding="utf-8")  # kept for later reports
+
+
+@pytest.mark.parametrize("status", ["running", "stopped", "failed"])
+def test_report__of_a_run_that_is_not_complete_is_refused(run: Path, status: str) -> None:
+    change(run / "run.json", status=status)
+    with pytest.raises(ModelError, match=f"'{status}'.*--resume"):
+        render(run)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("run.json", None),
+        ("run.json", "[]"),
+        ("run.json", '{"status": "complete"}'),
+        ("metrics.jsonl", '{"epoch": 1}\n'),
+        ("metrics.jsonl", "{"),
+        ("predictions.csv", "path,label\na.png,red\n"),
+        ("predictions.csv", None),
+        ("set_aside.csv", None),
+        ("examples/examples.json", None),
+        ("examples/examples.json", '{"changed": [{"picture": "gone.jpg", "crops": []}], "unsure": []}'),
+        ("model/finealign.json", "{}"),
+        ("evaluation.json", "{}"),
+        ("evaluation.json", b"\xff\xfe"),
+    ],
+)
+def test_report__a_folder_that_is_not_whole_is_refused_in_a_sentence(run: Path, name: str, content: Any) -> None:
+    path = run / name
+    path.unlink(missing_ok=True)
+    if content is not None:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    result = command("report", run)
+    assert result.exit_code == 1
+    assert "Traceback" not in result.stderr
+    assert result.stderr.startswith("error: ")
+
+
+def test_report__examples_may_not_name_files_elsewhere(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "secret.jpg").write_bytes(b"secret")
+    listed = json.loads((run / "examples" / "examples.json").read_text(encoding="utf-8"))
+    listed["unsure"][0]["picture"] = "../../secret.jpg"
+    (run / "examples" / "examples.json").write_text(json.dumps(listed), encoding="utf-8")
+    with pytest.raises(ModelError, match=r"secret\.jpg cannot be read"):
+        render(run)
+
+
+def test_save_evaluation__wants_a_run(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="holds no run"):
+        save_evaluation({}, tmp_path)
+
+
+def test_report__many_classes_unfold(run: Path) -> None:
+    """With hundreds of classes the first rows are shown and no matrix, which nobody could read."""
+    classes = CLASSES + [f"class {number}" for number in range(300)]
+    change(run / "run.json", classes=classes)
+    manifest = json.loads((run / "model" / "finealign.json").read_text(encoding="utf-8"))
+    more = manifest["descriptions"] | {name: ["x"] for name in classes[3:]}
+    change(run / "model" / "finealign.json", descriptions=more)
+    page = render(run)
+    assert "263 more classes" in Reader(page).text
+    assert "Confusion matrices" not in page
+
+
+def test_report__a_method_that_learns_nothing_has_no_verdict_and_no_curves(
+    photos: Path, tiny_backbone: Tiny, tmp_path: Path
+) -> None:
+    config = tiny_config(tiny_backbone("convolutional"), method__name="cupl")
+    adapt_into(tmp_path / "run", FineAlign(CLASSES, config=config), str(photos))
+    found = Reader((tmp_path / "run" / "report.html").read_text(encoding="utf-8"))
+    assert "Nothing was learned" in found.text
+    assert "Training, as seen" not in found.text
+    assert "Scored as a whole, without crops." in found.text
+    assert "No image has another label than before." in found.text
+    assert "svg" not in found.tags
+
+
+# --- what predictions say ---------------------------------------------------------------------------------------------
+
+
+def test_read_predictions__counts_are_those_of_the_rows(finished: Path) -> None:
+    found, listed = read_predictions(finished / "predictions.csv"), rows(finished)
+    assert found.images == len(listed) == 24
+    assert found.now == Counter(row["label"] for row in listed)
+    assert found.before == Counter(row["start_label"] for row in listed)
+    assert sum(pair.images for pair in found.pairs) == 24
+    for pair in found.pairs:
+        own = [row for row in listed if {row["label"], row["label_2"]} == {pair.first, pair.second}]
+        leads = [float(row["confidence"]) - float(row["confidence_2"]) for row in own]
+        assert pair.images == len(own)
+        assert pair.lead == pytest.approx(sum(leads) / len(own))
+    assert [pair.images for pair in found.pairs] == sorted((pair.images for pair in found.pairs), reverse=True)
+
+
+# --- the images worth a look ------------------------------------------------------------------------------------------
+
+
+def made_up(count: int, seed: int = 0) -> list[Prediction]:
+    generator = np.random.default_rng(seed)
+    draws = generator.dirichlet(np.ones(4), size=(count, 2)).astype(np.float32)
+    return [Prediction(Path(f"{n}.png"), now, now, before, before) for n, (now, before) in enumerate(draws)]
+
+
+@pytest.mark.parametrize("count", [0, 1, 5, 12, 13, 200])
+def test_watch__keeps_what_sorting_everything_would(count: int) -> None:
+    predictions, watch = made_up(count), Watch()
+    assert list(watch.over(predictions)) == predictions
+    changed = [one for one in predictions if one.probabilities.argmax() != start(one).argmax()]
+    changed.sort(key=lambda one: -float(np.abs(one.probabilities - start(one)).sum()))
+    unsure = sorted(predictions, key=lambda one: float(np.diff(np.sort(one.probabilities)[-2:])[0]))
+    assert watch.chosen["changed"] == [one.path for one in changed[:EACH]]
+    assert watch.chosen["unsure"] == [one.path for one in unsure[:EACH]]
+
+
+def start(prediction: Prediction) -> Any:
+    assert prediction.start_probabilities is not None
+    return prediction.start_probabilities
+
+
+def test_watch__of_equals_the_first_stay() -> None:
+    even, other = np.array([0.5, 0.5], dtype=np.float32), np.array([0.4, 0.6], dtype=np.float32)
+    predictions = [Prediction(Path(f"{n:03d}"), even, even, other, other) for n in range(50)]
+    watch = Watch()
+    assert len(list(watch.over(predictions))) == 50
+    assert [path.name for path in watch.chosen["unsure"]] == [f"{n:03d}" for n in range(EACH)]
+
+
+def test_write_examples__what_is_listed_is_what_the_model_says(finished: Path, tmp_path: Path) -> None:
+    model = FineAlign.load(finished, device="cpu", precision="fp32")
+    photos = list_images(finished.parent / "photos")
+    gone = tmp_path / "gone.png"
+    write_examples(model, {"changed": [photos[0], gone], "unsure": [photos[0]]}, tmp_path / "examples")
+    listed = json.loads((tmp_path / "examples" / "examples.json").read_text(encoding="utf-8"))
+    assert [len(listed[kind]) for kind in ("changed", "unsure")] == [1, 1]
+    assert listed["changed"] == listed["unsure"]  # one picture for both
+    (one,) = listed["changed"]
+    explained = model.explain(photos[0])
+    assert [crop["box"] for crop in one["crops"]] == [list(box) for box in explained.boxes]
+    np.testing.assert_allclose([crop["weight"] for crop in one["crops"]], explained.weights, atol=1e-6)
+    (before,) = model.readable_predictions([photos[0]], with_start=True)
+    assert one["start"]["label"] == model.texts_.classes[start(before).argmax()]
+    assert one["confidence"] == pytest.approx(explained.probabilities.max(), abs=1e-6)
+    assert max(read_image(tmp_path / "examples" / one["picture"]).size) <= SIDE
+    assert [path.name for path in sorted((tmp_path / "examples").glob("*.jpg"))] == ["00.jpg"]
+
+
+# --- charts -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("points", [1, 2, 60])
+def test_charts__are_svg_in_the_page_s_colours(points: int) -> None:
+    x = list(range(1, points + 1))
+    drawn = by_epoch([Curve("a", x, [1 / n for n in x])], name="a", percent=True)
+    assert Reader(drawn).tags["svg"] == 1
+    assert "var(--after)" in drawn and "#0" not in re.sub(r"url\(#\w+\)|href=\"#\w+\"", "", drawn)
+    assert 'width="' not in drawn.partition(">")[0]
+
+
+def test_charts__parts_of_two_charts_bear_different_names() -> None:
+    one = by_epoch([Curve("a", [1, 2], [0.1, 0.2])], name="one")
+    other = calibration([Curve("a", [0.1, 0.2], [0.1, 0.2], start=True)], name="other")
+    assert set(Reader(one).ids).isdisjoint(Reader(other).ids)
+    assert {*Reader(one).ids} >= {anchor[1:] for anchor in Reader(one).anchors}
+
+
+# --- the model card ---------------------------------------------------------------------------------------------------
+
+
+def card(run: Path) -> tuple[dict[str, Any], str]:
+    _, front, text = (run / "model" / "README.md").read_text(encoding="utf-8").split("---\n", 2)
+    return yaml.safe_load(front), text
+
+
+def test_card__is_what_the_hub_reads(finished: Path) -> None:
+    from huggingface_hub import ModelCard
+
+    path = finished / "model" / "README.md"
+    front, text = card(finished)
+    assert ModelCard.load(path).data.to_dict() == front
+    assert front["pipeline_tag"] == "zero-shot-image-classification"
+    assert "base_model" not in front  # of a local folder there is none on the hub
+    said = json.loads((finished / "run.json").read_text(encoding="utf-8"))["verdict"]
+    assert f"{said['call']}. {said['advice']}" in text
+    assert "red, green, blue." in text
+    assert "none with a label" in text
+    assert not re.search(r"\{[{%]|\n\n\n", text)
+
+
+def test_card__of_a_model_saved_by_hand_claims_no_verdict(finished: Path, tmp_path: Path) -> None:
+    model = FineAlign.load(finished, device="cpu")
+    model.save(tmp_path / "model")
+    assert "Verdict" not in card(tmp_path)[1]
+    made = {"origin": {"repository": "org/name", "revision": "abc"}, "images": 3, "verdict": None, "kept": "start"}
+    model.revert().save(tmp_path / "model", run=made)
+    front, text = card(tmp_path)
+    assert front["base_model"] == "org/name"
+    assert "revision `abc`" in text and "nothing: images are scored" in text
+
+
+def test_card__names_are_shown_as_they_are(photos: Path, tiny_backbone: Tiny, tmp_path: Path) -> None:
+    names = ["*bold*", "<b>", "[a](b)"]
+    model = FineAlign(names, config=tiny_config(tiny_backbone("transformer"))).unlearned()
+    model.save(tmp_path / "model")
+    assert r"\*bold\*, \<b\>, \[a\]\(b\)." in card(tmp_path)[1]
