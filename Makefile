@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: install test lint types demo clean
+.PHONY: install test lint types demo docs clean
 
 install: $(VENV)/.installed
 
@@ -26,5 +26,8 @@ types: install
 demo: install
 	$(BIN)/finealign demo --out runs/demo --overwrite
 
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 clean:
-	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) artefacts build dist site src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -19,7 +19,9 @@ import sys
 from finealign.cli import main
 sys.argv[0] = "finealign"
 if sys.argv[1] in ("adapt", "benchmark"):
-    sys.argv += ["--backbone", "{backbone}", "--set", "training.epochs=2", "--set", "views.crops=2"]
+    sys.argv += ["--set", "training.epochs=2", "--set", "views.crops=2"]
+if sys.argv[1] in ("adapt", "benchmark", "describe") and "--backbone" not in sys.argv:
+    sys.argv += ["--backbone", "{backbone}"]
 main()
 """
 # In place of a data set that would be downloaded: the same class, with photos made on the spot.
@@ -38,6 +40,10 @@ def snippets(language: str) -> list[str]:
 
 @pytest.fixture
 def reader(tmp_path: Path, tiny_backbone: Callable[[str], str]) -> Path:
+    return prepare(tmp_path, tiny_backbone("transformer"))
+
+
+def prepare(tmp_path: Path, backbone: str) -> Path:
     """A folder with photos, names and descriptions, and a command whose default backbone is a tiny local one."""
     for name in ("photos", "more-photos", "labelled-photos"):
         write_photos(tmp_path / name, each=3)
@@ -49,7 +55,7 @@ def reader(tmp_path: Path, tiny_backbone: Callable[[str], str]) -> Path:
     (tmp_path / "stub" / "torchvision" / "datasets.py").write_text(PETS.format(classes=CLASSES), encoding="utf-8")
     command = tmp_path / "bin" / "finealign"
     command.parent.mkdir()
-    command.write_text(SHIM.format(python=sys.executable, backbone=tiny_backbone("transformer")), encoding="utf-8")
+    command.write_text(SHIM.format(python=sys.executable, backbone=backbone), encoding="utf-8")
     command.chmod(0o755)
     python = command.with_name("python")
     python.write_text(f'#!/bin/sh\nPYTHONPATH={tmp_path / "stub"} exec {sys.executable} "$@"\n', encoding="utf-8")

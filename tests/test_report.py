@@ -17,10 +17,9 @@ import yaml
 from conftest import CLASSES, tiny_config, write_photos
 from finealign import FineAlign
 from finealign.charts import Curve, by_epoch, calibration
-from finealign.classifier import list_images
 from finealign.errors import ModelError, OutputError
 from finealign.examples import EACH, SIDE, Watch, write_examples
-from finealign.images import read_image
+from finealign.images import list_images, read_image
 from finealign.report import read_predictions, render, save_evaluation, write_report
 from finealign.run_folder import adapt_into
 from finealign.types import Prediction
