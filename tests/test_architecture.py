@@ -252,10 +252,10 @@ def test_order__every_room_has_its_place(room: str) -> None:
 def test_order__a_stage_imports_only_from_those_before_it(room: str) -> None:
     if not room:
         return  # the front door, below
-    place = ORDER.index(stage(room))
+    place, houses = ORDER.index(stage(room)), ("methods", "demo", "benchmark", "serve", "describe", "export")
     for other, line in imported_rooms(room).items():
-        if stage(other) == stage(room) and stage(room) in ("methods", "demo", "benchmark", "serve"):
-            continue  # these houses have their own order, below
+        if stage(other) == stage(room) and stage(room) in houses:
+            continue  # these have their own order, below
         assert ORDER.index(stage(other)) < place, f"{room}, line {line}: imports {other}, which does not come before it"
 
 
@@ -288,6 +288,13 @@ def test_order__the_benchmark_reads_as_it_runs() -> None:
     for place, name in enumerate(order):
         inner = {other for other in imported_rooms(f"benchmark.{name}") if stage(other) == "benchmark"}
         assert inner <= {f"benchmark.{earlier}" for earlier in order[:place]}
+
+
+def test_order__describe_reads_as_it_runs() -> None:
+    order = ["checks", "alike", "wording", "record", "endpoint", "run"]
+    for place, name in enumerate(order):
+        inner = {other for other in imported_rooms(f"describe.{name}") if stage(other) == "describe"}
+        assert inner <= {f"describe.{earlier}" for earlier in order[:place]}
 
 
 @pytest.mark.parametrize("room", PURE_MATHS)

@@ -37,7 +37,20 @@ PRECISE = ["--device", "cpu", "--precision", "fp32"]
 QUICK = [*PRECISE, "--set", "views.crops=2", "--set", "training.batch_size=8", "--set", "training.epochs=2"]
 QUICK += ["--set", "training.anchor_steps=0"]
 HEADLINE = {"top1", "top5", "ece", "top1_low", "top1_high"}
-VERBS = ["adapt", "predict", "evaluate", "demo", "benchmark", "methods", "models", "doctor"]
+VERBS = [
+    "adapt",
+    "describe",
+    "predict",
+    "evaluate",
+    "report",
+    "serve",
+    "export",
+    "demo",
+    "benchmark",
+    "methods",
+    "models",
+    "doctor",
+]
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -90,10 +91,11 @@ def adapt(
     with _working(as_json):
         from finealign.classifier import FineAlign
         from finealign.config import read_config
+        from finealign.layout import RUN
         from finealign.methods import method_settings
         from finealign.prompts import read_classes, read_descriptions, read_templates
         from finealign.ranks import Ranks
-        from finealign.run_folder import RUN, adapt_into, default_folder, plan
+        from finealign.run_folder import adapt_into, default_folder, plan
         from finealign.terminal import Bars
 
         base = method_settings(method) if method else {}
@@ -129,6 +131,87 @@ def adapt(
         if ranks.first:
             _show_summary(summary.as_json(), as_json)
         ranks.leave()
+
+
+@app.command()
+def describe(
+    classes: Annotated[str, typer.Option(help="A file with one class name a line, or names with commas between.")],
+    domain: Annotated[str, typer.Option(help="What the classes are, as 'bird species'.")],
+    out: Annotated[Path, typer.Option(help="FILE.json for --descriptions; its record is FILE.record.json.")],
+    endpoint: Annotated[
+        str | None, typer.Option(help="As http://localhost:11434/v1. Default: OPENAI_BASE_URL, else OpenAI.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="A model that the endpoint knows.")] = None,
+    per_class: Annotated[int, typer.Option(min=1, help="Descriptions a class.")] = 8,
+    siblings: Annotated[int, typer.Option(min=0, help="Nearest classes that each is told apart from.")] = 3,
+    per_minute: Annotated[int, typer.Option(min=1, help="Requests a minute.")] = 60,
+    at_once: Annotated[int, typer.Option(min=1, help="Requests at once.")] = 4,
+    timeout: Annotated[float, typer.Option(help="Seconds for one request.")] = 60.0,
+    attempts: Annotated[int, typer.Option(min=1, help="Requests for one class, retries included.")] = 4,
+    backbone: Annotated[str | None, typer.Option(help="ARCH/PRETRAINED, hf-hub:NAME or local-dir:PATH.")] = None,
+    templates: Annotated[Path | None, typer.Option(help="A file with one template a line, {} for the name.")] = None,
+    from_templates: Annotated[
+        bool, typer.Option("--from-templates", help="Ask nobody: write filled templates.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Start again, and replace --out when done.")] = False,
+    device: Device = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Ask a chat endpoint (OpenAI, vLLM, Ollama, llama.cpp) for visual descriptions of every class."""
+    with _working(as_json):
+        _refuse_launcher()
+        from finealign.backbone import load_backbone
+        from finealign.config import DEFAULT_BACKBONE
+        from finealign.describe.endpoint import Asking
+        from finealign.describe.record import record_path
+        from finealign.describe.run import describe as ask_for
+        from finealign.describe.run import from_templates as fill
+        from finealign.devices import choose_device
+        from finealign.prompts import read_classes, read_templates
+        from finealign.terminal import Bars, described_lines
+
+        names = read_classes(classes)
+        wanted = read_templates(templates) if templates else None
+        if from_templates:
+            found = fill(names, domain=domain, out=out, templates=wanted, overwrite=overwrite)
+        else:
+            if model is None:
+                raise FinealignError(
+                    "--model is missing. Wanted: the name of a model that the endpoint knows, or --from-templates to "
+                    "ask none."
+                )
+            _require("describe", "openai")
+            asking = Asking(
+                model=model,
+                endpoint=endpoint,
+                per_class=per_class,
+                siblings=siblings,
+                per_minute=per_minute,
+                at_once=at_once,
+                timeout=timeout,
+                attempts=attempts,
+            )
+
+            def go_on() -> str:
+                record = record_path(out)
+                kept = f"What was accepted is in {record}. The same command, without --overwrite, goes on."
+                return kept if record.is_file() else "Nothing was begun yet."
+
+            with _stoppable(Bars(), go_on=go_on) as progress:
+                found = ask_for(
+                    names,
+                    domain=domain,
+                    out=out,
+                    backbone=load_backbone(backbone or DEFAULT_BACKBONE, device=choose_device(device)),
+                    asking=asking,
+                    templates=wanted,
+                    overwrite=overwrite,
+                    progress=progress,
+                )
+        if as_json:
+            _print_json(found.as_json())
+            return
+        described_lines(found.as_json(), Console(), Console(stderr=True))
 
 
 @app.command()
@@ -267,6 +350,78 @@ def report(
             _print_json({"report": str(path)})
             return
         Console().print(f"Report: [bold]{escape(str(path))}[/]", soft_wrap=True, highlight=False)
+
+
+@app.command()
+def serve(
+    model: Annotated[Path, typer.Argument(help="A run folder, or its model/.")],
+    host: Annotated[str, typer.Option(help="The address to listen on. There is no login: mind who can reach it.")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, typer.Option(help="The port; 0: a free one.")] = 8000,
+    max_upload_mb: Annotated[float, typer.Option(min=0.001, help="Of one image file, in megabytes.")] = 20,
+    max_megapixels: Annotated[float, typer.Option(min=0.001, help="Of one image.")] = 50,
+    waiting: Annotated[int, typer.Option(min=1, help="Requests under way at once; one more is refused.")] = 256,
+    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds to upload in, and to wait for an answer.")] = 30,
+    device: Device = "auto",
+    precision: Precision = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Classify images in a browser, or by POST /predict, with an adapted model."""
+    with _working(as_json):
+        _refuse_launcher()
+        _require("serve", "fastapi", "uvicorn", "python_multipart")
+        from finealign.classifier import FineAlign
+        from finealign.serve.app import Limits
+        from finealign.serve.server import serve as answer
+
+        loaded = FineAlign.load(model, device=device, precision=precision)
+        limits = Limits(
+            max_upload_bytes=round(1e6 * max_upload_mb),
+            max_pixels=round(1e6 * max_megapixels),
+            waiting=waiting,
+            timeout=timeout,
+        )
+
+        def tell(address: str) -> None:
+            if as_json:
+                _print_json({"address": address})
+            else:
+                typer.echo(f"Open {address} in a browser. Ctrl-C stops the server.")
+
+        answer(loaded, host, port, limits, on_listening=tell)
+
+
+@app.command()
+def export(
+    model: Annotated[Path, typer.Argument(help="A run folder, or its model/.")],
+    out: Annotated[Path, typer.Option(help="The folder to write.")],
+    format: Annotated[
+        Literal["open_clip", "hf", "onnx"], typer.Option(help="open_clip; hf: transformers; onnx: one file.")
+    ],
+    score: ScoreKind = None,
+    push: Annotated[str | None, typer.Option(help="ORG/NAME on the hub to upload what was written to.")] = None,
+    private: Annotated[bool, typer.Option("--private", help="For yourself alone on the hub.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export in --out.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write an adapted model for another library, checked there against finealign's own scores."""
+    with _working(as_json):
+        _refuse_launcher()
+        from finealign.classifier import FineAlign
+        from finealign.export import export as write
+        from finealign.export import push as upload
+        from finealign.terminal import exported_lines
+
+        if private and not push:
+            raise FinealignError("--private is of what --push uploads. Give --push ORG/NAME, or leave it out.")
+        loaded = FineAlign.load(model, device="cpu", precision="fp32")
+        found = write(loaded, out, format=format, score=score, overwrite=overwrite).as_json()
+        found["url"] = upload(out, push, private) if push else None
+        if as_json:
+            _print_json(found)
+            return
+        exported_lines(found, Console())
 
 
 @app.command()
@@ -477,6 +632,12 @@ def _stoppable(progress: "Bars", *, go_on: Callable[[], str]) -> Iterator["Bars"
         if os.environ.get("RANK", "0") == "0":
             typer.echo(f"{error if isinstance(error, StoppedError) else 'Interrupted.'} {go_on()}", err=True)
         raise typer.Exit(128 + (progress.stopped_by or signal.SIGINT)) from None
+
+
+def _require(extra: str, *packages: str) -> None:
+    missing = [name for name in packages if find_spec(name) is None]
+    if missing:
+        raise FinealignError(f"This needs {', '.join(missing)}: pip install 'finealign[{extra}]'.")
 
 
 def _refuse_launcher() -> None:

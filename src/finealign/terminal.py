@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # the demo imports torch
     from finealign.benchmark.catalogue import DataSet
     from finealign.demo.run import DemoResult
 
+ALIKE_SHOWN = 10  # pairs of classes
 SHOWN_AFTER = 2.0  # seconds; a shorter stage draws nothing
 
 
@@ -144,6 +145,46 @@ def demo_table(found: "DemoResult", console: Console) -> None:
                 highlight=False,
             )
     console.print(f"Chance is {found.chance:.1%}. {SYNTHETIC}", highlight=False)
+
+
+def described_lines(found: dict[str, Any], console: Console, notes: Console) -> None:
+    """What was described and what it took; on ``notes`` what still looks alike, and what is lost."""
+    tokens = found["tokens"]
+    console.print(
+        f"{found['texts']} descriptions of {len(found['classes'])} classes by {found['requests']} requests "
+        f"({tokens['prompt']} + {tokens['completion']} tokens), {sum(found['rejected'].values())} texts rejected.",
+        highlight=False,
+        soft_wrap=True,
+    )
+    for pair in found["alike"][:ALIKE_SHOWN]:
+        first, second = pair["classes"]
+        notes.print(
+            f"[yellow]still alike to the encoder:[/] {escape(first)}, {escape(second)} ({max(pair['shares']):.0%} of "
+            "the texts of one are nearer the other).",
+            soft_wrap=True,
+            highlight=False,
+        )
+    if len(found["alike"]) > ALIKE_SHOWN:
+        notes.print(f"and {len(found['alike']) - ALIKE_SHOWN} more pairs, in the record.", highlight=False)
+    if found["warning"]:
+        notes.print(f"[yellow]warning:[/] {escape(found['warning'])}", soft_wrap=True, highlight=False)
+    for name, path in (("Descriptions", found["out"]), ("Record", found["record"])):
+        console.print(f"{name}: [bold]{escape(path)}[/]", soft_wrap=True, highlight=False)
+
+
+def exported_lines(found: dict[str, Any], console: Console) -> None:
+    """What was written, and how far it is from finealign's own scores."""
+    table = Table(title=f"{found['format']}, score {found['score']}", title_justify="left")
+    for name in ("held against finealign", "largest difference", "at most"):
+        table.add_column(name, justify="left" if name.startswith("held") else "right")
+    for name, one in found["parity"].items():
+        table.add_row(escape(name), f"{one['largest']:.1e}", f"{one['promised']:.1e}")
+    console.print(table)
+    for note in found["notes"]:
+        console.print(escape(note), soft_wrap=True, highlight=False)
+    console.print(f"Export: [bold]{escape(found['out'])}[/]", soft_wrap=True, highlight=False)
+    if found["url"]:
+        console.print(f"On the hub: [bold]{escape(found['url'])}[/]", soft_wrap=True, highlight=False)
 
 
 def verdict_lines(verdict: dict[str, Any], kept: str, console: Console) -> None:
