@@ -180,7 +180,6 @@ def describe(
                     "--model is missing. Wanted: the name of a model that the endpoint knows, or --from-templates to "
                     "ask none."
                 )
-            _require("describe", "openai")
             asking = Asking(
                 model=model,
                 endpoint=endpoint,

@@ -1,0 +1,70 @@
+"""What the server answers, as its OpenAPI describes it."""
+
+from pydantic import BaseModel, Field
+
+
+class Choice(BaseModel):
+    """One class and its probability."""
+
+    label: str
+    confidence: float = Field(ge=0, le=1)
+
+
+class Guess(Choice):
+    """The most probable class, and the best ones in order."""
+
+    top: list[Choice] = Field(min_length=1)
+
+
+class Crop(BaseModel):
+    """A square the model looks at: left, top, right, bottom in pixels, and how much it counts."""
+
+    box: tuple[int, int, int, int]
+    weight: float = Field(ge=0, le=1)
+
+
+class Predicted(Guess):
+    """What the adapted model makes of an image, and what the model it started from does."""
+
+    start: Guess | None
+    score: str
+    width: int = Field(ge=1, description="Of the image as it is shown, in pixels.")
+    height: int = Field(ge=1)
+    crops: list[Crop] = Field(description="None by the score 'global', which looks at the image as a whole.")
+
+
+class Health(BaseModel):
+    """Whether the server works, and how busy it is."""
+
+    status: str
+    waiting: int = Field(ge=0, description="Requests being read or answered.")
+    capacity: int = Field(ge=1, description="How many there can be; one more is refused with 503.")
+
+
+class Bounds(BaseModel):
+    """What the server takes."""
+
+    max_upload_bytes: int
+    max_pixels: int
+    waiting: int
+    timeout: float = Field(description="Seconds to send an upload in, and seconds to wait for its answer.")
+
+
+class About(BaseModel):
+    """The model that answers."""
+
+    classes: list[str]
+    method: str
+    backbone: str
+    score: str = Field(description="What it scores by when nothing else is asked for.")
+    scores: list[str]
+    input_size: int
+    version: str
+    limits: Bounds
+
+
+class Refusal(BaseModel):
+    """Why there is no result: a sentence for a person, and a word for a program."""
+
+    error: str
+    kind: str

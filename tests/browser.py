@@ -1,0 +1,67 @@
+"""A server on this machine, and a Chromium that is installed already, driven by playwright."""
+
+import os
+import shutil
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
+
+    from finealign import FineAlign
+    from finealign.serve.app import Limits
+
+ARGUMENTS = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+
+
+@contextmanager
+def running(model: "FineAlign", limits: "Limits | None" = None, host: str = "127.0.0.1") -> Iterator[str]:
+    """The address of a server that answers by a fitted model, on a free port."""
+    from finealign.serve.app import Limits
+    from finealign.serve.server import Listener
+
+    server, listening = Listener(model, host, 0, limits or Limits()), threading.Event()
+    thread = threading.Thread(target=server.run, args=[lambda _: listening.set()])
+    thread.start()
+    try:
+        assert listening.wait(30)
+        yield server.address
+    finally:
+        server.stop()
+        thread.join(60)
+        assert not thread.is_alive()
+
+
+def chromium() -> str:
+    """The path of the browser: what CHROMIUM names, or the one on the PATH. Skips the test where there is none."""
+    found = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
+    if not found:
+        pytest.skip("no Chromium here: install it, or set CHROMIUM to its path")
+    return found
+
+
+@contextmanager
+def browsing() -> Iterator["Browser"]:
+    """A browser for as long as it is wanted."""
+    from playwright.sync_api import sync_playwright
+
+    path = chromium()
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=ARGUMENTS)
+        try:
+            yield browser
+        finally:
+            browser.close()
