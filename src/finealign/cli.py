@@ -408,8 +408,8 @@ def export(
     with _working(as_json):
         _refuse_launcher()
         from finealign.classifier import FineAlign
-        from finealign.export import export as write
-        from finealign.export import push as upload
+        from finealign.export.hub import push as upload
+        from finealign.export.run import export as write
         from finealign.terminal import exported_lines
 
         if private and not push:

@@ -31,6 +31,12 @@ ANCHOR_RATE, IMAGES_A_CLASS = 1e-3, 50
 MOST_BYTES, MOST_VALUES = 100_000, 10_000
 
 
+def without_folder(backbone: str) -> str:
+    """A backbone's name as others may see it: of a folder of this machine only the last part."""
+    place, found, path = backbone.partition("local-dir:")
+    return f"local-dir:{Path(path).name}" if found and not place else backbone
+
+
 def _is_number(annotation: Any) -> bool:
     return annotation in (int, float) or any(_is_number(part) for part in get_args(annotation))
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finealign.charts import Curve, by_epoch, calibration
+from finealign.config import without_folder
 from finealign.errors import ModelError, OutputError
 from finealign.layout import (
     CONFIG,
@@ -109,6 +110,7 @@ def render(folder: Path) -> str:
             measured=None if evaluation is None else _measured(evaluation, classes),
             shown={"classes": CLASSES_SHOWN, "aside": ASIDE_SHOWN},
             name=folder.resolve().name,
+            backbone=without_folder(run["backbone"]),
         )
     except (AttributeError, KeyError, TypeError, ValueError, csv.Error, UndefinedError) as error:
         raise ModelError(

@@ -22,6 +22,7 @@ from starlette.types import Receive
 
 from finealign import __version__
 from finealign.classifier import FineAlign
+from finealign.config import without_folder
 from finealign.images import ImageReadError
 from finealign.predictions import explained
 from finealign.serve.answers import About, Bounds, Health, Predicted, Refusal
@@ -163,12 +164,10 @@ def create_app(model: FineAlign, limits: Limits | None = None, *, hosts: frozens
 
 
 def _about(model: FineAlign, limits: Limits) -> About:
-    kind, place, name = model.config_.backbone.partition("local-dir:")
-    backbone = place + name.rstrip("/").rpartition("/")[2] if place else kind  # no paths of this machine
     return About(
         classes=list(model.texts_.classes),
         method=model.config_.method.name,
-        backbone=backbone,
+        backbone=without_folder(model.config_.backbone),
         score=model.score_,
         scores=list(type(model.method_).scores),
         input_size=model.backbone_.input_size,
