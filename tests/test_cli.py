@@ -25,7 +25,7 @@ from typer.testing import CliRunner, Result
 from conftest import write_photos
 from finealign import __version__, terminal
 from finealign.backbone import load_backbone
-from finealign.cli import app, printable
+from finealign.cli import app
 from finealign.config import DEFAULT_BACKBONE
 from finealign.images import list_images, read_image
 from finealign.methods import method_names
@@ -212,7 +212,7 @@ def test_adapt__a_process_of_its_own_prints_one_object_and_no_bar(made: Made, tm
 def test_adapt__says_what_it_did(made: Made) -> None:
     assert set(made.said) == {
         "out", "method", "backbone", "classes", "images", "set_aside", "epochs", "seconds", "stopped", "verdict",
-        "kept",
+        "kept", "report", "report_problem",
     }  # fmt: skip
     assert (made.said["out"], made.said["classes"], made.said["images"]) == (str(made.run), CLASSES, 24)
 
@@ -910,5 +910,7 @@ def test_bars__quiet_when_there_is_no_terminal(made: Made, tmp_path: Path, monke
 
 
 def test_names__that_would_move_the_cursor_are_written_out() -> None:
+    from finealign.images import printable
+
     assert printable("a\x1b[2J\u202eb\n.png") == "a\\x1b[2J\\u202eb\\n.png"
     assert printable("wren é 鳥.png") == "wren é 鳥.png"

@@ -23,6 +23,7 @@ from PIL import Image
 
 from finealign.errors import ImageInputError, OutputError
 from finealign.images import (
+    MAX_SCANS,
     ImageReadError,
     display_path,
     in_order,
@@ -517,6 +518,30 @@ def test_read_image__first_picture_of_a_multi_picture_jpeg(tmp_path: Path) -> No
 
 
 # read_image: what is refused
+
+
+def scans(data: bytes, number: int) -> bytes:
+    """A progressive JPEG with its last scan as often as wanted."""
+    start = data.rindex(b"\xff\xda")
+    assert data.endswith(b"\xff\xd9")
+    return data[:start] + data[start:-2] * number + data[-2:]
+
+
+def test_read_image__a_jpeg_of_very_many_scans_is_refused_undecoded(tmp_path: Path) -> None:
+    data = encode(noise(40, 60), "JPEG", progressive=True)
+    few = data.count(b"\xff\xda")
+    path = tmp_path / "photo.jpg"
+    path.write_bytes(scans(data, MAX_SCANS - few + 1))
+    assert read_image(path).size == (60, 40)
+    path.write_bytes(scans(data, MAX_SCANS - few + 2))
+    assert reason(path) == "a JPEG of more than 100 scans"
+
+
+def test_read_image__scans_of_a_thumbnail_and_of_further_pictures_do_not_count(tmp_path: Path) -> None:
+    data, path = encode(noise(40, 60), "JPEG", progressive=True), tmp_path / "photo.jpg"
+    comment = b"\xff\xfe" + (2 + 2 * 500).to_bytes(2, "big") + b"\xff\xda" * 500
+    path.write_bytes(data[:2] + comment + data[2:] + data * 50)
+    assert read_image(path).size == (60, 40)
 
 
 def test_read_image__zero_bytes(tmp_path: Path) -> None:

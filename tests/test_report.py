@@ -122,13 +122,12 @@ def test_report__every_link_leads_somewhere_and_no_name_stands_twice(finished: P
 def test_report__says_what_the_run_folder_says(finished: Path) -> None:
     text = Reader((finished / "report.html").read_text(encoding="utf-8")).text
     said = json.loads((finished / "run.json").read_text(encoding="utf-8"))
-    verdict = {"helped": "Adaptation helped", "unclear": "Unclear whether", "hurt": "Adaptation hurt"}
-    assert verdict[said["verdict"]["call"]] in text
+    assert f"Verdict: {said['verdict']['call']}" in text
     assert said["identity"]["weights"] in text
     assert said["versions"]["torch"] in text
     changed = sum(row["label"] != row["start_label"] for row in rows(finished))
     assert f"Labels changed {changed} " in text
-    assert "1 files could not be read" in text and "torn.png" in text
+    assert "1 file could not be read" in text and "torn.png" in text
     assert yaml.safe_load((finished / "config.yaml").read_text())["backbone"] in text
     assert "a photo of a red." in text  # the texts used
     assert "2507.09615" in text
@@ -194,7 +193,6 @@ def test_report__of_a_run_that_is_not_complete_is_refused(run: Path, status: str
         ("run.json", "[]"),
         ("run.json", '{"status": "complete"}'),
         ("metrics.jsonl", '{"epoch": 1}\n'),
-        ("metrics.jsonl", "{"),
         ("predictions.csv", "path,label\na.png,red\n"),
         ("predictions.csv", None),
         ("set_aside.csv", None),
@@ -324,6 +322,69 @@ def test_write_examples__what_is_listed_is_what_the_model_says(finished: Path, t
     assert [path.name for path in sorted((tmp_path / "examples").glob("*.jpg"))] == ["00.jpg"]
 
 
+def test_report__a_carriage_return_in_a_name_stays_in_its_row(
+    photos: Path, tiny_backbone: Tiny, tmp_path: Path
+) -> None:
+    odd = 'a\rb",\n\x1b[31m.png'
+    (photos / "red" / "0.png").rename(photos / odd)
+    (photos / f"torn{odd}").write_bytes(b"torn")
+    summary = adapt_into(tmp_path / "run", FineAlign(CLASSES, config=tiny_config(tiny_backbone("transformer"))), photos)
+    assert summary.report == tmp_path / "run" / "report.html"
+    with (tmp_path / "run" / "predictions.csv").open(encoding="utf-8", newline="") as opened:
+        listed = list(csv.DictReader(opened))
+    assert len(listed) == 24 and str(photos / odd) in {row["path"] for row in listed}
+    assert {row["label"] for row in listed} <= set(CLASSES)
+    with (tmp_path / "run" / "set_aside.csv").open(encoding="utf-8", newline="") as opened:
+        assert [row["path"] for row in csv.DictReader(opened)] == [str(photos / f"torn{odd}")]
+    page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert "\x1b" not in page and "torna\\rb" in page
+
+
+def test_adapt_into__a_report_that_fails_fails_no_run(
+    photos: Path, tiny_backbone: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(folder: Path) -> Path:
+        raise OutputError("no room")
+
+    monkeypatch.setattr("finealign.run_folder.write_report", fail)
+    summary = adapt_into(tmp_path / "run", FineAlign(CLASSES, config=tiny_config(tiny_backbone("transformer"))), photos)
+    assert (summary.report, summary.report_problem) == (None, "no room")
+    assert json.loads((tmp_path / "run" / "run.json").read_text(encoding="utf-8"))["status"] == "complete"
+
+
+def test_adapt_into__what_labels_told_of_another_model_does_not_stay(
+    run: Path, finished: Path, tiny_backbone: Tiny
+) -> None:
+    (run / "evaluation.json").write_text("{}", encoding="utf-8")
+    (run / "examples" / "99.jpg").write_bytes(b"of another run")
+    adapt_into(
+        run,
+        FineAlign(CLASSES, config=tiny_config(tiny_backbone("transformer"))),
+        str(finished.parent / "photos"),
+        resume=True,
+    )
+    assert not (run / "evaluation.json").exists()
+    assert not (run / "examples" / "99.jpg").exists()
+
+
+def test_report__of_a_run_whose_start_was_kept_says_so(run: Path) -> None:
+    change(run / "run.json", kept="start")
+    text = Reader(render(run)).text
+    assert "All predictions below are the start's" in text
+    assert "--resume --keep-adapted" in text
+
+
+def test_report__a_torn_last_line_of_the_metrics_is_left_out(run: Path) -> None:
+    before = render(run)
+    with (run / "metrics.jsonl").open("a", encoding="utf-8") as opened:
+        opened.write('{"epoch": 9, "lo')
+    assert render(run) == before
+
+
+def test_report__a_score_without_labels_is_refused(run: Path) -> None:
+    assert "--labelled" in command("report", run, "--score", "las").stderr
+
+
 # --- charts -----------------------------------------------------------------------------------------------------------
 
 
@@ -334,6 +395,15 @@ def test_charts__are_svg_in_the_page_s_colours(points: int) -> None:
     assert Reader(drawn).tags["svg"] == 1
     assert "var(--after)" in drawn and "#0" not in re.sub(r"url\(#\w+\)|href=\"#\w+\"", "", drawn)
     assert 'width="' not in drawn.partition(">")[0]
+
+
+def test_charts__a_user_s_own_style_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    import matplotlib
+
+    before = by_epoch([Curve("a", [1, 2], [0.1, 0.2])], name="a")
+    monkeypatch.setitem(matplotlib.rcParams, "text.usetex", True)
+    monkeypatch.setitem(matplotlib.rcParams, "axes.facecolor", "red")
+    assert by_epoch([Curve("a", [1, 2], [0.1, 0.2])], name="a") == before
 
 
 def test_charts__parts_of_two_charts_bear_different_names() -> None:
@@ -375,6 +445,29 @@ def test_card__of_a_model_saved_by_hand_claims_no_verdict(finished: Path, tmp_pa
     front, text = card(tmp_path)
     assert front["base_model"] == "org/name"
     assert "revision `abc`" in text and "nothing: images are scored" in text
+
+
+def test_card__another_readme_stays(finished: Path, tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("# mine\n", encoding="utf-8")
+    model = FineAlign.load(finished, device="cpu")
+    model.save(tmp_path)
+    assert (tmp_path / "README.md").read_text(encoding="utf-8") == "# mine\n"
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "learned"),
+    [
+        ("fair", {}, "normalisation layers and a vector for each class"),
+        ("fair", {"training__learn": "norms"}, "scale and shift of the image tower's normalisation layers."),
+        ("fair", {"training__encoder": "frozen"}, "**What learned**: a vector for each class."),
+        ("transclip", {}, "a vector for each class, from all images at once"),
+        ("wca", {}, "nothing: images are scored"),
+    ],
+)
+def test_card__says_what_learned(tiny_backbone: Tiny, tmp_path: Path, method: str, settings: Any, learned: str) -> None:
+    config = tiny_config(tiny_backbone("transformer"), method__name=method, **settings)
+    FineAlign(CLASSES, config=config).unlearned().save(tmp_path / "model")
+    assert learned in card(tmp_path)[1]
 
 
 def test_card__names_are_shown_as_they_are(photos: Path, tiny_backbone: Tiny, tmp_path: Path) -> None:

@@ -138,7 +138,7 @@ def test_adapt_into__run_json_says_what_was_done(finished: Path, tiny_backbone: 
         "kept": "adapted",
     }
     assert {name: found[name] for name in fixed} == fixed
-    assert set(found) == {*fixed, "identity", "versions", "started", "seconds", "verdict"}
+    assert set(found) == {*fixed, "identity", "versions", "started", "seconds", "verdict", "learned"}
     assert found["verdict"]["call"] in ("helped", "unclear", "hurt")
     assert set(found["identity"]) == {"settings", "texts", "images", "weights"}
     assert {"python", "finealign", "torch", "open_clip_torch", "timm", "accelerate"} <= set(found["versions"])
@@ -215,7 +215,7 @@ def test_adapt_into__its_summary_is_plain_json(album: Path, tiny_backbone: Tiny,
     }
     assert set(found) == {
         "out", "method", "backbone", "classes", "images", "set_aside", "epochs", "seconds", "stopped", "verdict",
-        "kept",
+        "kept", "report", "report_problem",
     }  # fmt: skip
 
 

@@ -66,12 +66,13 @@ def _look(curve: Curve) -> dict[str, Any]:
 
 
 def _svg(draw: Any, name: str) -> str:
-    from matplotlib import rc_context
+    from matplotlib import style
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    # Text stays text, for readers and for the page's font; the salt keeps the parts' names apart from other charts'.
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 9, "path.simplify": True}):
+    # From the defaults, whatever the user's own are. Text stays text, for readers and for the page's font; the salt
+    # keeps the parts' names apart from other charts'.
+    with style.context(["default", {"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 9}]):
         figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
         figure.patch.set_alpha(0)
         axes = figure.add_subplot()

@@ -22,7 +22,7 @@ from finealign.devices import WantedPrecision, choose_device, choose_precision
 from finealign.errors import ConfigError, FinealignError, ImageInputError, StoppedError
 from finealign.images import ImageReadError, Pixels, display_path, in_order, list_images, read_image
 from finealign.methods import Method, create_method, find_method, method_options, method_settings
-from finealign.model_card import model_card
+from finealign.model_card import is_card, model_card
 from finealign.model_folder import SavedModel, read_model, write_model
 from finealign.pixels import store_pixels
 from finealign.progress import Progress
@@ -333,11 +333,13 @@ class FineAlign:
     def save(self, folder: str | Path, *, run: Mapping[str, Any] | None = None) -> None:
         """Write the fitted model: an open_clip local directory with the anchors and texts beside it, and a model card.
 
-        ``run`` is what ``run.json`` says of how the model was made, for the card.
+        ``run`` is what ``run.json`` says of how the model was made, for the card; another README.md stays.
         """
         self._require_fitted()
         write_model(self._saved, Path(folder))
-        save_text(model_card(self._saved, run), Path(folder) / "README.md")
+        card = Path(folder) / "README.md"
+        if not card.exists() or is_card(card):
+            save_text(model_card(self._saved, run), card)
 
     @classmethod
     def load(

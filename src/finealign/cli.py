@@ -330,6 +330,8 @@ def report(
         _refuse_launcher()
         from finealign.report import render, save_evaluation, write_report
 
+        if score and not labelled:
+            raise FinealignError("--score is of what --labelled measures. Give --labelled, or leave it out.")
         if labelled:
             from finealign.classifier import FineAlign
             from finealign.evaluate import evaluate_predictions, read_truth
@@ -343,7 +345,8 @@ def report(
                     loaded.readable_predictions(truth.paths, score=score, with_start=True, advance=stage.advance)
                 )
             names, unread = loaded.texts_.classes, len(loaded.set_aside_)
-            save_evaluation(evaluate_predictions(predictions, truth, names, set_aside=unread, in_full=True), run)
+            measured = evaluate_predictions(predictions, truth, names, set_aside=unread, in_full=True)
+            save_evaluation(measured | {"score": score or loaded.score_}, run)
         path = write_report(run)
         if as_json:
             _print_json({"report": str(path)})
@@ -655,11 +658,6 @@ def _how_to_resume() -> str:
     return f"Go on{launcher} with:\n{shlex.join([*program, *words, '--resume'])}"
 
 
-def printable(text: str) -> str:
-    """Characters that would move the cursor or turn the line around, as a file's name may hold, written out."""
-    return "".join(one if one.isprintable() or one == " " else one.encode("unicode_escape").decode() for one in text)
-
-
 def _print_json(value: dict[str, Any]) -> None:
     text = json.dumps(value, ensure_ascii=False, allow_nan=False)
     typer.echo(text.encode("utf-8", "backslashreplace"))  # a path may be no UTF-8
@@ -693,13 +691,19 @@ def _show_summary(found: dict[str, Any], as_json: bool) -> None:
     _tell_set_aside(found["set_aside"], Console(stderr=True))
     folder = escape(found["out"])
     screen.print(f"Run folder: [bold]{folder}[/]", soft_wrap=True, highlight=False)
-    screen.print(f"Report: [bold]{escape(str(Path(found['out'], 'report.html')))}[/]", soft_wrap=True, highlight=False)
+    if found["report"]:
+        screen.print(f"Report: [bold]{escape(found['report'])}[/]", soft_wrap=True, highlight=False)
+    else:
+        warning = f"[yellow]No report:[/] {escape(found['report_problem'])}"
+        Console(stderr=True).print(warning, soft_wrap=True, highlight=False)
     screen.print(f"Next: finealign predict {folder} IMAGES, or finealign evaluate {folder} LABELLED", soft_wrap=True)
 
 
 def _tell_set_aside(rows: list[dict[str, str]], screen: Console) -> None:
     if not rows:
         return
+    from finealign.images import printable
+
     first = rows[0]
     screen.print(
         f"[yellow]{len(rows)} images could not be read[/]; "

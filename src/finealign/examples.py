@@ -4,6 +4,7 @@ import heapq
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from finealign.classifier import FineAlign
 from finealign.images import ImageReadError, display_path, read_image
 from finealign.layout import EXAMPLES_LIST
 from finealign.predictions import explained
-from finealign.storage import make_folder, save_text
+from finealign.storage import make_folder, save_bytes, save_text
 from finealign.types import Prediction
 
 EACH = 12  # images of a kind
@@ -63,6 +64,8 @@ def write_examples(model: FineAlign, chosen: dict[str, list[Path]], folder: Path
     An image that cannot be read any more is left out. Raises OutputError.
     """
     make_folder(folder)
+    for old in folder.glob("[0-9][0-9].jpg"):  # of the run that is being resumed
+        old.unlink(missing_ok=True)
     pictures: dict[Path, dict[str, Any] | None] = {}
     for path in (path for paths in chosen.values() for path in paths):
         if path not in pictures:
@@ -78,7 +81,9 @@ def _example(model: FineAlign, path: Path, picture: Path) -> dict[str, Any] | No
         return None
     (found,) = model.explain_pixels([np.array(image)], with_start=True)
     image.thumbnail((SIDE, SIDE), Image.Resampling.BICUBIC, reducing_gap=3.0)
-    image.save(picture, "JPEG", quality=QUALITY)
+    encoded = BytesIO()
+    image.save(encoded, "JPEG", quality=QUALITY)
+    save_bytes(encoded.getvalue(), picture)
     return {"path": display_path(path), "picture": picture.name, **explained(found, model.texts_.classes, TOP)}
 
 

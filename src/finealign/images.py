@@ -38,11 +38,13 @@ from PIL import (
 from finealign.errors import ImageInputError, OutputError
 from finealign.paths import PathList
 from finealign.shards import SUFFIX, ShardError, find_shard, member_size, open_member, read_shard
+from finealign.storage import row_writer
 from finealign.types import SetAside
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".jpe", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
 MAX_PIXELS = 200_000_000
 MAX_SIDE = 100_000  # a row of millions of pixels takes Pillow minutes, and as much again to bring to a square
+MAX_SCANS = 100  # of one JPEG: each goes over the whole picture again
 MAX_SHARDS = 100_000  # of one pattern
 
 Pixels = NDArray[np.uint8]  # (H, W, 3)
@@ -71,6 +73,8 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_SCAN = b"\xff\xda"
+_SEGMENT = re.compile(rb"\xff([^\x00\x01\xd0-\xd7\xff])")  # a JPEG's marker that stands not alone, or its end
 _T = TypeVar("_T")
 
 
@@ -84,6 +88,11 @@ def display_path(path: str | Path) -> str:
         return os.fsencode(path).decode("utf-8", "backslashreplace")
     except UnicodeEncodeError:  # a lone surrogate that stands for no byte, so it names no file
         return str(path).encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def printable(text: str) -> str:
+    """Characters that would move the cursor or turn the line around, as a file's name may hold, written out."""
+    return "".join(one if one.isprintable() or one == " " else one.encode("unicode_escape").decode() for one in text)
 
 
 def list_images(source: str | Path | Sequence[str | Path]) -> Sequence[Path]:
@@ -201,15 +210,20 @@ def read_image(path: Path, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     can rotate it again.
 
     Raises:
-        ImageReadError: the file is not a whole image of at most ``max_pixels``, and ``MAX_SIDE`` a side; the message is
-            the reason alone.
+        ImageReadError: the file is not a whole image of at most ``max_pixels``, and ``MAX_SIDE`` a side, or is a JPEG
+            of more than ``MAX_SCANS`` scans; the message is the reason alone.
     """
     with open_regular(path) as file:
         return decode_image(file, max_pixels=max_pixels)
 
 
-def decode_image(file: BinaryIO, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """The image in an open file that can be sought in, as ``read_image`` gives it. Raises ImageReadError as it does."""
+def decode_image(
+    file: BinaryIO, *, max_pixels: int = MAX_PIXELS, before: Callable[[int], None] = lambda pixels: None
+) -> Image.Image:
+    """The image in an open file that can be sought in, as ``read_image`` gives it. Raises ImageReadError as it does.
+
+    ``before`` is called with the number of pixels before they are decoded.
+    """
     with _quiet_pillow:
         try:
             image = _identify(file)
@@ -218,6 +232,9 @@ def decode_image(file: BinaryIO, *, max_pixels: int = MAX_PIXELS) -> Image.Image
                 raise ImageReadError(f"{width} x {height} pixels, over the limit of {max_pixels:,}")
             if max(width, height) > MAX_SIDE:
                 raise ImageReadError(f"{width} x {height} pixels, over the limit of {MAX_SIDE:,} a side")
+            if image.format in ("JPEG", "MPO"):
+                _refuse_scans(file)
+            before(width * height)
             image.load()
             return _to_rgb(_upright(image))
         except ImageReadError:
@@ -341,9 +358,10 @@ def set_aside_csv(rows: Sequence[SetAside], path: Path) -> None:
     """
     try:
         with path.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(["path", "reason"])
-            writer.writerows([row.path, row.reason] for row in rows)
+            write = row_writer(file)
+            write(["path", "reason"])
+            for row in rows:
+                write([row.path, row.reason])
     except OSError as exc:
         raise OutputError(
             f"Cannot write '{display_path(path)}': {reason_of(exc)}. Choose an output folder that can be written."
@@ -476,6 +494,23 @@ def _identify(file: BinaryIO) -> ImageFile.ImageFile:
             file.seek(0)
             return factory(file, "")
     raise ImageReadError("not an image")
+
+
+def _refuse_scans(file: BinaryIO) -> None:
+    file.seek(0)
+    data = file.read()
+    # The bytes of a scan's marker may also stand in a thumbnail or a further picture, so a high count is looked into.
+    if data.count(_SCAN) > MAX_SCANS and _scans(data) > MAX_SCANS:
+        raise ImageReadError(f"a JPEG of more than {MAX_SCANS} scans")
+
+
+def _scans(data: bytes) -> int:
+    """Scans of a JPEG's first picture, counted up to one more than there may be."""
+    at, scans = 2, 0
+    while scans <= MAX_SCANS and (found := _SEGMENT.search(data, at)) and found[1] != b"\xd9":
+        scans += found[0] == _SCAN
+        at = found.end() + max(2, int.from_bytes(data[found.end() : found.end() + 2], "big"))
+    return scans
 
 
 def _upright(image: Image.Image) -> Image.Image:

@@ -1,6 +1,5 @@
 """Predictions as CSV, JSON lines or Parquet, written as they come."""
 
-import csv
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 
 from finealign.errors import OutputError, unknown_name
 from finealign.images import display_path
+from finealign.storage import row_writer
 from finealign.types import Explanation, Prediction
 
 PARQUET_ROWS = 4096
@@ -93,6 +93,8 @@ def write_predictions(
 
     ``with_start``, for CSV alone: two columns more, of predictions that were made with the start.
     """
+    if with_start and path.suffix != ".csv":
+        raise ValueError(f"the start has columns in CSV alone, not in {path.suffix}")
     aside = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -112,15 +114,15 @@ def write_csv(rows: Iterable[Row], stream: TextIO, top_k: int, *, with_start: bo
 
     ``with_start``: then ``start_label,start_confidence``, of the model adaptation started from.
     """
-    writer = csv.writer(stream, lineterminator="\n")
+    write = row_writer(stream)
     header = ["path", "label", "confidence"]
     header += [f"{name}_{rank}" for rank in range(2, top_k + 1) for name in ("label", "confidence")]
-    writer.writerow(header + ["start_label", "start_confidence"] * with_start)
+    write(header + ["start_label", "start_confidence"] * with_start)
     count = 0
     for row in rows:
         count += 1
         best = zip(row.labels, row.confidences, strict=True)
-        writer.writerow([row.path, *(value for pair in best for value in pair), *((row.start or ()) * with_start)])
+        write([row.path, *(value for pair in best for value in pair), *((row.start or ()) * with_start)])
     return count
 
 

@@ -4,7 +4,7 @@ import base64
 import csv
 import json
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from finealign.charts import Curve, by_epoch, calibration
 from finealign.config import without_folder
 from finealign.errors import ModelError, OutputError
+from finealign.images import display_path, printable
 from finealign.layout import (
     CONFIG,
     EVALUATION,
@@ -35,6 +36,7 @@ MANIFEST = f"{MODEL}/finealign.json"
 CLASSES_SHOWN = 40  # rows shown at once; the others unfold
 CONFUSION_SHOWN = 30  # classes beyond which a matrix cannot be read
 PAIRS_SHOWN = 12
+RENEW = "Copy it again, or renew it with `finealign adapt ... --resume`."
 ASIDE_SHOWN = 200
 
 
@@ -69,6 +71,32 @@ def write_report(folder: Path) -> Path:
     return path
 
 
+def save_evaluation(found: Mapping[str, object], folder: Path) -> None:
+    """Keep what labels told in the run folder, for its report; what an earlier evaluation left is replaced."""
+    if not (folder / RUN).is_file():
+        raise OutputError(f"{folder} holds no run, so there is nowhere to keep its evaluation.")
+    save_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", folder / EVALUATION)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The records of ``metrics.jsonl``, one an epoch; none where there is no such file.
+
+    A line torn by an interruption ends them: that epoch's checkpoint was not written either.
+    """
+    if not path.exists():
+        return []
+    found = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            break
+        if not isinstance(record, dict) or type(record.get("epoch")) is not int:
+            break
+        found.append(record)
+    return found
+
+
 def render(folder: Path) -> str:
     """The report of a run folder as HTML. Raises ModelError as ``write_report`` does."""
     from jinja2 import Environment, PackageLoader, StrictUndefined, UndefinedError
@@ -82,7 +110,7 @@ def render(folder: Path) -> str:
     try:
         manifest = _read_json(folder / MANIFEST)
         evaluation = _read_json(folder / EVALUATION) if (folder / EVALUATION).is_file() else None
-        epochs = [json.loads(line) for line in _read(folder / METRICS).splitlines()]
+        epochs = read_metrics(folder / METRICS)
         predicted = read_predictions(folder / PREDICTIONS)
         classes: list[str] = run["classes"]
         environment = Environment(
@@ -92,7 +120,7 @@ def render(folder: Path) -> str:
             trim_blocks=True,
             lstrip_blocks=True,
         )
-        environment.filters |= {"share": _share, "points": _points, "code": _code}
+        environment.filters |= {"share": _share, "points": _points, "code": _code, "printable": printable}
         return environment.get_template("report.html.j2").render(
             css=_page("base.css") + _page("report.css"),
             run=run,
@@ -109,13 +137,13 @@ def render(folder: Path) -> str:
             evaluation=evaluation,
             measured=None if evaluation is None else _measured(evaluation, classes),
             shown={"classes": CLASSES_SHOWN, "aside": ASIDE_SHOWN},
-            name=folder.resolve().name,
+            name=display_path(folder.resolve().name),
             backbone=without_folder(run["backbone"]),
         )
-    except (AttributeError, KeyError, TypeError, ValueError, csv.Error, UndefinedError) as error:
+    except (AttributeError, LookupError, ArithmeticError, TypeError, ValueError, csv.Error, UndefinedError) as error:
         raise ModelError(
-            f"The run in {folder} is not whole ({type(error).__name__}: {error}), so there is no report of it. "
-            "Copy the folder again, or adapt again."
+            f"The run in {folder} is not whole, or of an earlier version ({type(error).__name__}: {error}). Copy it "
+            "again, or renew it with `finealign adapt ... --resume`."
         ) from error
 
 
@@ -124,7 +152,7 @@ def read_predictions(path: Path) -> Predicted:
     now: Counter[str] = Counter()
     before: Counter[str] = Counter()
     together: Counter[tuple[str, str]] = Counter()
-    leads: Counter[tuple[str, str]] = Counter()
+    leads: defaultdict[tuple[str, str], float] = defaultdict(float)
     changed = 0
     for row in _rows(path):
         now[row["label"]] += 1
@@ -132,7 +160,7 @@ def read_predictions(path: Path) -> Predicted:
         changed += row["label"] != row["start_label"]
         first, second = sorted((row["label"], row["label_2"]))
         together[first, second] += 1
-        leads[first, second] += float(row["confidence"]) - float(row["confidence_2"])  # type: ignore[assignment]
+        leads[first, second] += float(row["confidence"]) - float(row["confidence_2"])
     pairs = [Pair(*names, images, leads[names] / images) for names, images in together.most_common(PAIRS_SHOWN)]
     return Predicted(images=now.total(), changed=changed, now=now, before=before, pairs=tuple(pairs))
 
@@ -171,9 +199,11 @@ def _charts(epochs: Sequence[dict[str, Any]], classes: Sequence[str]) -> list[di
         if not records:
             continue
         x, y = [one["epoch"] for one in records], [value(one) for one in records]
-        text = f"From {_figure(y[0], percent)} after epoch {x[0]} to {_figure(y[-1], percent)} after {x[-1]}."
+        text = f"{_figure(y[-1], percent)} after epoch {x[-1]}"
+        if len(y) > 1:
+            text = f"From {_figure(y[0], percent)} after epoch {x[0]} to {_figure(y[-1], percent)} after {x[-1]}"
         svg = by_epoch([Curve(title, x, y)], name=title, percent=percent)
-        found.append({"title": title, "about": about, "svg": svg, "text": text})
+        found.append({"title": title, "about": about, "svg": svg, "text": f"{text}."})
     return found
 
 
@@ -266,9 +296,11 @@ def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise ModelError(
-            f"No run in {path.parent}: {path.name} is not there. Wanted: a folder of `finealign adapt`."
-        ) from None
+        if path.name == RUN:
+            problem = f"No run in {path.parent}: {RUN} is not there. Wanted: a folder of `finealign adapt`."
+        else:
+            problem = f"{path} is missing: the run is not whole, or of an earlier version. {RENEW}"
+        raise ModelError(problem) from None
     except (OSError, ValueError) as error:
         raise ModelError(f"{path} cannot be read: {error}. Copy the run folder again.") from error
 
@@ -290,10 +322,3 @@ def _code(text: str) -> "Markup":
     from markupsafe import Markup, escape
 
     return Markup(re.sub(r"`([^`]*)`", r"<code>\1</code>", str(escape(text))))
-
-
-def save_evaluation(found: Mapping[str, object], folder: Path) -> None:
-    """Keep what labels told in the run folder, for its report; what an earlier evaluation left is replaced."""
-    if not (folder / RUN).is_file():
-        raise OutputError(f"{folder} holds no run, so there is nowhere to keep its evaluation.")
-    save_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", folder / EVALUATION)

@@ -30,6 +30,7 @@ from finealign.layout import (
     CHECKPOINTS,
     CONFIG,
     CONTENTS,
+    EVALUATION,
     EXAMPLES,
     METRICS,
     MODEL,
@@ -37,10 +38,11 @@ from finealign.layout import (
     RUN,
     SET_ASIDE,
 )
+from finealign.model_card import what_learned
 from finealign.predictions import write_predictions
 from finealign.progress import Progress
 from finealign.ranks import Ranks
-from finealign.report import write_report
+from finealign.report import read_metrics, write_report
 from finealign.storage import require_folder, save_text
 from finealign.training import EpochRecord
 from finealign.types import SetAside, Texts
@@ -62,6 +64,8 @@ class RunSummary:
     model: FineAlign
     verdict: Verdict | None  # whether adaptation helped, judged without labels; None where nothing was learned
     kept: Literal["adapted", "start"]  # which model was saved
+    report: Path | None  # of ranks, the first alone has one
+    report_problem: str  # why there is none
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -76,6 +80,8 @@ class RunSummary:
             "stopped": self.stopped,
             "verdict": asdict(self.verdict) if self.verdict else None,
             "kept": self.kept,
+            "report": str(self.report) if self.report else None,
+            "report_problem": self.report_problem,
         }
 
 
@@ -153,7 +159,13 @@ def adapt_into(
             kept = "start"
             model.revert()
         if ranks.first:
-            run |= {"verdict": asdict(verdict) if verdict else None, "kept": kept}
+            run |= {
+                "learned": what_learned(model.config_, model.method_),
+                "verdict": asdict(verdict) if verdict else None,
+                "kept": kept,
+                "set_aside": len(model.set_aside_),
+            }
+            (folder / EVALUATION).unlink(missing_ok=True)  # of the model that was there
             model.save(folder / MODEL, run=run)
         with progress.stage("predicting", len(paths)) as stage:
             watch = Watch()
@@ -192,7 +204,7 @@ def adapt_into(
     if ranks.first:
         set_aside_csv(set_aside, folder / SET_ASIDE)
         _write_json(folder / RUN, run)
-        write_report(folder)
+    report, report_problem = _draw(folder) if ranks.first else (None, "")
     return RunSummary(
         folder=folder,
         method=config.method.name,
@@ -205,7 +217,17 @@ def adapt_into(
         model=model,
         verdict=verdict,
         kept=kept,
+        report=report,
+        report_problem=report_problem,
     )
+
+
+def _draw(folder: Path) -> tuple[Path | None, str]:
+    """The report, or why there is none: the run is done and good without it."""
+    try:
+        return write_report(folder), ""
+    except FinealignError as error:
+        return None, str(error)
 
 
 def default_folder(images: Images, config: Config) -> Path:
@@ -351,15 +373,4 @@ class _Metrics:
         save_text("".join(f"{json.dumps(found)}\n" for found in [*kept, asdict(record)]), self.path)
 
     def records(self) -> list[dict[str, Any]]:
-        if not self.path.exists():
-            return []
-        found = []
-        for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                record = json.loads(line)
-            except (ValueError, RecursionError):
-                break  # torn by an interruption: that epoch's checkpoint was not written either
-            if not isinstance(record, dict) or type(record.get("epoch")) is not int:
-                break
-            found.append(record)
-        return found
+        return read_metrics(self.path)

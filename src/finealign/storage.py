@@ -1,10 +1,11 @@
 """Files that are whole or not there: written aside, flushed to disk, renamed."""
 
+import csv
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 from finealign.errors import OutputError
 
@@ -33,6 +34,31 @@ def save_text(text: str, path: Path) -> None:
         aside.write_text(text, encoding="utf-8")
 
     _write_aside(path, write)
+
+
+def save_bytes(content: bytes, path: Path) -> None:
+    """As ``save_text``, for what is no text."""
+
+    def write(aside: Path) -> None:
+        aside.write_bytes(content)
+
+    _write_aside(path, write)
+
+
+def row_writer(stream: TextIO) -> Callable[[Iterable[object]], None]:
+    """What writes a row of CSV with lines ending in a bare newline, whatever its values hold.
+
+    Python's own writer leaves a carriage return unquoted then, and readers take it for the end of the line.
+    """
+    plain = csv.writer(stream, lineterminator="\n")
+    quoted = csv.writer(stream, lineterminator="\n", quoting=csv.QUOTE_ALL)
+
+    def write(row: Iterable[object]) -> None:
+        values = list(row)
+        returns = any(isinstance(value, str) and "\r" in value for value in values)
+        (quoted if returns else plain).writerow(values)
+
+    return write
 
 
 def save_tensors(tensors: "Mapping[str, Tensor]", path: Path, *, metadata: dict[str, str] | None = None) -> None:

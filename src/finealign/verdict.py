@@ -148,6 +148,8 @@ def judge(evidence: dict[str, float], *, images: int) -> Verdict:
     """Weigh the evidence of ``gather``."""
     score = CONSTANT + sum(weight * evidence[name] for name, weight in WEIGHTS.items())
     call: Call = "helped" if score > HELPED else "hurt" if score < HURT else "unclear"
+    if not evidence["relabelled"]:
+        call = "unclear"  # with every label as it was, accuracy is too
     return Verdict(
         call=call,
         score=round(score, 3),

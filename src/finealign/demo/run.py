@@ -27,7 +27,7 @@ from finealign.evaluate import Evaluation, Interval, evaluate_scores, paired_dif
 from finealign.images import list_images
 from finealign.progress import Progress
 from finealign.run_folder import adapt_into, make_room, names_in
-from finealign.storage import save_text
+from finealign.storage import save_bytes, save_text
 from finealign.training import EpochRecord
 from finealign.types import Prediction, SetAside, Truth
 
@@ -143,7 +143,7 @@ def run_demo(
     truth = read_truth(world.truth, world.classes)
     found = _compare(folder, configs, world, truth, progress)
     with progress.stage("drawing the picture", None):
-        _write_bytes(draw(_panels(found, truth, world.classes)), folder / PICTURE)
+        save_bytes(draw(_panels(found, truth, world.classes)), folder / PICTURE)
     result = DemoResult(
         folder=folder,
         methods=_results(found),
@@ -409,10 +409,3 @@ def _replaced(folder: Path, *, overwrite: bool) -> list[Path]:
 
 def _write_json(values: dict[str, Any], path: Path) -> None:
     save_text(json.dumps(values, indent=1, ensure_ascii=False, allow_nan=False) + "\n", path)
-
-
-def _write_bytes(content: bytes, path: Path) -> None:
-    try:
-        path.write_bytes(content)
-    except OSError as error:
-        raise OutputError(f"{path} cannot be written: {error}. Choose another with --out.") from error
