@@ -1,6 +1,7 @@
 """Descriptions asked of a chat endpoint: against a real server on this machine that fails in every way it can."""
 
 import gzip
+import hashlib
 import json
 import logging
 import os
@@ -21,7 +22,7 @@ from hypothesis import strategies as st
 
 from chat_server import Answer, Asked, ChatServer, Script, failing, saying, texts
 from finealign.backbone import Backbone, load_backbone
-from finealign.describe.alike import alike_pairs, mixed_up, siblings_of
+from finealign.describe.alike import alike_pairs, mixed_up, shares_of, shares_with, siblings_of
 from finealign.describe.checks import (
     MAX_CHARACTERS,
     blanked,
@@ -36,7 +37,7 @@ from finealign.describe.checks import (
     names_class,
     non_visual_cue,
 )
-from finealign.describe.endpoint import MAX_BYTES, Asking, EndpointError, Pace, Secrets, bare_endpoint, find_texts
+from finealign.describe.endpoint import MAX_BYTES, Asking, EndpointError, Line, Pace, Secrets, bare_endpoint, find_texts
 from finealign.describe.record import Described, record_path
 from finealign.describe.run import WITHOUT_DESCRIPTIONS, describe, from_templates
 from finealign.errors import ConfigError, OutputError, PromptError, StoppedError
@@ -128,9 +129,18 @@ def test_has_control__joiners_and_any_script_are_none() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "words"), [("", 0), ("a robin", 2), ("三毛猫は白い毛の猫です", 5), ("a robin 三毛猫", 3)]
+    ("text", "words"),
+    [
+        ("", 0),
+        ("a robin", 2),
+        ("三毛猫は白い毛の猫です", 5),
+        ("a robin 三毛猫", 3),
+        ("A320 是一架白色的飞机", 5),
+        ("นกกระจอกมีปีก", 6),
+        ("a - b", 2),
+    ],
 )
-def test_count_words__by_spaces_or_by_wide_characters(text: str, words: int) -> None:
+def test_count_words__by_spaces_or_by_characters(text: str, words: int) -> None:
     assert count_words(text) == words
 
 
@@ -182,8 +192,8 @@ def test_names_class__a_text_that_holds_the_name_as_a_word(text: str, name: str)
         ("A rose with a sweet scent", "smell"),
         ("A cake that is delicious", "taste"),
         ("A robin that eats worms", "behaviour"),
-        ("A friendly breed of dog", "behaviour"),
-        ("A robin found in Europe", "range"),
+        ("A robin that migrates by night", "behaviour"),
+        ("A robin in its range", "range"),
         ("A bird native to Asia", "range"),
         ("An expensive car with a red hood", "price"),
         ("A car of the nineteenth century", "history"),
@@ -196,9 +206,9 @@ def test_non_visual_cue__of_every_kind(text: str, kind: str) -> None:
 
 
 def test_non_visual_cue__a_name_may_hold_such_a_word() -> None:
-    text = "A song sparrow with a streaked breast, unlike the friendly finch"
+    text = "A song sparrow with a streaked breast, unlike the playful finch"
     assert non_visual_cue(text, ["finch"]) == "sound"
-    assert non_visual_cue(text, ["song sparrow", "friendly finch"]) == ""
+    assert non_visual_cue(text, ["song sparrow", "playful finch"]) == ""
 
 
 @pytest.mark.parametrize(
@@ -213,6 +223,85 @@ def test_non_visual_cue__a_name_may_hold_such_a_word() -> None:
 )
 def test_fault__tells_the_reason(text: str, reason: str) -> None:
     assert fault(text, "robin") == reason
+
+
+SEEN = [  # sentences that must pass, each with its class
+    ("Bullock’s oriole", "A Bullock's oriole has an orange face with a black eye line."),
+    ("Bullock's oriole", "A Bullock’s oriole has a large white wing patch."),
+    ("black-throated blue warbler", "The black‑throated blue warbler has a small white square on the wing."),
+    ("Chuck-will's-widow", "A Chuck–will’s–widow is mottled in brown and buff all over."),
+    ("canary", "Canaries are bright yellow with short pink bills."),
+    ("house finch", "House finches have streaked flanks and a red forehead."),
+    ("robin", "A robin has a friendly round face and a red breast."),
+    ("wren", "Wrens are small, and their range of browns runs from rust to grey."),
+    ("goshawk", "The goshawk has an aggressive look from its heavy white brow."),
+    ("cardinal", "The cardinal has a loud red all over and a black mask."),
+    ("goldfinch", "A goldfinch shows the widespread yellow on its wing in flight."),
+    ("house wren", "A house wren is plainer than a song sparrow, without streaks."),
+    ("bluethroat", "The bluethroat has the blue throat that gives it its name."),
+    ("Audi R8", "An Audi R8 has dark side blades behind the doors."),
+    ("Jeep Wrangler", "The Jeep Wrangler has round headlights, and seven slots known as its grille."),
+    ("Fiat 500", "A Fiat 500 has the friendly front with round lamps introduced in the new model."),
+    ("BMW M3", "A BMW M3 has an aggressive bumper with large air intakes."),
+    ("Boeing 737-800", "A Boeing 737‑800 has winglets and a pointed tail cone."),
+    ("Porsche 911", "A Porsche 911 has a sloping roof and the name in a line across the tail."),
+    ("Ford F-150", "The Ford F–150 has a wide grille with two bars."),
+    ("peony", "Peonies have many ruffled petals in a ball."),
+    ("tiger lily", "Tiger lilies have orange petals with dark spots, curled back."),
+    ("water lily", "A water lily floats with wide pointed petals around a yellow heart."),
+    ("lavender", "Lavender is an aromatic herb with spikes of small violet flowers."),
+    ("pansy", "Pansies have a dark blotch like a face on flat petals."),
+    ("foxglove", "A foxglove, also called digitalis, has bells along one tall stem."),
+    ("black-eyed susan", "A black-eyed susan has yellow rays around a dark dome."),
+    ("rose", "A rose has layered petals like those found in a cabbage."),
+    ("honeycombed", "A honeycombed surface has six-sided cells, as found in hives."),
+    ("cracked", "A cracked texture has thin dark lines found across the whole surface."),
+    ("polka-dotted", "A polka dotted cloth has round dots in even rows."),
+    ("swirly", "A swirly pattern has curves that wind into one another."),
+    ("annual crop", "An annual crop field shows even rows in a rectangle of one green."),
+    ("highway", "Highways are long grey bands with cars and lanes."),
+    ("sea/lake", "A sea/lake seen from above is a smooth dark blue sheet."),
+    ("industrial area", "An industrial area has large flat white roofs found in rows."),
+    ("ice cream", "A scoop of ice cream in three flavours, pink, white and brown."),
+    ("strawberry shortcake", "A strawberry shortcake is flavoured red with slices between white layers."),
+    ("pho", "A bowl of pho with pale noodles and aromatic green herbs."),
+    ("french fries", "French fries are thin golden sticks in a heap."),
+    ("curry", "Curries are thick yellow sauces over white rice."),
+    ("A320", "A320 是一架有弯翼尖的白色客机"),
+    ("นกกระจอก", "นกกระจอกมีปีกสีน้ำตาลและท้องสีขาว"),
+    ("三毛猫", "三毛猫は白い毛に黒と茶の模様があります"),
+]
+UNSEEN = [
+    ("robin", "A robin with a sweet song at dawn."),
+    ("wren", "A wren gives a harsh call from the hedge."),
+    ("rose", "A rose with a strong scent and red petals."),
+    ("curry", "A curry that tastes of ginger, yellow in colour."),
+    ("swallow", "A swallow migrates south with a forked tail."),
+    ("kiwi", "A kiwi is native to New Zealand and brown."),
+    ("wren", "Wrens are brown, and their range extends to the coast."),
+    ("Audi R8", "An Audi R8 has a high price and low doors."),
+    ("Fiat 500", "A Fiat 500 is cheap and has round lamps."),
+    ("dahlia", "A dahlia was named after a botanist and has many petals."),
+    ("jay", "A jay nests in tall trees and is blue."),
+    ("Ford F-150", "A Ford F-150 was first built long ago, with a square hood."),
+]
+
+
+@pytest.mark.parametrize(("name", "text"), SEEN)
+def test_fault__a_sentence_that_tells_of_what_is_seen_passes(name: str, text: str) -> None:
+    assert fault(clean(text), name, others=["song sparrow"]) == ""
+
+
+@pytest.mark.parametrize(("name", "text"), UNSEEN)
+def test_fault__a_sentence_that_tells_of_what_is_not_seen(name: str, text: str) -> None:
+    assert fault(text, name, others=["song sparrow"]).startswith("tells of what cannot be seen")
+
+
+def test_describe__a_word_of_any_class_name_is_no_cue(server: ChatServer, backbone: Backbone, out: Path) -> None:
+    said = "A robin with plainer flanks than a song sparrow."
+    server.script = at_first(server, texts(said, GOOD))
+    run(server, backbone, out, ("robin", "wren", "song sparrow"), siblings=0)
+    assert record_of(out)["entries"]["robin"]["first"]["texts"] == [said, GOOD]
 
 
 def test_is_duplicate__but_for_case_and_the_full_stop() -> None:
@@ -234,7 +323,7 @@ def test_judge__takes_as_many_as_wanted_and_tells_why_it_rejects() -> None:
     accepted, rejected = judge(
         given,
         "robin",
-        siblings=["wren"],
+        others=[],
         kept=[],
         wanted=2,
         owners={generic_form("A wren has wings.", "wren"): "wren"},
@@ -258,7 +347,7 @@ def test_judge__looks_at_four_times_as_many_as_wanted_and_no_more() -> None:
         return [True]
 
     many = [f"A robin with {number} red feathers" for number in range(1000)]
-    accepted, rejected = judge(many, "robin", siblings=[], kept=[], wanted=3, owners={}, beyond_window=beyond)
+    accepted, rejected = judge(many, "robin", others=[], kept=[], wanted=3, owners={}, beyond_window=beyond)
     assert (accepted, len(rejected), len(looked)) == ([], 12, 12)
 
 
@@ -272,6 +361,8 @@ def test_judge__looks_at_four_times_as_many_as_wanted_and_no_more() -> None:
         'Sure!\n```json\n{"descriptions": ["a", "b"]}\n```\nAnything else?',
         '<think>{"class": {}}</think> {"descriptions": ["a", "b"]}',
         '{"why": {"x": [1]}, "descriptions": ["a", "b"]}',
+        '{"descriptions": ["a", "b"]}\nI hope that {this} helps }',
+        '<think>{"descriptions": ["x"]}</think>{"descriptions": ["a", "b"]} {"descriptions": ["y"]}',
     ],
 )
 def test_find_texts__with_whatever_stands_around(content: str) -> None:
@@ -320,6 +411,24 @@ def test_secrets__are_scrubbed_in_every_form() -> None:
 
 def test_secrets__a_word_that_local_servers_take_is_left() -> None:
     assert Secrets("EMPTY").scrub("EMPTY") == "EMPTY"
+    assert Secrets("ollama").scrub("an ollama server") == "an ollama server"
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "hf_user+token/1",
+        "hf_user%2Btoken%2F1",
+        "aGZfdXNlcit0b2tlbi8xOg==",
+        "query token/2",
+        "query%20token%2F2",
+        "query+token/2",
+        "query+token%2F2",
+    ],
+)
+def test_secrets__a_user_without_password_and_a_query_in_every_form(said: str) -> None:
+    secrets = Secrets("", "http://hf_user%2Btoken%2F1@host/v1?token=query+token/2")
+    assert secrets.scrub(f"<{said}>") == "<[secret]>"
 
 
 def test_pace__holds_any_minute_to_the_bound() -> None:
@@ -359,6 +468,7 @@ def test_pace__holds_several_threads_to_it() -> None:
         {"per_minute": 0},
         {"at_once": 0},
         {"attempts": 0},
+        {"max_tokens": 0},
         {"timeout": 0.0},
         {"timeout": float("nan")},
         {"timeout": float("inf")},
@@ -367,6 +477,28 @@ def test_pace__holds_several_threads_to_it() -> None:
 def test_asking__out_of_range(changes: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="Wanted"):
         replace(Asking(model="parrot"), **changes)
+
+
+# --- proxies ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["ALL_PROXY", "HTTPS_PROXY"])
+@pytest.mark.parametrize("proxy", ["socks5://127.0.0.1:9", "foo://127.0.0.1:9"])
+def test_line__a_proxy_that_cannot_be_used(monkeypatch: pytest.MonkeyPatch, name: str, proxy: str) -> None:
+    monkeypatch.setenv(name, proxy)
+    with pytest.raises(ConfigError, match=name):
+        Line(Asking(model="parrot", endpoint="https://host.invalid/v1"))
+
+
+def test_line__no_proxy_sees_what_stays_on_this_machine(
+    server: ChatServer, backbone: Backbone, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with ChatServer() as proxy:
+        monkeypatch.setenv("HTTP_PROXY", proxy.url.removesuffix("/v1"))
+        monkeypatch.delenv("NO_PROXY", raising=False)
+        monkeypatch.delenv("no_proxy", raising=False)
+        run(server, backbone, out)
+    assert server.asked and not proxy.asked
 
 
 # --- what the encoder makes of the classes ----------------------------------------------------------------------------
@@ -411,6 +543,15 @@ def test_mixed_up__leaves_the_text_itself_out() -> None:
 def test_mixed_up__the_only_text_of_a_class_is_its_own() -> None:
     found = mixed_up(unit(0, 1, 60), torch.tensor([0, 1, 1]), 2)
     assert found.tolist() == [[0, 0], [0.5, 0]]
+
+
+def test_shares_with__one_set_changed_is_as_computed_anew() -> None:
+    torch.manual_seed(0)
+    sets = [torch.nn.functional.normalize(torch.randn(count, 3), dim=1) for count in (3, 1, 4, 2)]
+    before = shares_of(sets)
+    for place in range(4):
+        changed = [*sets[:place], torch.nn.functional.normalize(torch.randn(3, 3), dim=1), *sets[place + 1 :]]
+        assert torch.equal(shares_with(before, changed, place), shares_of(changed))
 
 
 def test_alike_pairs__above_half_in_either_direction_the_worst_first() -> None:
@@ -464,7 +605,7 @@ def test_describe__the_record_tells_all_there_is_to_tell(server: ChatServer, bac
     server.script = at_first(server, texts("A robin that sings from dawn.", "A robin with a red breast."))
     run(server, backbone, out)
     found = record_of(out)
-    assert found["version"] == 1 and found["finished"]
+    assert found["version"] == 2 and found["finished"]
     assert found["date"].endswith("+00:00")
     assert found["answered"] == ["parrot-1-2026"]
     assert found["requests"] == len(server.asked)
@@ -478,8 +619,9 @@ def test_describe__the_record_tells_all_there_is_to_tell(server: ChatServer, bac
         "model": "parrot",
         "endpoint": server.url,
         "backbone": backbone.identifier,
+        "system": server.asked[0].body["messages"][0]["content"],
     }
-    assert found["system"] == server.asked[0].body["messages"][0]["content"]
+    assert found["replaces"] == [hashlib.sha256(out.read_bytes()).hexdigest()]
     robin = found["entries"]["robin"]
     assert robin["siblings"] == ["wren"]
     assert robin["first"]["prompt"] == server.asked[0].prompt
@@ -532,6 +674,15 @@ def test_describe__several_classes_by_any_script(server: ChatServer, backbone: B
     assert list(make_texts(classes, read_descriptions(out)).classes) == list(classes)
 
 
+def test_describe__the_bound_of_an_answer_and_a_key_between_spaces(
+    server: ChatServer, backbone: Backbone, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", f" {KEY}\n")
+    run(server, backbone, out, max_tokens=9000)
+    assert server.asked[0].body["max_tokens"] == 9000
+    assert server.asked[0].headers["authorization"] == f"Bearer {KEY}"
+
+
 def test_describe__no_key_for_a_local_server(
     server: ChatServer, backbone: Backbone, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -573,7 +724,18 @@ def test_describe__a_key_that_no_header_holds(
     assert "sk-" not in str(caught.value)
 
 
-@pytest.mark.parametrize("endpoint", ["localhost:8000", "ftp://host/v1", "http://", "http://h:99999/v1", "http://a\nb"])
+@pytest.mark.parametrize(
+    "endpoint",
+    [
+        "localhost:8000",
+        "ftp://host/v1",
+        "http://",
+        "http://h:99999/v1",
+        "http://a\nb",
+        "http://ex_.xn--a/v1",
+        "http://exa mple:1/v1",
+    ],
+)
 def test_describe__an_endpoint_that_is_no_address(backbone: Backbone, out: Path, endpoint: str) -> None:
     with pytest.raises(ConfigError, match="no address"):
         describe(TWO, domain="birds", out=out, backbone=backbone, asking=Asking(model="parrot", endpoint=endpoint))
@@ -726,6 +888,7 @@ REFUSALS = {
     "401": failing(401, f"Incorrect API key provided: {KEY}", "invalid_api_key"),
     "402": failing(402, "payment required"),
     "403": failing(403, "country not supported"),
+    "404 of the model in words alone": failing(404, 'model "parrot" not found, try pulling it first'),
     "404 of the model": failing(404, "The model `parrot` does not exist", "model_not_found"),
     "the quota is used up": failing(429, "You exceeded your current quota", "insufficient_quota", **SOON),
 }
@@ -1034,6 +1197,62 @@ def test_resume__an_output_without_a_record_is_refused(server: ChatServer, backb
     assert list(read_descriptions(out)) == list(TWO)
 
 
+def unfinished(server: ChatServer, backbone: Backbone, out: Path, **changes: Any) -> None:
+    server.script = lambda asked: REFUSALS["401"]
+    with pytest.raises(EndpointError):
+        run(server, backbone, out, **changes)
+    server.script = server.good
+
+
+def test_resume__an_unfinished_record_gives_no_leave_to_replace_a_file(
+    server: ChatServer, backbone: Backbone, out: Path
+) -> None:
+    unfinished(server, backbone, out)
+    out.write_text("mine", encoding="utf-8")
+    before = len(server.asked)
+    with pytest.raises(OutputError, match="did not write it"):
+        run(server, backbone, out)
+    assert (out.read_text(encoding="utf-8"), len(server.asked)) == ("mine", before)
+
+
+def test_resume__what_overwrite_named_may_be_replaced_and_nothing_else(
+    server: ChatServer, backbone: Backbone, out: Path
+) -> None:
+    out.write_text("old", encoding="utf-8")
+    unfinished(server, backbone, out, overwrite=True)
+    out.write_text("mine", encoding="utf-8")
+    with pytest.raises(OutputError, match="did not write it"):
+        run(server, backbone, out)
+    out.write_text("old", encoding="utf-8")
+    run(server, backbone, out)
+    assert list(read_descriptions(out)) == list(TWO)
+
+
+def test_resume__a_file_that_comes_during_the_run_is_left(server: ChatServer, backbone: Backbone, out: Path) -> None:
+    def script(asked: Asked) -> Answer:
+        out.write_text("mine", encoding="utf-8")
+        return server.good(asked)
+
+    server.script = script
+    with pytest.raises(OutputError, match="did not write it"):
+        run(server, backbone, out)
+    assert out.read_text(encoding="utf-8") == "mine"
+
+
+def test_resume__a_record_of_another_version_or_prompt_is_told(
+    server: ChatServer, backbone: Backbone, out: Path
+) -> None:
+    run(server, backbone, out)
+    path = record_path(out)
+    text = path.read_text(encoding="utf-8")
+    path.write_text(text.replace("You write", "Please write"), encoding="utf-8")
+    with pytest.raises(OutputError, match="system \\(the prompt of another release"):
+        run(server, backbone, out)
+    path.write_text('{"version": 1, "colour": "red"}', encoding="utf-8")
+    with pytest.raises(OutputError, match=r"version 1\. Wanted: version 2"):
+        run(server, backbone, out)
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -1041,7 +1260,7 @@ def test_resume__an_output_without_a_record_is_refused(server: ChatServer, backb
         lambda text: "{",
         lambda text: text[: len(text) // 2],
         lambda text: "[1]",
-        lambda text: text.replace('"version": 1', '"version": 2'),
+        lambda text: text.replace('"version": 2', '"version": 1'),
         lambda text: text.replace('"entries"', '"others"'),
         lambda text: text.replace('"robin": {', '"raven": {'),
     ],
@@ -1129,6 +1348,29 @@ def test_stop__no_retry_goes_out_after_it(server: ChatServer, backbone: Backbone
     assert len(server.asked) == 1
 
 
+def test_stop__a_silent_server_holds_nothing_up(
+    server: ChatServer, backbone: Backbone, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server answers only once the run has ended."""
+    monkeypatch.setattr("finealign.describe.run.LEAVE", 0.2)
+    ended, here = threading.Event(), threading.Event()
+
+    class Now(Progress):
+        @property
+        def asked_to_stop(self) -> bool:
+            return here.is_set()
+
+    def script(asked: Asked) -> Answer:
+        here.set()
+        return replace(server.good(asked), held=ended)
+
+    server.script = script
+    with pytest.raises(StoppedError):
+        run(server, backbone, out, progress=Now())
+    assert not ended.is_set() and record_of(out)["requests"] == 0
+    ended.set()
+
+
 def test_stop__does_not_wait_for_the_next_minute(server: ChatServer, backbone: Backbone, out: Path) -> None:
     with pytest.raises(StoppedError):
         run(server, backbone, out, BIRDS, progress=Stopping(out, 1), per_minute=1, at_once=3)
@@ -1172,6 +1414,28 @@ def test_kill__in_the_middle_and_no_class_that_was_recorded_is_asked_again(
     asked = server.names()[before:]
     assert sorted(asked) == sorted(set(classes) - set(recorded))
     assert list(read_descriptions(out)) == list(classes)
+
+
+def test_interrupt__ends_a_run_against_a_silent_server_at_once(
+    server: ChatServer, backbone: Backbone, out: Path
+) -> None:
+    """The server holds its answers until the process has ended."""
+    ended, here = threading.Event(), threading.Event()
+
+    def script(asked: Asked) -> Answer:
+        here.set()
+        return replace(server.good(asked), held=ended)
+
+    server.script = script
+    words = [sys.executable, "-c", PROGRAM, backbone.identifier, server.url, str(out), *TWO]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(words, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        assert here.wait(60)
+        process.send_signal(signal.SIGINT)
+        _, told = process.communicate(timeout=30)
+    ended.set()
+    assert told.rstrip().endswith("KeyboardInterrupt") and process.returncode == -signal.SIGINT
+    assert done(out) == [] and record_path(out).exists()
 
 
 # --- without an endpoint ----------------------------------------------------------------------------------------------

@@ -148,6 +148,9 @@ def describe(
     at_once: Annotated[int, typer.Option(min=1, help="Requests at once.")] = 4,
     timeout: Annotated[float, typer.Option(help="Seconds for one request.")] = 60.0,
     attempts: Annotated[int, typer.Option(min=1, help="Requests for one class, retries included.")] = 4,
+    max_tokens: Annotated[
+        int, typer.Option(min=1, help="Tokens that one answer may take, what a model thinks unseen included.")
+    ] = 4096,
     backbone: Annotated[str | None, typer.Option(help="ARCH/PRETRAINED, hf-hub:NAME or local-dir:PATH.")] = None,
     templates: Annotated[Path | None, typer.Option(help="A file with one template a line, {} for the name.")] = None,
     from_templates: Annotated[
@@ -189,6 +192,7 @@ def describe(
                 at_once=at_once,
                 timeout=timeout,
                 attempts=attempts,
+                max_tokens=max_tokens,
             )
 
             def go_on() -> str:

@@ -5,6 +5,8 @@ written nowhere.
 """
 
 import base64
+import ipaddress
+import json
 import math
 import os
 import re
@@ -14,8 +16,9 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal
-from urllib.parse import parse_qsl, unquote, urlsplit, urlunsplit
+from urllib.parse import parse_qsl, quote, quote_plus, unquote, urlsplit, urlunsplit
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -26,9 +29,9 @@ if TYPE_CHECKING:  # heavy, and not everybody has it
     from openai import APIStatusError
 
 MAX_BYTES = 100_000  # of one answer
-MAX_TOKENS = 4096  # that one answer may take
 MAX_PER_CLASS = 50  # texts, to fit one answer
-LONG_SECRET = 6  # characters; a shorter one would be cut out of every other word
+MAX_OBJECTS = 200  # looked at in one answer for that with the texts
+LONG_SECRET = 8  # characters; a shorter one would be cut out of every other word
 
 _SCHEMA = {
     "type": "object",
@@ -42,6 +45,7 @@ FORMATS: tuple[dict[str, Any] | None, ...] = (  # of an answer, in the order in 
     None,
 )
 
+NO_ADDRESS = "The endpoint is no address. Wanted: as http://localhost:11434/v1."
 Kind = Literal["answer", "silent", "unfit", "format", "limit", "refused", "halted"]
 
 
@@ -65,11 +69,12 @@ class Asking:
     at_once: int = 4  # requests
     timeout: float = 60.0  # seconds for one request
     attempts: int = 4
+    max_tokens: int = 4096  # of one answer, what a model thinks unseen included
 
     def __post_init__(self) -> None:
         if not (self.model.strip() and self.model.isprintable()):
             raise ConfigError(f"{self.model!r:.100} names no model. Wanted: a model that the endpoint knows.")
-        least = {"per_class": 1, "siblings": 0, "per_minute": 1, "at_once": 1, "attempts": 1}
+        least = {"per_class": 1, "siblings": 0, "per_minute": 1, "at_once": 1, "attempts": 1, "max_tokens": 1}
         for name, smallest in least.items():
             if getattr(self, name) < smallest:
                 raise ConfigError(f"{name} is {getattr(self, name)}. Wanted: {smallest} or more.")
@@ -107,16 +112,19 @@ class Pace:
 class Secrets:
     """What must be written nowhere: the key, and what an endpoint's address holds of the kind.
 
-    One of fewer than six characters, as local servers take, is no secret to keep: it would be cut out of other words.
+    Each in the forms it may come back in: plain, quoted for an address, or as Basic authorization. One of fewer than
+    eight characters, as local servers take, is no secret to keep: it would be cut out of other words.
     """
 
     def __init__(self, key: str, endpoint: str = "") -> None:
         parts = urlsplit(endpoint)
-        found = [key, key.strip(), *(value for _, value in parse_qsl(parts.query))]
-        if parts.password:
-            user = f"{unquote(parts.username or '')}:{unquote(parts.password)}"
-            found += [parts.password, unquote(parts.password), base64.b64encode(user.encode()).decode()]
-        self._found = sorted({one for one in found if len(one) >= LONG_SECRET}, key=len, reverse=True)
+        user, password = parts.username or "", parts.password or ""
+        raw = [user, password, *(pair.partition("=")[2] for pair in parts.query.split("&"))]
+        plain = [key, key.strip(), *map(unquote, raw), *(value for _, value in parse_qsl(parts.query))]
+        quoted = [form for one in plain for form in (quote(one), quote(one, safe=""), quote_plus(one))]
+        basic = [f"{unquote(user)}:{word}" for word in ("", unquote(password))] if user or password else []
+        found = {*raw, *plain, *quoted, *(base64.b64encode(one.encode()).decode() for one in basic)}
+        self._found = sorted((one for one in found if len(one) >= LONG_SECRET), key=len, reverse=True)
 
     def scrub(self, text: str) -> str:
         for secret in self._found:
@@ -131,14 +139,15 @@ def bare_endpoint(endpoint: str) -> str:
 
 
 def find_texts(content: str) -> list[str] | None:
-    """The texts of an answer, from the JSON object in it; None if there is none of the shape that was asked for.
+    """The texts of an answer, from the first JSON object of the shape that was asked for; None if there is none.
 
     Around the object there may be words, a fence, or what a model thought before, braces and all.
     """
-    starts = [content.find("{"), *(found.start() for found in re.finditer(r'\{\s*"descriptions"', content))]
-    for start in (starts[0], starts[-1]):
-        with suppress(ValidationError):
-            return _Texts.model_validate_json(content[start : content.rfind("}") + 1]).descriptions
+    said = content.rpartition("</think>")[2]
+    for start in islice((found.start() for found in re.finditer(r'\{(?=\s*")', said)), MAX_OBJECTS):
+        with suppress(ValueError, RecursionError):
+            _, end = json.JSONDecoder().raw_decode(said, start)
+            return _Texts.model_validate_json(said[start:end]).descriptions  # json lets half characters by
     return None
 
 
@@ -200,13 +209,13 @@ class Line:
             raise FinealignError(
                 "To ask an endpoint takes the package openai. Install it: pip install 'finealign[describe]'."
             ) from None
-        key = os.environ.get("OPENAI_API_KEY", "")
+        key = os.environ.get("OPENAI_API_KEY", "").strip()
         if not (key.isascii() and key.isprintable()):
             raise ConfigError("OPENAI_API_KEY holds a character that no request can carry. Set it anew.")
         endpoint = asking.endpoint or os.environ.get("OPENAI_BASE_URL") or ""
         if endpoint:
             _check_endpoint(endpoint)
-        elif not key.strip():
+        elif not key:
             raise ConfigError(
                 "No key for OpenAI's endpoint. Set OPENAI_API_KEY, give --endpoint URL for another one, or "
                 "--from-templates to ask none."
@@ -218,16 +227,32 @@ class Line:
         self._pace = Pace(asking.per_minute, sleep=self._stopping.wait)
         self._mine = threading.local()
         parts = urlsplit(endpoint)
-        self._client = OpenAI(
-            api_key=None if key.strip() else "none",  # local servers want none, the client always sends one
-            base_url=urlunsplit(parts._replace(query="", fragment="")) or None,
-            default_query=dict(parse_qsl(parts.query)),
-            timeout=asking.timeout,
-            http_client=DefaultHttpxClient(event_hooks={"request": [self._before], "response": [self._after]}),
-        )
+        try:
+            http = DefaultHttpxClient(
+                event_hooks={"request": [self._before], "response": [self._after]},
+                trust_env=not _is_loopback(parts.hostname or ""),  # no proxy is to see what stays on this machine
+            )
+        except Exception as error:  # of whatever kind the HTTP library has for a proxy that it cannot use
+            raise ConfigError(_proxy_problem(error)) from None
+        address = urlunsplit(parts._replace(query="", fragment=""))
+        try:
+            if address:
+                http.build_request("POST", address)
+            self._client = OpenAI(
+                api_key=key or "none",  # local servers want none, the client always sends one
+                base_url=address or None,
+                default_query=dict(parse_qsl(parts.query)),
+                timeout=asking.timeout,
+                http_client=http,
+            )
+        except Exception:  # of whatever kind the HTTP library has for a host that is none
+            http.close()
+            raise ConfigError(NO_ADDRESS) from None
         self.endpoint = bare_endpoint(str(self._client.base_url))
 
     def close(self) -> None:
+        """Give the connections up; what still waits for an answer on them does so in vain."""
+        self.stop()
         self._client.close()
 
     def stop(self) -> None:
@@ -243,7 +268,7 @@ class Line:
         options: dict[str, Any] = {
             "model": self.asking.model,
             "messages": [{"role": "system", "content": SYSTEM}, {"role": "user", "content": prompt}],
-            limit: MAX_TOKENS,
+            limit: self.asking.max_tokens,
         }
         if wanted:
             options["response_format"] = wanted
@@ -327,11 +352,34 @@ def _kind(error: "APIStatusError", *, limit: str, may_be_format: bool) -> Kind:
     status = error.status_code
     if status == 400 and "max_completion_tokens" in error.message and limit == "max_tokens":
         return "limit"
-    if status in (400, 404, 422) and may_be_format and error.code != "model_not_found":
+    if status in (400, 404, 422) and may_be_format and not _is_of_model(error):
         return "format"
     if status in (401, 402, 403, 404) or "insufficient_quota" in (error.code, error.type):
         return "refused"
     return "unfit" if status in (400, 413, 422) else "silent"
+
+
+def _is_of_model(error: "APIStatusError") -> bool:
+    """Whether the model is what is not known: Ollama says so in words alone."""
+    said = error.message.lower()
+    in_words = error.status_code == 404 and "model" in said and not ("format" in said or "json" in said)
+    return error.code == "model_not_found" or in_words
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _proxy_problem(error: Exception) -> str:
+    usual = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY")
+    names = sorted(name for name in os.environ if name.upper() in usual) or usual
+    return (
+        f"The proxy cannot be used ({type(error).__name__}). Look at {', '.join(names)}. Wanted: an address as "
+        "http://host:port, or none."
+    )
 
 
 def _check_endpoint(endpoint: str) -> None:
@@ -340,8 +388,8 @@ def _check_endpoint(endpoint: str) -> None:
         good = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
     except ValueError:
         good = False
-    if not good or not endpoint.isprintable():
-        raise ConfigError("The endpoint is no address. Wanted: as http://localhost:11434/v1.")
+    if not good or not endpoint.isprintable() or " " in endpoint:
+        raise ConfigError(NO_ADDRESS)
 
 
 def read_bounded(parts: Iterator[bytes], timeout: float) -> tuple[bytes, str]:

@@ -1,5 +1,6 @@
 """The record beside the output: all that was asked and answered, so that a run that ended early goes on from it."""
 
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Mapping
@@ -9,13 +10,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import from_json
 
 from finealign.describe.alike import Alike
 from finealign.errors import OutputError
 from finealign.images import display_path
 from finealign.storage import save_text
 
-VERSION = 1
+VERSION = 2
 
 
 class _Part(BaseModel):
@@ -69,6 +71,7 @@ class RecordSettings(_Part):
     model: str = ""
     endpoint: str = ""
     backbone: str = ""
+    system: str = ""  # the system prompt
 
 
 class Record(_Part):
@@ -78,7 +81,7 @@ class Record(_Part):
     date: str  # ISO, UTC, of the beginning
     settings: RecordSettings
     answered: list[str] = []  # the models that answered, by the names they gave
-    system: str = ""
+    replaces: list[str] = []  # SHA-256 of every file that may lie at the output and be replaced
     requests: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
@@ -127,6 +130,7 @@ def begin(out: Path, settings: RecordSettings, entries: Mapping[str, Entry], *, 
         raise OutputError(f"{shown} or its record is a folder. Give --out another name.")
     fresh = Record(date=datetime.now(UTC).isoformat(timespec="seconds"), settings=settings, entries=dict(entries))
     if overwrite:
+        fresh.replaces = [_digest(_read(out))] if out.exists() else []
         return fresh
     if not path.exists():
         if out.exists():
@@ -135,33 +139,69 @@ def begin(out: Path, settings: RecordSettings, entries: Mapping[str, Entry], *, 
             )
         return fresh
     found = _read_record(path)
+    before, now = found.settings.model_dump(), settings.model_dump()
     differ = [
-        f"{name} ({getattr(found.settings, name)!r:.80}, now {getattr(settings, name)!r:.80})"
-        for name in RecordSettings.model_fields
-        if getattr(found.settings, name) != getattr(settings, name)
+        "system (the prompt of another release)" if name == "system" else f"{name} ({was!r:.80}, now {now[name]!r:.80})"
+        for name, was in before.items()
+        if was != now[name]
     ]
     if differ:
         raise OutputError(
             f"{display_path(path)} was made with other settings: {'; '.join(differ)}. "
             "Give the same to go on, --out another name, or --overwrite to start again."
         )
+    _refuse_stranger(found, out)
     return found
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise OutputError(f"{display_path(path)} cannot be read: {error.strerror}. Give --out another name.") from None
+
+
+def _refuse_stranger(record: Record, out: Path) -> None:
+    """Raises OutputError if a file lies at the output that neither this record's runs wrote nor --overwrite named."""
+    if record.finished or not out.exists() or _digest(_read(out)) in record.replaces:
+        return
+    raise OutputError(
+        f"{display_path(out)} is there, and the unfinished {display_path(record_path(out))} did not write it. Move the "
+        "first away to go on, or start again with --overwrite."
+    )
 
 
 def _read_record(path: Path) -> Record:
     shown = display_path(path)
     advice = "Restore it, move it away, or start again with --overwrite."
     try:
-        found = Record.model_validate_json(path.read_bytes())
+        content = path.read_bytes()
+        version = _version(content)
+        if version not in (None, VERSION):
+            raise OutputError(f"{shown} is of version {version!r:.20}. Wanted: version {VERSION}. {advice}")
+        found = Record.model_validate_json(content)
     except OSError as error:
         raise OutputError(f"{shown} cannot be read: {error.strerror}. {advice}") from None
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise OutputError(f"{shown} is no record of descriptions: {where} {first['msg']}. {advice}") from None
-    if found.version != VERSION or list(found.entries) != found.settings.classes:
-        raise OutputError(f"{shown} is a record of another version, or torn. {advice}")
+    if list(found.entries) != found.settings.classes:
+        raise OutputError(f"{shown} is torn: its entries are not those of its classes. {advice}")
     return found
+
+
+def _version(content: bytes) -> Any:
+    """The version that a record claims; None if there is none to read."""
+    try:
+        found = from_json(content)
+    except ValueError:
+        return None
+    return found.get("version") if isinstance(found, dict) else None
 
 
 def save_record(record: Record, out: Path) -> None:
@@ -170,10 +210,18 @@ def save_record(record: Record, out: Path) -> None:
 
 
 def finish(record: Record, out: Path, warning: str = "") -> Described:
-    """Write the descriptions, unless a finished run left them, and tell what there is."""
+    """Write the descriptions, unless a finished run left them, and tell what there is.
+
+    Raises OutputError when a file has come to lie there since the run began.
+    """
     if not (record.finished and out.exists()):
+        _refuse_stranger(record, out)
         texts = {name: entry.texts for name, entry in record.entries.items()}
-        save_text(json.dumps(texts, ensure_ascii=False, indent=1) + "\n", out)
+        written = json.dumps(texts, ensure_ascii=False, indent=1) + "\n"
+        if not record.finished:
+            record.replaces.append(_digest(written.encode()))
+            save_record(record, out)  # a run that ends between the two files knows the first for its own
+        save_text(written, out)
     if not record.finished:
         record.finished = True
         save_record(record, out)

@@ -1,16 +1,18 @@
 """The verbs: ask for descriptions of every class, or fill templates, and write both files."""
 
 import math
+import threading
+import time
 from collections import Counter, deque
-from collections.abc import Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from finealign.backbone import Backbone
-from finealign.describe.alike import alike_pairs, shares_of, siblings_of, worst_share
-from finealign.describe.checks import clean, generic_form, has_control, judge
+from finealign.describe.alike import alike_pairs, shares_of, shares_with, siblings_of, worst_share
+from finealign.describe.checks import clean, generic_form, has_control, judge, non_visual_cue
 from finealign.describe.endpoint import Asking, EndpointError, Line, Reply, find_texts
 from finealign.describe.record import (
     Described,
@@ -38,6 +40,8 @@ WITHOUT_DESCRIPTIONS = (
 ENOUGH = 0.5  # the share of the texts asked for that a class does with once its attempts are used up
 SILENT_CLASSES = 3  # so many in a row without an answer, and the endpoint counts as down
 LOOK = 0.5  # seconds between two looks at whether to stop
+LEAVE = 5.0  # seconds that a run which stops waits for what is on its way
+SMALL = 1000  # classes; a larger record is saved once a second, not for every class
 
 
 @dataclass
@@ -45,7 +49,6 @@ class _Task:
     """One class being asked for."""
 
     name: str
-    siblings: Sequence[str]
     goal: TextSet
     left: int  # requests
     form: int = 0  # place in the endpoint's FORMATS
@@ -54,13 +57,19 @@ class _Task:
 
 
 class _Asker:
-    """Asks for classes, several at once; all but the waiting for answers happens in the caller's thread."""
+    """Asks for classes, several at once; all but the waiting for answers happens in the caller's thread.
+
+    The record is saved after every class, and of more than 1,000 classes at most once a second: a kill then loses what
+    came in that second.
+    """
 
     def __init__(self, line: Line, record: Record, out: Path, backbone: Backbone, progress: Progress) -> None:
         self._line, self._record, self._out = line, record, out
         self._backbone, self._progress = backbone, progress
         self._form: int | None = None  # the response format that this server is known to take
         self._silent = 0  # classes without an answer since the last one
+        self._unsaved, self._saved = False, 0.0
+        self._telling = [name for name in record.entries if non_visual_cue(name)]
         self._owners = {
             generic_form(text, name): name
             for name, entry in record.entries.items()
@@ -68,49 +77,60 @@ class _Asker:
             for text in part.texts
         }
 
-    def run(self, what: str, goals: Sequence[tuple[str, Sequence[str], TextSet]]) -> None:
+    def run(self, what: str, goals: Sequence[tuple[str, TextSet]]) -> None:
         """Fill every set, or say in it why that failed. Raises StoppedError, and EndpointError if asking is no use."""
         asking = self._line.asking
         # Those that failed before come last: three of them at the front would end every run.
-        ordered = sorted(goals, key=lambda goal: bool(goal[2].failed))
+        ordered = sorted(goals, key=lambda goal: bool(goal[1].failed))
         waiting = deque(_Task(*goal, left=asking.attempts) for goal in ordered)
         for task in waiting:
             task.goal.failed = ""
         pending: dict[Future[Reply], _Task] = {}
-        with ThreadPoolExecutor(asking.at_once) as pool, self._progress.stage(what, len(waiting)) as stage:
+        with self._progress.stage(what, len(waiting)) as stage:
             try:
                 while waiting or pending:
                     self._progress.stop_if_asked()
                     while waiting and len(pending) < asking.at_once:
                         task = waiting.popleft()
-                        pending[self._submit(pool, task)] = task
+                        pending[self._submit(task)] = task
                     done, _ = wait(pending, timeout=LOOK, return_when=FIRST_COMPLETED)
                     for future in done:
                         task = pending.pop(future)
                         if self._take(task, future.result(), stage):
                             waiting.appendleft(task)
-            finally:
+                    self._save_if_due()
+            except Exception:
                 self._take_the_rest(pending)
+                raise
+            finally:
+                self._save()
 
     def _take_the_rest(self, pending: Mapping[Future[Reply], _Task]) -> None:
-        """What is on its way when asking ends early was paid for: it is waited for, once, and kept if it is good."""
-        if not pending:
-            return
+        """What is on its way when asking ends early was paid for: what comes within seconds is kept if it is good."""
         self._line.stop()
-        wait(pending)
-        for future, task in pending.items():
+        done, _ = wait(pending, timeout=LEAVE)
+        for future in done:
             with suppress(EndpointError):
-                self._take(task, future.result(), None)
-        save_record(self._record, self._out)
+                self._take(pending[future], future.result(), None)
 
-    def _submit(self, pool: ThreadPoolExecutor, task: _Task) -> Future[Reply]:
+    def _save_if_due(self) -> None:
+        due = len(self._record.entries) <= SMALL or time.monotonic() - self._saved >= 1
+        if self._unsaved and due:
+            self._save()
+
+    def _save(self) -> None:
+        save_record(self._record, self._out)
+        self._unsaved, self._saved = False, time.monotonic()
+
+    def _submit(self, task: _Task) -> Future[Reply]:
         prompt, kept = task.goal.prompt, task.goal.texts
         if kept or task.problem:
             missing = self._line.asking.per_class - len(kept)
             prompt = follow_up(prompt, kept=kept, rejected=task.rejected, problem=task.problem, missing=missing)
         settled = self._form is not None
         task.form = task.form if self._form is None else self._form
-        return pool.submit(self._line.ask, prompt, task.form, settled=settled, retries=max(0, task.left - 1))
+        retries = max(0, task.left - 1)
+        return _begin(lambda: self._line.ask(prompt, task.form, settled=settled, retries=retries))
 
     def _take(self, task: _Task, reply: Reply, stage: Stage | None) -> bool:
         """Take what came for a class; whether to ask for it again. Raises EndpointError if asking is no use."""
@@ -124,7 +144,6 @@ class _Asker:
             case "halted":
                 return False
             case "refused":
-                save_record(record, self._out)
                 raise self._refusal(reply.problem)
             case "limit" | "format":
                 task.form += reply.kind == "format"
@@ -142,7 +161,8 @@ class _Asker:
         if not task.goal.done and task.left > 0:
             return True
         self._close(task)
-        save_record(record, self._out)
+        self._unsaved = True
+        self._save_if_due()
         if stage:
             stage.advance(1)
         if self._silent >= SILENT_CLASSES:
@@ -161,7 +181,7 @@ class _Asker:
         accepted, task.rejected = judge(
             [self._line.secrets.scrub(text) for text in found],  # JSON may have spelt one in escapes
             task.name,
-            siblings=task.siblings,
+            others=self._telling,
             kept=task.goal.texts,
             wanted=wanted,
             owners=self._owners,
@@ -190,6 +210,20 @@ class _Asker:
             f"{done} of {len(self._record.entries)} classes are in {display_path(record_path(self._out))}; the same "
             "command, without --overwrite, goes on."
         )
+
+
+def _begin(ask: Callable[[], Reply]) -> Future[Reply]:
+    """Ask in a thread of its own that no end of the program waits for: a silent server must not hold it up."""
+    future: Future[Reply] = Future()
+
+    def work() -> None:
+        try:
+            future.set_result(ask())
+        except BaseException as error:  # it is the caller's, who asks for the result
+            future.set_exception(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    return future
 
 
 def describe(
@@ -225,6 +259,7 @@ def describe(
             model=asking.model,
             endpoint=line.endpoint,
             backbone=backbone.identifier,
+            system=SYSTEM,
         )
         near = siblings_of(names, backbone, count=asking.siblings, templates=templates)
         entries = {
@@ -237,11 +272,10 @@ def describe(
         record = begin(out, settings, entries, overwrite=overwrite)
         if record.finished:
             return finish(record, out)
-        record.system = SYSTEM
         save_record(record, out)  # before anything is paid for: an unwritable place is found now
         asker = _Asker(line, record, out, backbone, progress)
-        goals = [(name, entry.siblings, entry.first) for name, entry in record.entries.items()]
-        asker.run("describing classes", [goal for goal in goals if not goal[2].done])
+        goals = [(name, entry.first) for name, entry in record.entries.items()]
+        asker.run("describing classes", [goal for goal in goals if not goal[1].done])
         _refuse_failed(record, out)
         _tell_apart(asker, record, out, backbone, domain=domain, count=asking.per_class)
         return finish(record, out)
@@ -311,13 +345,13 @@ def _tell_apart(asker: _Asker, record: Record, out: Path, backbone: Backbone, *,
                 name, entries[name].first.texts, other, entries[other].first.texts, domain=domain, count=count
             )
             entries[name].again_beside, entries[name].again = other, TextSet(prompt=prompt)
-    goals = [(name, entry.siblings, entry.again) for name, entry in entries.items() if entry.again]
-    asker.run("telling them apart", [goal for goal in goals if not (goal[2].done or goal[2].failed)])
+    goals = [(name, entry.again) for name, entry in entries.items() if entry.again]
+    asker.run("telling them apart", [goal for goal in goals if not (goal[1].done or goal[1].failed)])
     for place, entry in enumerate(entries.values()):
         if not entry.again or not entry.again.done:
             continue
         tried = [*sets[:place], backbone.encode_sentences(entry.again.texts).cpu(), *sets[place + 1 :]]
-        changed = shares_of(tried)
+        changed = shares_with(shares, tried, place)
         entry.again_kept = worst_share(changed, place) < worst_share(shares, place)
         if entry.again_kept:
             sets, shares = tried, changed

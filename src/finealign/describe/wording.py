@@ -9,7 +9,8 @@ SYSTEM = (
     "You write visual descriptions of classes for a model that compares photos with sentences. Tell only what can be "
     "seen in one photo: shape, proportions, colours, patterns, texture, parts and their position. Tell nothing of "
     "sound, smell, taste, behaviour, where it is found, price, history or the origin of a name. Each description is "
-    f"one plain sentence of {MIN_WORDS} to 30 words that holds the name of the class, letter for letter. "
+    f"one plain sentence of {MIN_WORDS} to 30 words that holds the name of the class in the singular, letter for "
+    "letter. "
     'Answer with one JSON object and nothing else: {"descriptions": ["a sentence", ...]}.'
 )
 
