@@ -177,7 +177,7 @@ def test_page__score_and_number_of_classes_can_be_chosen(
     expect(page.locator(".guesses li")).to_have_count(2)
     expect(page.locator(".crop")).to_have_count(0)
     expect(page.locator(".card")).to_contain_text("looks at the image as a whole")
-    assert list(downloaded(page)[0]) == ["path", "label", "confidence", "start_label", "start_confidence"]
+    assert list(downloaded(page)[0]) == ["path", "label", "confidence", "start_label", "start_confidence", "error"]
 
 
 def test_page__a_text_file_has_its_reason_and_the_others_go_on(
@@ -186,11 +186,14 @@ def test_page__a_text_file_has_its_reason_and_the_others_go_on(
     (tmp_path / "notes.txt").write_text("no image")
     page = opened(address)
     page.set_input_files("#files", [tmp_path / "notes.txt", photos / "red" / "0.png"])
-    finished(page, "2 of 2 images done")
-    expect(page.locator("#status")).to_contain_text("1 failed")
+    finished(page, "1 of 2 images done, 1 failed")
     expect(page.locator(".card").first).to_contain_text("The image cannot be read: not an image. Send another.")
     expect(page.locator(".card").last.locator(".guesses")).to_be_visible()
-    assert [row["path"] for row in downloaded(page)] == ["0.png"]
+    text, image = downloaded(page)
+    assert (text["path"], text["label"], text["confidence"]) == ("notes.txt", "", "")
+    assert text["error"] == "The image cannot be read: not an image. Send another."
+    assert (image["path"], image["error"]) == ("0.png", "")
+    assert image["label"]
 
 
 def test_page__an_image_that_the_browser_cannot_show_is_classified(
@@ -227,6 +230,36 @@ def test_page__images_can_be_dropped_and_pasted(
     expect(page.locator(".card .guesses")).to_be_visible()
 
 
+def test_page__what_cannot_be_opened_in_a_drop_is_told_and_the_others_go_on(
+    address: str, opened: Callable[..., Page]
+) -> None:
+    """A folder that cannot be listed, and a file that has gone."""
+    spoilt = """
+    DataTransferItem.prototype.webkitGetAsEntry = function () {
+        const name = this.getAsFile().name;
+        const refuse = (_, no) => no(new DOMException("gone", "NotFoundError"));
+        const file = (yes) => yes(new File([Uint8Array.from(atob(window.small), (one) => one.charCodeAt(0))], name));
+        return {
+            name, fullPath: `/${name}`, isDirectory: name === "folder",
+            createReader: () => ({readEntries: refuse}),
+            file: name === "gone.png" ? refuse : file,
+        };
+    };
+    """
+    page = opened(address, init=spoilt)
+    small = io.BytesIO()
+    Image.new("RGB", (9, 6), "teal").save(small, "PNG")
+    page.evaluate("small => { window.small = small; }", b64encode(small.getvalue()).decode())
+    take(page, ["gone.png", "whole.png", "folder"])
+    finished(page, "1 of 3 images done, 2 failed")
+    rows = {row["path"]: row["error"] for row in downloaded(page)}
+    assert rows == {
+        "folder": "The browser cannot open it.",
+        "gone.png": "The browser cannot open it.",
+        "whole.png": "",
+    }
+
+
 # --- many images ------------------------------------------------------------------------------------------------------
 
 
@@ -249,7 +282,8 @@ def test_page__a_folder_becomes_a_csv(
         (found,) = model.explain_pixels([np.array(read_image(photos / "red" / f"{place}.png"))], with_start=True)
         wanted: Any = explained(found, NAMES, 3)
         row = rows[f"box/{name}"]
-        assert list(row)[5:] == ["label_2", "confidence_2", "label_3", "confidence_3"]
+        columns = "path,label,confidence,label_2,confidence_2,label_3,confidence_3,start_label,start_confidence,error"
+        assert list(row) == columns.split(",")
         told = {row[f"label{rank}"]: float(row[f"confidence{rank}"]) for rank in ("", "_2", "_3")}
         # Two names begin as a formula would, so an apostrophe stands before them.
         guarded = {c["label"].replace("=", "'=", 1) if c["label"][0] == "=" else c["label"]: c for c in wanted["top"]}
@@ -282,13 +316,16 @@ def test_page__at_most_four_are_under_way_and_stop_ends_the_rest(model: FineAlig
         expect(page.locator("#rows tr")).to_have_count(600)
         expect(page.get_by_role("button", name="Show more rows")).to_be_hidden()
         page.get_by_role("button", name="Stop").click()
-        finished(page, "800 of 800 images done, 800 stopped")
+        finished(page, "0 of 800 images done, 800 stopped")
         gate.opened.set()
         take(page, ["after.png"])  # and it goes on with new ones
-        finished(page, "801 of 801 images done")
+        finished(page, "1 of 801 images done, 800 stopped")
         page.get_by_role("button", name="Show more rows").click()
         expect(page.locator("#rows tr").last).to_contain_text("after.png")
-        assert len(downloaded(page)) == 1
+        rows = downloaded(page)
+        assert [row["path"] for row in rows if row["label"]] == ["after.png"]
+        assert {row["error"] for row in rows[:-1]} == {"Stopped before it was answered.", "Stopped before it was sent."}
+        assert len(rows) == 801
 
 
 def test_page__a_full_server_is_asked_again(model: FineAlign, photos: Path, opened: Callable[..., Page]) -> None:
@@ -360,6 +397,23 @@ def test_page__the_keyboard_is_enough(address: str, photos: Path, opened: Callab
     expect(page.locator(".card")).to_have_count(0)
 
 
+def test_page__the_keyboards_place_is_kept_when_a_button_goes(model: FineAlign, opened: Callable[..., Page]) -> None:
+    gate = Gate(model)
+    with running(gate.model) as address:
+        page = opened(address)
+        take(page, [f"{number}.png" for number in range(750)])
+        more = page.get_by_role("button", name="Show more rows")
+        more.focus()
+        page.keyboard.press("Enter")
+        expect(more).to_be_hidden()
+        expect(page.locator("#rows tr").nth(500)).to_be_focused()
+        page.get_by_role("button", name="Stop").focus()
+        page.keyboard.press("Enter")
+        finished(page, "0 of 750 images done, 750 stopped")
+        expect(page.locator("#results")).to_be_focused()
+        gate.opened.set()
+
+
 def tab_to(page: Page, name: str) -> None:
     for _ in range(20):
         page.keyboard.press("Tab")
@@ -406,7 +460,7 @@ def test_page__two_hundred_and_more_are_accessible_too(model: FineAlign, opened:
         assert not [one["id"] for one in found if one["impact"] in ("serious", "critical")]
         gate.opened.set()
         page.get_by_role("button", name="Stop").click()
-        finished(page, "203 of 203 images done")
+        finished(page, "stopped")
 
 
 def test_page__a_narrow_screen_needs_no_sideways_scrolling(
@@ -419,7 +473,7 @@ def test_page__a_narrow_screen_needs_no_sideways_scrolling(
     assert fits(page)
     page.get_by_text("The classes").click()
     page.set_input_files("#files", [long, tmp_path / "notes.txt"])
-    finished(page, "2 of 2 images done")
+    finished(page, "1 of 2 images done, 1 failed")
     for summary in page.locator(".card summary").all():
         summary.click()
     assert fits(page)

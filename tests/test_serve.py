@@ -15,10 +15,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from email.message import Message
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -29,9 +30,10 @@ from browser import running
 from conftest import CLASSES, tiny_config, write_photos
 from finealign import FineAlign
 from finealign.errors import FinealignError
-from finealign.images import Pixels
+from finealign.images import Pixels, decode_image
 from finealign.predictions import explained
 from finealign.serve.app import Limits
+from finealign.serve.batches import Batches
 from finealign.serve.guard import SECURITY_HEADERS
 from finealign.serve.server import Listener
 
@@ -112,6 +114,21 @@ def until(true: Callable[[], bool]) -> None:
 def waiting(address: str) -> int:
     found: int = ask(address, "/healthz").json["waiting"]
     return found
+
+
+@contextmanager
+def listening(model: FineAlign, limits: Limits, allow_hosts: Sequence[str] = ()) -> Iterator[Listener]:
+    """A running server itself, to be looked into."""
+    server, begun = Listener(model, "127.0.0.1", 0, limits, allow_hosts), threading.Event()
+    thread = threading.Thread(target=server.run, args=[lambda _: begun.set()])
+    thread.start()
+    try:
+        assert begun.wait(30)
+        yield server
+    finally:
+        server.stop()
+        thread.join(60)
+        assert not thread.is_alive()
 
 
 class Gate:
@@ -208,7 +225,7 @@ def test_model__tells_what_answers_and_no_path_of_this_machine(model: FineAlign,
     assert set(found["scores"]) == {"las", "global", "fused"}
     assert found["limits"] == {
         "max_upload_bytes": 20_000_000,
-        "max_pixels": 50_000_000,
+        "max_pixels": 25_000_000,
         "waiting": 256,
         "timeout": 30.0,
     }
@@ -292,6 +309,32 @@ def test_predict__a_malformed_form_is_400_or_what_of_it_can_be_read(
     answer = ask(address, "/predict", body, "POST", Content_Type=content_type)
     assert answer.status in (400, 422)
     assert answer.kind in ("malformed", "no-file", "unreadable")
+
+
+def test_predict__a_form_is_utf8_whatever_its_client_says(address: str) -> None:
+    """To decode punycode takes time by the square of the length: 200 kB held up everybody."""
+    content_type = f"multipart/form-data; charset=punycode; boundary={BOUNDARY}"
+    answer = ask(address, "/predict", form(png(pixels(8))), "POST", Content_Type=content_type)
+    assert answer.status == 200
+    field = f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="a"\r\n\r\n{"a" * 600}\r\n'.encode()
+    answer = ask(address, "/predict", field + form(png(pixels(8))), "POST", Content_Type=content_type)
+    assert (answer.status, answer.kind) == (400, "malformed")
+
+
+@pytest.mark.parametrize("name", ["x" * 20_000, "x" * 3_000_000])
+def test_predict__a_head_of_a_part_that_does_not_end_is_400(address: str, name: str) -> None:
+    answer = predict(address, png(pixels(8)), name=name)
+    assert (answer.status, answer.kind) == (400, "malformed")
+
+
+def test_predict__a_jpeg_of_very_many_scans_is_422(address: str) -> None:
+    file = io.BytesIO()
+    Image.fromarray(pixels(8)).save(file, "JPEG", progressive=True)
+    data = file.getvalue()
+    start = data.rindex(b"\xff\xda")
+    answer = predict(address, data[:start] + data[start:-2] * 200 + data[-2:])
+    assert (answer.status, answer.kind) == (422, "unreadable")
+    assert "a JPEG of more than 100 scans" in answer.json["error"]
 
 
 @pytest.mark.parametrize("query", ["top_k=0", "top_k=4", "top_k=x", "top_k=", "score=best", "score=", "top_k=1e9"])
@@ -383,6 +426,55 @@ def test_connection__a_head_that_does_not_come_is_given_up(model: FineAlign, mon
                 assert sent.recv(100) == b""
 
 
+def test_connection__an_answer_that_is_not_read_is_given_up(model: FineAlign, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The openapi description is asked for again and again, until neither side can hold more of it."""
+    monkeypatch.setattr("finealign.serve.server.HEAD_SECONDS", 0.3)
+    with listening(model, Limits(timeout=0.3)) as server:
+        parts = urlsplit(server.address)
+        with socket.socket() as sent:
+            sent.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            sent.connect((parts.hostname, parts.port))
+            sent.settimeout(0.5)
+            request = f"GET /openapi.json HTTP/1.1\r\nHost: {parts.netloc}\r\n\r\n".encode()
+            with suppress(OSError):  # it takes no more, or has ended the connection
+                while True:
+                    sent.sendall(request * 100)
+            until(lambda: not server._server.server_state.connections)
+
+
+def test_connections__past_all_places_and_some_more_it_is_503(
+    model: FineAlign, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("finealign.serve.server.SPARE_CONNECTIONS", 2)
+    with listening(model, Limits(waiting=1)) as server:
+        parts = urlsplit(server.address)
+        assert ask(server.address, "/healthz").status == 200
+        with ExitStack() as open_ones:
+            for _ in range(2):
+                open_ones.enter_context(socket.create_connection((parts.hostname or "", parts.port or 0)))
+            until(lambda: len(server._server.server_state.connections) == 2)
+            assert ask(server.address, "/healthz").status == 503
+        until(lambda: not server._server.server_state.connections)
+        assert ask(server.address, "/healthz").status == 200
+
+
+def test_predict__a_client_that_leaves_is_not_computed_for(model: FineAlign) -> None:
+    gate = Gate(model)
+    with running(gate.model) as address, ThreadPoolExecutor(1) as pool:
+        first = pool.submit(predict, address, png(pixels(0, 20, 20)))
+        until(lambda: bool(gate.seen))
+        parts, body = urlsplit(address), form(png(pixels(1, 21, 21)))
+        with socket.create_connection((parts.hostname or "", parts.port or 0), timeout=30) as sent:
+            head = f"POST /predict HTTP/1.1\r\nHost: {parts.netloc}\r\nContent-Type: {FORM}\r\n"
+            sent.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+            until(lambda: waiting(address) == 2)
+        until(lambda: waiting(address) == 1)
+        gate.opened.set()
+        assert first.result().status == 200
+        assert predict(address, png(pixels(2, 22, 22))).status == 200
+    assert gate.seen == [(20, 20, 3), (22, 22, 3)]
+
+
 def test_predict__a_client_that_leaves_gives_its_place_back(address: str) -> None:
     parts = urlsplit(address)
     for _ in range(3):
@@ -415,6 +507,50 @@ def test_host__other_names_than_this_machines_are_refused(address: str) -> None:
 def test_host__any_name_will_do_where_others_may_ask(model: FineAlign) -> None:
     with running(model, host="0.0.0.0") as address:
         assert ask(address.replace("0.0.0.0", "127.0.0.1"), "/healthz", Host="machine.example").status == 200
+
+
+def test_host__a_loopback_address_by_any_spelling_is_guarded(model: FineAlign) -> None:
+    with running(model, host="LOCALHOST") as address:
+        assert ask(address, "/healthz", Host="evil.example").status == 421
+        assert ask(address, "/healthz").status == 200
+
+
+def test_host__the_address_of_all_is_opened_by_the_loopback_one(model: FineAlign) -> None:
+    with running(model, host="0.0.0.0") as address:
+        assert address.startswith("http://127.0.0.1:")
+        assert ask(address, "/healthz").status == 200
+
+
+def test_allowed__a_name_passes_as_host_and_as_origin(model: FineAlign) -> None:
+    with listening(model, Limits(), ["Birds.example"]) as server:
+        address = server.address
+        port = urlsplit(address).port
+        for headers in (
+            {"Host": "birds.example"},
+            {"Host": "birds.example:8443"},
+            {"Host": "birds.example", "Origin": "https://birds.example"},
+            {"Host": f"127.0.0.1:{port}", "Origin": "https://birds.example", "Sec_Fetch_Site": "same-origin"},
+        ):
+            assert ask(address, "/healthz", None, "GET", **headers).status == 200, headers
+        assert ask(address, "/healthz", Host="other.example").kind == "host"
+        for headers in (
+            {"Origin": "https://other.example"},
+            {"Origin": "https://birds.example.other.example"},
+            {"Origin": "https://birds.example", "Sec_Fetch_Site": "cross-site"},
+        ):
+            assert ask(address, "/healthz", None, "GET", **headers).kind == "cross-site", headers
+
+
+@pytest.mark.parametrize("name", ["https://birds.example", "birds.example:8443", "", "*"])
+def test_allowed__what_is_no_name_is_told(model: FineAlign, name: str) -> None:
+    with pytest.raises(FinealignError, match=r"--allow-host .* is no name"):
+        Listener(model, "127.0.0.1", 0, Limits(), [name])
+
+
+def test_head__is_taken_where_a_monitor_asks(address: str) -> None:
+    for path in ("/", "/healthz"):
+        answer = ask(address, path, method="HEAD")
+        assert (answer.status, answer.body) == (200, b"")
 
 
 def test_origin__a_page_of_another_site_is_refused(address: str) -> None:
@@ -478,11 +614,16 @@ def test_names__an_uploads_name_is_never_used(
     image = png(pixels(16))
     with caplog.at_level(logging.INFO, logger="finealign.serve"):
         answer = predict(address, image, name=name)
-        until(lambda: bool(caplog.messages))
+        until(lambda: bool(lines(caplog, " POST ")))
     assert answer.status == 200
     assert answer.json == predict(address, image, name="photo.png").json
     assert not list(tmp_path.rglob("*"))
-    assert re.fullmatch(r"[0-9a-f]{32} POST /predict 200 \d+ ms", caplog.messages[0])
+    assert re.fullmatch(r"[0-9a-f]{32} POST /predict 200 \d+ ms", lines(caplog, " POST ")[0])
+
+
+def lines(caplog: pytest.LogCaptureFixture, *parts: str) -> list[str]:
+    """What the log says with one of these parts; the test before may have had its last line written late."""
+    return [line for line in caplog.messages if any(part in line for part in parts)]
 
 
 def test_log__one_line_a_request_and_none_that_a_client_writes(address: str, caplog: pytest.LogCaptureFixture) -> None:
@@ -490,8 +631,8 @@ def test_log__one_line_a_request_and_none_that_a_client_writes(address: str, cap
         ask(address, "/a%0Ab?secret=1", X_Request_ID="one")
         ask(address, f"/{'x' * 5000}", X_Request_ID="two")
         ask(address, "/healthz", Host="evil.example", X_Request_ID="three")
-        until(lambda: len(caplog.messages) == 3)
-    first, second, third = caplog.messages
+        until(lambda: len(lines(caplog, "one ", "two ", "three ")) == 3)
+    first, second, third = lines(caplog, "one ", "two ", "three ")
     assert re.fullmatch(r"one GET /a%0Ab 404 \d+ ms", first)
     assert len(second) < 250
     assert re.fullmatch(r"three GET /healthz 421 \d+ ms", third)
@@ -514,6 +655,60 @@ def test_places__past_them_it_is_503_and_then_it_recovers(model: FineAlign) -> N
         assert waiting(address) == 0
 
 
+def test_places__uploads_are_bounded_by_their_bytes_together(model: FineAlign, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("finealign.serve.batches.HELD_BYTES", 10_000)
+    gate, image = Gate(model), png(pixels(0))  # some 7 kB
+    with running(gate.model) as address, ThreadPoolExecutor(1) as pool:
+        taken = pool.submit(predict, address, image)
+        until(lambda: waiting(address) == 1)
+        answer = predict(address, image)
+        assert (answer.status, answer.kind, answer.headers["retry-after"]) == (503, "full", "1")
+        gate.opened.set()
+        assert taken.result().status == 200
+        assert predict(address, png(pixels(0, 100, 100))).status == 200  # a larger one, alone
+
+
+def test_pixels__are_counted_before_they_are_decoded(model: FineAlign, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("finealign.serve.batches.HELD_PIXELS", 1000)
+    began, gate = list[int](), Gate(model)
+
+    def decode(file: Any, *, before: Callable[[int], None], **options: Any) -> Image.Image:
+        def counted(number: int) -> None:
+            before(number)
+            began.append(number)
+
+        return decode_image(file, before=counted, **options)
+
+    monkeypatch.setattr("finealign.serve.batches.decode_image", decode)
+    with running(gate.model) as address, ThreadPoolExecutor(2) as pool:
+        large = pool.submit(predict, address, png(pixels(0, 30, 30)))
+        until(lambda: bool(gate.seen))
+        small = pool.submit(predict, address, png(pixels(1, 20, 20)))
+        until(lambda: waiting(address) == 2)
+        time.sleep(0.2)
+        assert began == [900]
+        gate.opened.set()
+        assert [large.result().status, small.result().status] == [200, 200]
+    assert began == [900, 400]
+
+
+def test_places__are_kept_until_the_decoder_is_done(model: FineAlign, monkeypatch: pytest.MonkeyPatch) -> None:
+    go_on = threading.Event()
+
+    def decode(*arguments: Any, **options: Any) -> Image.Image:
+        assert go_on.wait(60)
+        return decode_image(*arguments, **options)
+
+    monkeypatch.setattr("finealign.serve.batches.decode_image", decode)
+    with running(model, Limits(waiting=1, timeout=0.3)) as address:
+        assert predict(address, png(pixels(0))).status == 504
+        assert waiting(address) == 1
+        assert predict(address, png(pixels(0))).status == 503
+        go_on.set()
+        until(lambda: waiting(address) == 0)
+        assert predict(address, png(pixels(0))).status == 200
+
+
 def test_timeout__is_504_and_work_not_begun_is_dropped(model: FineAlign) -> None:
     gate = Gate(model)
     with running(gate.model, Limits(timeout=0.7)) as address, ThreadPoolExecutor(2) as pool:
@@ -522,7 +717,7 @@ def test_timeout__is_504_and_work_not_begun_is_dropped(model: FineAlign) -> None
         second = pool.submit(predict, address, png(pixels(1, 21, 21)))
         for one in (first, second):
             assert (one.result().status, one.result().kind) == (504, "timeout")
-        assert waiting(address) == 0
+        until(lambda: waiting(address) == 1)  # the first is still being encoded
         gate.opened.set()
         assert predict(address, png(pixels(2, 22, 22))).status == 200
     assert gate.seen == [(20, 20, 3), (22, 22, 3)]
@@ -550,6 +745,47 @@ def test_failure__one_image_that_the_model_fails_on_leaves_its_neighbours(
         assert "bug" not in failed.json["error"]
         assert failed.headers["x-content-type-options"] == "nosniff"
     assert any("a bug" in (record.exc_text or str(record.exc_info)) for record in caplog.records)
+
+
+def test_failure__an_upload_that_cannot_be_closed_fails_alone(
+    model: FineAlign, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Torn:
+        def __init__(self, file: Any) -> None:
+            self._file = file
+
+        def __enter__(self) -> Any:
+            return self
+
+        def __exit__(self, *arguments: object) -> None:
+            self._file.close()
+            raise OSError("no space left")
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._file, name)
+
+    submit, torn = Batches.submit, cast(Any, Torn)
+    monkeypatch.setattr(Batches, "submit", lambda self, place, file, score: submit(self, place, torn(file), score))
+    with running(model) as address:
+        assert predict(address, png(pixels(0))).status == 500
+        monkeypatch.setattr(Batches, "submit", submit)
+        assert predict(address, png(pixels(0))).status == 200
+        assert ask(address, "/healthz").json["status"] == "ok"
+
+
+def test_failure__an_encoder_that_has_ended_is_told(model: FineAlign, caplog: pytest.LogCaptureFixture) -> None:
+    broken = copy.copy(model)
+
+    def end(images: Sequence[Pixels], **options: Any) -> Any:
+        raise SystemExit
+
+    broken.explain_pixels = end  # type: ignore[method-assign]
+    with running(broken) as address:
+        assert predict(address, png(pixels(0))).status == 500
+        until(lambda: ask(address, "/healthz").status == 503)
+        assert ask(address, "/healthz").json == {"status": "failed", "waiting": 0, "capacity": 256}
+        assert predict(address, png(pixels(0))).status == 500
+    assert "thread encode has ended, restart the server" in caplog.messages
 
 
 # --- the description of the API ---------------------------------------------------------------------------------------
@@ -629,6 +865,15 @@ def test_listener__parts_of_an_answer_do_not_wait_for_one_another(model: FineAli
         thread.join(60)
 
 
+def test_stop__does_not_wait_for_work_that_does_not_end(model: FineAlign, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("finealign.serve.app.CLOSE_SECONDS", 0.2)
+    gate = Gate(model)
+    with running(gate.model, Limits(timeout=0.3)) as address:
+        assert predict(address, png(pixels(0))).status == 504
+    assert not gate.opened.is_set()  # and yet it has stopped
+    gate.opened.set()
+
+
 SLOW_SERVER = """
 import sys, time
 from finealign import FineAlign
@@ -674,3 +919,45 @@ def test_serve__a_signal_loses_no_request_under_way(model: FineAlign, tmp_path: 
     assert out == "stopped\n"
     assert log.count("POST /predict 200") == 20
     assert "Traceback" not in log
+
+
+@pytest.mark.slow
+def test_serve__a_second_ctrl_c_does_not_wait(model: FineAlign, tmp_path: Path) -> None:
+    """Not even while the threads are waited for, when no request is left."""
+    model.save(tmp_path / "model")
+    code = SLOW_SERVER.replace("time.sleep(0.5)", "print('encoding', flush=True); time.sleep(600)")
+    code = code.replace("Limits()", "Limits(timeout=600)")
+    server = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path / "model")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    with server:
+        try:
+            assert server.stdout
+            parts, body = urlsplit(server.stdout.readline().strip()), form(png(pixels(0)))
+            with socket.create_connection((parts.hostname or "", parts.port or 0), timeout=30) as sent:
+                head = f"POST /predict HTTP/1.1\r\nHost: {parts.netloc}\r\nContent-Type: {FORM}\r\n"
+                sent.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+                assert server.stdout.readline() == "encoding\n"
+            server.send_signal(signal.SIGINT)
+            until(lambda: refused(parts.hostname, parts.port))
+            time.sleep(0.5)
+            assert server.poll() is None  # it waits for the encoder
+            server.send_signal(signal.SIGINT)
+            out, log = server.communicate(timeout=60)
+        finally:
+            server.kill()
+    assert server.returncode == 0
+    assert out == "stopped\n"
+    assert "Traceback" not in log
+
+
+def refused(host: str | None, port: int | None) -> bool:
+    try:
+        with socket.create_connection((host or "", port or 0), timeout=30):
+            return False
+    except ConnectionRefusedError:
+        return True

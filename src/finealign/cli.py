@@ -366,7 +366,10 @@ def serve(
     ),
     port: Annotated[int, typer.Option(help="The port; 0: a free one.")] = 8000,
     max_upload_mb: Annotated[float, typer.Option(min=0.001, help="Of one image file, in megabytes.")] = 20,
-    max_megapixels: Annotated[float, typer.Option(min=0.001, help="Of one image.")] = 50,
+    allow_host: Annotated[
+        list[str] | None, typer.Option(help="A further name to answer to, as of a proxy before it; as often as wanted.")
+    ] = None,
+    max_megapixels: Annotated[float, typer.Option(min=0.001, help="Of one image.")] = 25,
     waiting: Annotated[int, typer.Option(min=1, help="Requests under way at once; one more is refused.")] = 256,
     timeout: Annotated[float, typer.Option(min=0.1, help="Seconds to upload in, and to wait for an answer.")] = 30,
     device: Device = "auto",
@@ -395,7 +398,7 @@ def serve(
             else:
                 typer.echo(f"Open {address} in a browser. Ctrl-C stops the server.")
 
-        answer(loaded, host, port, limits, on_listening=tell)
+        answer(loaded, host, port, limits, allow_hosts=allow_host or (), on_listening=tell)
 
 
 @app.command()

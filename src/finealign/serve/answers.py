@@ -36,8 +36,8 @@ class Predicted(Guess):
 class Health(BaseModel):
     """Whether the server works, and how busy it is."""
 
-    status: str
-    waiting: int = Field(ge=0, description="Requests being read or answered.")
+    status: str = Field(description="ok, or failed: the server has to be restarted.")
+    waiting: int = Field(ge=0, description="Requests being read, worked on or answered.")
     capacity: int = Field(ge=1, description="How many there can be; one more is refused with 503.")
 
 

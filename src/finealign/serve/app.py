@@ -1,8 +1,10 @@
 """The API and the page around one fitted model."""
 
 import asyncio
+import re
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from concurrent.futures import Future
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass
 from html import escape
@@ -10,10 +12,10 @@ from importlib.resources import files
 from string import Template
 from typing import Annotated, Any, get_args
 
-import python_multipart  # noqa: F401  # by which forms are read: else it would be missed at the first upload
 from fastapi import FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
-from starlette.datastructures import UploadFile
+from python_multipart.multipart import parse_options_header
+from starlette.datastructures import Headers, UploadFile
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect
@@ -28,10 +30,13 @@ from finealign.predictions import explained
 from finealign.serve.answers import About, Bounds, Health, Predicted, Refusal
 from finealign.serve.batches import Batches, FullError
 from finealign.serve.guard import LOOPBACK, Guard, refusal
-from finealign.types import Score
+from finealign.types import Explanation, Score
 
 FRAME_BYTES = 16_384  # of a form around its file
-MAX_FIELDS = 8  # of a form beside its file; none is looked at
+MAX_FIELDS = 1  # of a form beside its file; it is not looked at
+MAX_FIELD_BYTES = 512
+BOUNDARY = re.compile(rb"[0-9A-Za-z'()+_,./:=?-]{1,70}")
+CLOSE_SECONDS = 5  # for the threads to end, beyond the time limit of a request
 RETRY_AFTER = 1  # seconds
 KNOWN = {
     404: ("not-found", "There is no such page. The page is at /, and /openapi.json describes the API."),
@@ -54,7 +59,7 @@ OF_PREDICT = {
     413: "The upload is too large.",
     415: "The body is no multipart form.",
     422: "There is no image that can be read, or a query is out of range.",
-    503: "All places are taken; Retry-After says when to ask again.",
+    503: "There is no place for it now; Retry-After says when to ask again.",
     504: "The answer took too long.",
 }
 
@@ -64,8 +69,8 @@ class Limits:
     """What the server takes, so that no request can take it all."""
 
     max_upload_bytes: int = 20_000_000
-    max_pixels: int = 50_000_000
-    waiting: int = 256  # requests being read or answered; one more is refused
+    max_pixels: int = 25_000_000
+    waiting: int = 256  # requests being read, worked on or answered; one more is refused
     timeout: float = 30.0  # seconds to send an upload in, and seconds to wait for its answer
 
 
@@ -77,8 +82,18 @@ class RefusedError(StarletteHTTPException):
         self.kind = kind
 
 
-def create_app(model: FineAlign, limits: Limits | None = None, *, hosts: frozenset[str] | None = LOOPBACK) -> FastAPI:
-    """The application around a fitted model. ``hosts`` are the names it answers to; any if None."""
+def create_app(
+    model: FineAlign,
+    limits: Limits | None = None,
+    *,
+    hosts: frozenset[str] | None = LOOPBACK,
+    allow_hosts: Sequence[str] = (),
+) -> FastAPI:
+    """The application around a fitted model.
+
+    ``hosts`` are the names it answers to; any if None. ``allow_hosts`` are further ones, which pages that ask may also
+    come from: those of a proxy before it.
+    """
     limits = limits or Limits()
     batches = Batches(model, capacity=limits.waiting, max_pixels=limits.max_pixels)
     about = _about(model, limits)
@@ -88,7 +103,7 @@ def create_app(model: FineAlign, limits: Limits | None = None, *, hosts: frozens
     async def running(app: FastAPI) -> AsyncIterator[None]:
         batches.start()
         yield
-        await asyncio.to_thread(batches.close)
+        await batches.close(limits.timeout + CLOSE_SECONDS)
 
     app = FastAPI(
         title="finealign",
@@ -99,7 +114,7 @@ def create_app(model: FineAlign, limits: Limits | None = None, *, hosts: frozens
         lifespan=running,
         responses=_documented(EVERYWHERE),
     )
-    app.add_middleware(Guard, hosts=hosts)
+    app.add_middleware(Guard, hosts=hosts, allowed=frozenset(name.lower() for name in allow_hosts))
     app.add_exception_handler(StarletteHTTPException, _http_error)
     app.add_exception_handler(RequestValidationError, _invalid)
 
@@ -118,17 +133,12 @@ def create_app(model: FineAlign, limits: Limits | None = None, *, hosts: frozens
         _require_form(request)
         _refuse_declared(request, limits)
         try:
-            with batches.place():
+            with batches.place(_most_bytes(request, limits)) as place:
                 upload = await _read_upload(request, limits)
-                waiting = asyncio.wrap_future(batches.submit(upload.file, kind))
-                async with asyncio.timeout(limits.timeout):
-                    found = await waiting
-        except FullError:
+                found = await _answer(batches.submit(place, upload.file, kind), request, limits.timeout)
+        except FullError as full:
             raise RefusedError(
-                503,
-                "full",
-                f"All {limits.waiting} places are taken. Ask again in {RETRY_AFTER} s.",
-                {"Retry-After": str(RETRY_AFTER)},
+                503, "full", f"{full}. Ask again in {RETRY_AFTER} s.", {"Retry-After": str(RETRY_AFTER)}
             ) from None
         except ImageReadError as error:
             raise RefusedError(422, "unreadable", f"The image cannot be read: {error}. Send another.") from None
@@ -140,10 +150,12 @@ def create_app(model: FineAlign, limits: Limits | None = None, *, hosts: frozens
             ) from None
         return Predicted.model_validate(explained(found, classes, top_k))
 
-    @app.get("/healthz")
-    async def healthz() -> Health:
+    @app.get("/healthz", responses={503: {"model": Health, "description": "The server has failed."}})
+    async def healthz(response: Response) -> Health:
         """Whether the server works, and how busy it is."""
-        return Health(status="ok", waiting=batches.waiting, capacity=batches.capacity)
+        works = batches.alive
+        response.status_code = 200 if works else 503
+        return Health(status="ok" if works else "failed", waiting=batches.waiting, capacity=batches.capacity)
 
     @app.get("/model")
     async def describe() -> About:
@@ -157,6 +169,8 @@ def create_app(model: FineAlign, limits: Limits | None = None, *, hosts: frozens
         """The page for people."""
         return HTMLResponse(page)
 
+    app.add_api_route("/", index, methods=["HEAD"], include_in_schema=False)
+    app.add_api_route("/healthz", healthz, methods=["HEAD"], include_in_schema=False)
     for name, media_type in ASSETS.items():
         folder = files("finealign") / ("pages" if name == "base.css" else "serve/page")
         app.add_api_route(f"/{name}", _asset((folder / name).read_bytes(), media_type), include_in_schema=False)
@@ -215,6 +229,36 @@ def _refuse_declared(request: Request, limits: Limits) -> None:
         raise _too_large(limits)
 
 
+def _most_bytes(request: Request, limits: Limits) -> int:
+    """What the body can come to: what it declares, which the server holds it to, or what is taken at most."""
+    declared = request.headers.get("content-length", "")
+    return int(declared) if declared.isdecimal() else limits.max_upload_bytes + FRAME_BYTES
+
+
+async def _answer(future: Future[Explanation], request: Request, seconds: float) -> Explanation:
+    """What a job comes to; it is cancelled when nobody waits any longer.
+
+    Raises TimeoutError: not within so many seconds. ClientDisconnect: the client has left before.
+    """
+    waiting = asyncio.wrap_future(future)
+    left = asyncio.create_task(_left(request))
+    either: set[asyncio.Future[Any]] = {waiting, left}
+    try:
+        await asyncio.wait(either, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        if waiting.done():
+            return waiting.result()
+        raise ClientDisconnect if left.done() else TimeoutError
+    finally:
+        left.cancel()
+        waiting.cancel()
+
+
+async def _left(request: Request) -> None:
+    """Return when the client of a request that has been read has left."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
 def _too_large(limits: Limits) -> RefusedError:
     return RefusedError(
         413, "too-large", f"The upload is over the limit of {limits.max_upload_bytes:,} bytes. Send a smaller image."
@@ -239,11 +283,37 @@ async def _read_upload(request: Request, limits: Limits) -> UploadFile:
 
 
 class _Form(MultiPartParser):
-    """A form that is read within the limits and has to end: what of it came before is closed if it does not."""
+    """A form that is read within the limits and has to end: what of it came before is closed if it does not.
+
+    It is UTF-8 whatever its client says: to decode other encodings can take very long.
+    """
 
     def __init__(self, request: Request, limits: Limits) -> None:
-        super().__init__(request.headers, self._whole(request.receive, limits), max_files=1, max_fields=MAX_FIELDS)
+        boundary = parse_options_header(request.headers["content-type"])[1].get(b"boundary", b"")
+        if not BOUNDARY.fullmatch(boundary):
+            raise MultiPartException("it has no boundary, or a malformed one")
+        super().__init__(
+            Headers(raw=[(b"content-type", b'multipart/form-data; charset=utf-8; boundary="%s"' % boundary)]),
+            self._whole(request.receive, limits),
+            max_files=1,
+            max_fields=MAX_FIELDS,
+            max_part_size=MAX_FIELD_BYTES,
+        )
+        self._heads = 0  # bytes
         self._ended = False
+
+    def on_header_field(self, data: bytes, start: int, end: int) -> None:
+        self._count(end - start)
+        super().on_header_field(data, start, end)
+
+    def on_header_value(self, data: bytes, start: int, end: int) -> None:
+        self._count(end - start)
+        super().on_header_value(data, start, end)
+
+    def _count(self, more: int) -> None:
+        self._heads += more
+        if self._heads > FRAME_BYTES:
+            raise MultiPartException("its headers are too long")
 
     def on_end(self) -> None:
         self._ended = True

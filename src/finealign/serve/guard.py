@@ -35,12 +35,10 @@ SECURITY_HEADERS = {
 }
 
 
-def is_loopback(host: str) -> bool:
-    """Whether an address or name is this machine's own, which nobody else can reach."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
+def is_loopback(address: str) -> bool:
+    """Whether an address is this machine's own, which nobody else can reach."""
+    found = ipaddress.ip_address(address)
+    return (getattr(found, "ipv4_mapped", None) or found).is_loopback
 
 
 def refusal(status: int, kind: str, error: str, headers: Mapping[str, str] | None = None) -> Response:
@@ -49,15 +47,17 @@ def refusal(status: int, kind: str, error: str, headers: Mapping[str, str] | Non
 
 
 class Guard:
-    """The outermost layer. ``hosts`` are the names the server answers to; any if None.
+    """The outermost layer. ``hosts`` are the names the server answers to; any if None. ``allowed`` are further ones.
 
     The names guard against DNS rebinding: a stranger's page whose name was made to lead to this machine. What a
-    browser says of a request's origin guards against a stranger's page that asks for this machine by its own name.
+    browser says of a request's origin guards against a stranger's page that asks for this machine by its own name. A
+    page of an allowed name may ask by another: its proxy need not pass on the name it was asked by.
     """
 
-    def __init__(self, app: ASGIApp, *, hosts: frozenset[str] | None) -> None:
+    def __init__(self, app: ASGIApp, *, hosts: frozenset[str] | None, allowed: frozenset[str] = frozenset()) -> None:
         self._app = app
-        self._hosts = hosts
+        self._hosts = None if hosts is None else hosts | allowed
+        self._allowed = allowed
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -86,13 +86,15 @@ class Guard:
             return refusal(
                 421,
                 "host",
-                "This server answers to the names of this machine alone. Ask for http://127.0.0.1 with its port.",
+                "This server answers to the names of this machine alone. Ask for http://127.0.0.1 with its port, or "
+                "start it with --allow-host and the name.",
             )
         # A link on another page may lead to this one: it shows the page and can read nothing of it.
         followed = scope["method"] == "GET" and scope["path"] == "/" and headers.get("sec-fetch-mode") == "navigate"
         strange = headers.get("sec-fetch-site", "none") not in ("none", "same-origin")
         origin = headers.get("origin")
-        if (strange and not followed) or (origin is not None and _netloc(origin) != named):
+        elsewhere = origin is not None and _netloc(origin) != named and _hostname(_netloc(origin)) not in self._allowed
+        if (strange and not followed) or elsewhere:
             return refusal(403, "cross-site", "Another site's page may not ask this server. Use the server's own.")
         return None
 

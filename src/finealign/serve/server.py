@@ -1,12 +1,14 @@
 """The server the application runs in: where it listens, how it stops, what it logs."""
 
 import asyncio
+import ipaddress
 import logging
+import re
 import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -23,6 +25,8 @@ MAX_PORT = 65_535
 BACKLOG = 1024  # connections that the system holds until they are taken
 HEAD_SECONDS = 10  # for the line and headers of a request to be sent in
 STOP_SECONDS = 10  # beyond the time limits of a request
+SPARE_CONNECTIONS = 256  # beside those of the requests that have a place
+NAME = re.compile(r"[A-Za-z0-9._-]+|[0-9A-Fa-f:]+")
 
 
 def serve(
@@ -31,36 +35,49 @@ def serve(
     port: int = 8000,
     limits: Limits | None = None,
     *,
+    allow_hosts: Sequence[str] = (),
     on_listening: Callable[[str], None] = lambda address: None,
 ) -> None:
     """Answer until SIGTERM or Ctrl-C, then finish what was begun. A second Ctrl-C does not wait for that.
 
     Port 0 stands for a free one; ``on_listening`` gets the address. On a loopback address only this machine's own
-    names are answered to. Logs a line a request to standard error. Raises FinealignError: the address cannot be had.
+    names and ``allow_hosts``, the names of a proxy before it, are answered to. Logs a line a request to standard
+    error. Raises FinealignError: the address cannot be had, or what is allowed is no name.
     """
-    server = Listener(model, host, port, limits or Limits())
+    server = Listener(model, host, port, limits or Limits(), allow_hosts)
     with _logging():
         server.run(on_listening)
 
 
 class Listener:
-    """A server that has its address and does not answer yet. Raises FinealignError: the address cannot be had."""
+    """A server that has its address and does not answer yet; ``address`` is the one to open on this machine.
 
-    def __init__(self, model: FineAlign, host: str, port: int, limits: Limits) -> None:
-        app = create_app(model, limits, hosts=LOOPBACK | {host} if is_loopback(host) else None)
+    Raises FinealignError: the address cannot be had, or what is allowed is no name.
+    """
+
+    def __init__(self, model: FineAlign, host: str, port: int, limits: Limits, allow_hosts: Sequence[str] = ()) -> None:
+        for name in allow_hosts:
+            if not NAME.fullmatch(name):
+                raise FinealignError(
+                    f"--allow-host {name!r:.200} is no name of a machine. Wanted: a name as birds.example, without "
+                    "http:// and port."
+                )
         self._bound = _bind(host, port)
-        shown = f"[{host}]" if ":" in host else host
-        self.address = f"http://{shown}:{self._bound.getsockname()[1]}"
+        bound, taken = self._bound.getsockname()[:2]
+        hosts = LOOPBACK | {host.lower(), bound} if is_loopback(bound) else None
+        app = create_app(model, limits, hosts=hosts, allow_hosts=allow_hosts)
+        self.address = f"http://{_shown(host, bound)}:{taken}"
         self._server = _Server(
             uvicorn.Config(
                 app,
-                http=_Protocol,
+                http=partial(_Protocol, answer_seconds=limits.timeout),  # type: ignore[arg-type]
                 ws="none",
                 lifespan="on",
                 log_config=None,
                 access_log=False,
                 server_header=False,
                 proxy_headers=False,
+                limit_concurrency=limits.waiting + SPARE_CONNECTIONS,
                 timeout_graceful_shutdown=round(2 * limits.timeout) + STOP_SECONDS,
             )
         )
@@ -85,6 +102,16 @@ class _Server(uvicorn.Server):
         await super().startup(sockets)
         self.on_listening()
 
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        ending = asyncio.ensure_future(super().shutdown(sockets))
+        while not ending.done() and not self.force_exit:
+            await asyncio.wait({ending}, timeout=0.1)
+        if ending.done():
+            ending.result()
+        else:  # the event loop cancels what else is under way as it ends, each of which would be told as an error
+            logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
+            ending.cancel()
+
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
         if threading.current_thread() is not threading.main_thread():
@@ -99,10 +126,14 @@ class _Server(uvicorn.Server):
 
 
 class _Protocol(H11Protocol):
-    """A connection that is closed when the head of its next request does not come in time."""
+    """A connection that is ended when the head of its next request does not come, or its answer is not read, in time.
 
-    def __init__(self, *arguments: Any, **named: Any) -> None:
+    It is aborted, not closed: to close waits for what was written to be read.
+    """
+
+    def __init__(self, *arguments: Any, answer_seconds: float, **named: Any) -> None:
         super().__init__(*arguments, **named)
+        self._answer_seconds = answer_seconds
         self._given_up: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -110,31 +141,51 @@ class _Protocol(H11Protocol):
         # asyncio sets it only where a socket names its protocol, which an accepted one does not; without it the second
         # part of every answer waits some 40 ms for the client to acknowledge the first.
         transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._wait_for_head()
+        self._give_up_in(HEAD_SECONDS)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_waiting()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
+        before = self.cycle
         super().data_received(data)
-        if self.cycle is not None and not self.cycle.response_complete:
-            self._stop_waiting()
+        if self.transport.is_closing():  # after a request that is none
+            self._give_up_in(HEAD_SECONDS)
+        elif self.cycle is not before and not self.cycle.response_complete:
+            self._wait_for_answer()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        if self._given_up is None:  # one timer for the whole answer: not to be put off by reading a little
+            self._give_up_in(self._answer_seconds)
 
     def on_response_complete(self) -> None:
-        self._wait_for_head()
+        self._give_up_in(HEAD_SECONDS)
         super().on_response_complete()  # may begin with a request that waits already
         if not self.cycle.response_complete:
-            self._stop_waiting()
+            self._wait_for_answer()
 
-    def _wait_for_head(self) -> None:
+    def _wait_for_answer(self) -> None:
         self._stop_waiting()
-        self._given_up = self.loop.call_later(HEAD_SECONDS, self.transport.close)
+        if self.flow.write_paused:  # the answer before it has not been read
+            self._give_up_in(self._answer_seconds)
+
+    def _give_up_in(self, seconds: float) -> None:
+        self._stop_waiting()
+        self._given_up = self.loop.call_later(seconds, self.transport.abort)
 
     def _stop_waiting(self) -> None:
         if self._given_up is not None:
             self._given_up.cancel()
             self._given_up = None
+
+
+def _shown(host: str, bound: str) -> str:
+    """The host of the address to open: a bound one that stands for all of a machine's own cannot be asked for."""
+    if ipaddress.ip_address(bound).is_unspecified:
+        host = "::1" if ":" in bound else "127.0.0.1"
+    return f"[{host}]" if ":" in host else host
 
 
 def _bind(host: str, port: int) -> socket.socket:

@@ -39,7 +39,7 @@ function make(tag, attributes = {}, ...inside) {
 
 // --- taking images ---------------------------------------------------------------------------------------------------
 
-/** Take files as {name, file}; they are sent by the settings of this moment. */
+/** Take files as {name, file}, without a file where it could not be opened; they are sent by the settings of this moment. */
 function add(named) {
   if (!model) return;
   if (!named.length) {
@@ -60,17 +60,21 @@ function add(named) {
 
 const isImage = (name) => IMAGE.test(name) && !name.split("/").pop().startsWith(".");
 
-/** Every file below what was dropped, a folder's images alone. */
+/** Every file below what was dropped, a folder's images alone; what cannot be opened is among them without a file. */
 async function dropped(transfer) {
   const entries = [...transfer.items].map((item) => item.webkitGetAsEntry?.()).filter(Boolean);
   if (!entries.length) return [...transfer.files].map((file) => ({ name: file.name, file }));
   const found = [];
   const visit = async (entry, inFolder) => {
-    if (entry.isDirectory) {
-      for (const inner of await listed(entry.createReader())) await visit(inner, true);
-    } else if (!inFolder || isImage(entry.name)) {
-      const file = await new Promise((resolve, reject) => entry.file(resolve, reject));
-      found.push({ name: entry.fullPath.replace(/^\//, ""), file });
+    const name = entry.fullPath.replace(/^\//, "");
+    try {
+      if (entry.isDirectory) {
+        for (const inner of await listed(entry.createReader())) await visit(inner, true);
+      } else if (!inFolder || isImage(entry.name)) {
+        found.push({ name, file: await new Promise((resolve, reject) => entry.file(resolve, reject)) });
+      }
+    } catch {
+      found.push({ name, file: null });
     }
   };
   for (const entry of entries) await visit(entry, false);
@@ -116,6 +120,7 @@ async function ask(item, signal) {
 
 /** What the server makes of an image; while it is full, ask again. */
 async function predict(item, signal) {
+  if (!item.file) throw new Error("The browser cannot open it.");
   const limit = model.limits.max_upload_bytes;
   if (item.file.size > limit) throw new Error(`The file is over the limit of ${(limit / 1e6).toFixed(0)} MB.`);
   for (let tries = 0; ; tries += 1) {
@@ -259,6 +264,7 @@ function crops(found) {
 
 /** As many more rows of the images that have no card. */
 function addRows(most) {
+  const before = rowsShown;
   const rest = Math.max(0, items.length - CARDS);
   const end = Math.min(rest, Math.max(rowsShown, most));
   const rows = items.slice(CARDS + rowsShown, CARDS + end).map((item) => {
@@ -272,7 +278,15 @@ function addRows(most) {
   const listing = end < rest ? `, ${end} of them so far` : "";
   byId("more-note").textContent =
     `The first ${CARDS} images are shown in full, the other ${rest} as rows${listing}. All are in the CSV.`;
-  byId("more-button").hidden = end === rest;
+  const button = byId("more-button");
+  if (end === rest && document.activeElement === button) focusOn(byId("rows").children[before]);
+  button.hidden = end === rest;
+}
+
+/** Go on from here by keyboard, instead of a button that has had its time. */
+function focusOn(element) {
+  element.tabIndex = -1;
+  element.focus({ preventScroll: true });
 }
 
 function fillRow({ row, name, state, found, error }) {
@@ -291,9 +305,10 @@ function tell() {
   progress.hidden = !items.length;
   progress.max = items.length || 1;
   progress.value = finished;
+  if (!working && document.activeElement === byId("stop")) focusOn(byId("results"));
   byId("stop").disabled = !working;
   byId("clear").disabled = !items.length;
-  byId("download").disabled = !items.some((item) => item.found);
+  byId("download").disabled = !finished;
   if (!working) {
     clearTimeout(telling);
     telling = null;
@@ -310,12 +325,11 @@ function tell() {
 function summary() {
   if (!items.length) return "No images yet.";
   const of = (state) => items.filter((item) => item.state === state).length;
-  const finished = items.length - of("waiting");
   const changed = items.filter(({ found }) => found?.start && found.label !== found.start.label).length;
-  const parts = [`${finished} of ${count(items.length, "image")} done`];
-  if (changed) parts.push(`label changed in ${changed}`);
+  const parts = [`${of("done")} of ${count(items.length, "image")} done`];
   if (of("failed")) parts.push(`${of("failed")} failed`);
   if (of("stopped")) parts.push(`${of("stopped")} stopped`);
+  if (changed) parts.push(`label changed in ${changed}`);
   return `${parts.join(", ")}.`;
 }
 
@@ -327,15 +341,20 @@ function quoted(value) {
   return /[",\r\n]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text;
 }
 
+/** Every image, in the columns of `finealign predict` and one for why there is no label. */
 function csv() {
-  const done = items.filter((item) => item.found);
-  const most = Math.max(...done.map(({ found }) => found.top.length));
-  const header = ["path", "label", "confidence", "start_label", "start_confidence"];
+  const most = Math.max(1, ...items.map(({ found }) => found?.top.length ?? 1));
+  const header = ["path", "label", "confidence"];
   for (let rank = 2; rank <= most; rank += 1) header.push(`label_${rank}`, `confidence_${rank}`);
-  const lines = done.map(({ name, found }) => {
-    const line = [name, found.label, found.confidence, found.start?.label ?? "", found.start?.confidence ?? ""];
-    for (const { label, confidence } of found.top.slice(1)) line.push(label, confidence);
-    while (line.length < header.length) line.push("");
+  header.push("start_label", "start_confidence", "error");
+  const lines = items.map(({ name, found, error }) => {
+    const line = [name];
+    for (let rank = 0; rank < most; rank += 1) {
+      const choice = found?.top[rank];
+      line.push(choice?.label ?? "", choice?.confidence ?? "");
+    }
+    line.push(found?.start?.label ?? "", found?.start?.confidence ?? "");
+    line.push(found ? "" : (error ?? "Not answered yet."));
     return line;
   });
   return [header, ...lines].map((line) => `${line.map(quoted).join(",")}\n`).join("");
