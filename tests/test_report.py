@@ -161,6 +161,7 @@ def test_report__takes_no_text_at_its_word(run: Path) -> None:
 def test_report__with_labels_has_accuracy_confusion_and_calibration(finished: Path, run: Path) -> None:
     labelled = finished.parent / "photos" / "truth.csv"
     labelled.write_text("path,label\n" + "".join(f"{name}/{n}.png,{name}\n" for name in CLASSES for n in range(8)))
+    (run / "evaluation.json").write_text("torn", encoding="utf-8")  # about to be replaced, so it is in nobody's way
     result = command("report", run, "--labelled", labelled, "--device", "cpu")
     assert result.exit_code == 0, result.stderr
     saved = json.loads((run / "evaluation.json").read_text(encoding="utf-8"))

@@ -341,7 +341,7 @@ def report(
             from finealign.evaluate import evaluate_predictions, read_truth
             from finealign.terminal import Bars
 
-            render(run)  # before the images are looked at: is there a run to report?
+            render(run, measured=False)  # before the images are looked at: is there a run to report?
             loaded = FineAlign.load(run, device=device, precision=precision)
             truth = read_truth(labelled, loaded.texts_.classes)
             with Bars().stage("evaluating", len(truth.paths)) as stage:

@@ -97,8 +97,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return found
 
 
-def render(folder: Path) -> str:
-    """The report of a run folder as HTML. Raises ModelError as ``write_report`` does."""
+def render(folder: Path, *, measured: bool = True) -> str:
+    """The report of a run folder as HTML, ``measured``: with what labels told. Raises ModelError as ``write_report``."""
     from jinja2 import Environment, PackageLoader, StrictUndefined, UndefinedError
 
     run = _read_json(folder / RUN)
@@ -109,7 +109,7 @@ def render(folder: Path) -> str:
         )
     try:
         manifest = _read_json(folder / MANIFEST)
-        evaluation = _read_json(folder / EVALUATION) if (folder / EVALUATION).is_file() else None
+        evaluation = _read_json(folder / EVALUATION) if measured and (folder / EVALUATION).is_file() else None
         epochs = read_metrics(folder / METRICS)
         predicted = read_predictions(folder / PREDICTIONS)
         classes: list[str] = run["classes"]
