@@ -21,8 +21,10 @@ from rich.table import Table
 from finealign import __version__
 from finealign.errors import FinealignError, StoppedError
 
-if TYPE_CHECKING:  # torch comes with it
+if TYPE_CHECKING:  # torch comes with them
+    from finealign.classifier import FineAlign
     from finealign.terminal import Bars
+    from finealign.types import Score
 
 app = typer.Typer(
     name="finealign",
@@ -294,20 +296,12 @@ def evaluate(
     """Measure an adapted model, and the one it started from, on labelled images."""
     with _working(as_json):
         from finealign.classifier import FineAlign
-        from finealign.evaluate import evaluate_predictions, read_truth
         from finealign.ranks import Ranks
-        from finealign.terminal import Bars, evaluation_tables
+        from finealign.terminal import evaluation_tables
 
         ranks = Ranks.launched(device)
         loaded = FineAlign.load(model, device=device, precision=precision, ranks=ranks)
-        truth = read_truth(labelled, loaded.texts_.classes)
-        progress = Bars()
-        with progress.stage("evaluating", len(truth.paths)) as stage:
-            predictions = list(
-                loaded.readable_predictions(truth.paths, score=score, with_start=True, advance=stage.advance)
-            )
-        names, unread = loaded.texts_.classes, len(loaded.set_aside_)
-        found = evaluate_predictions(predictions, truth, names, set_aside=unread)
+        found = _measured(loaded, labelled, score)
         ranks.leave()
         if not ranks.first:
             return
@@ -338,19 +332,11 @@ def report(
             raise FinealignError("--score is of what --labelled measures. Give --labelled, or leave it out.")
         if labelled:
             from finealign.classifier import FineAlign
-            from finealign.evaluate import evaluate_predictions, read_truth
-            from finealign.terminal import Bars
 
             render(run, measured=False)  # before the images are looked at: is there a run to report?
             loaded = FineAlign.load(run, device=device, precision=precision)
-            truth = read_truth(labelled, loaded.texts_.classes)
-            with Bars().stage("evaluating", len(truth.paths)) as stage:
-                predictions = list(
-                    loaded.readable_predictions(truth.paths, score=score, with_start=True, advance=stage.advance)
-                )
-            names, unread = loaded.texts_.classes, len(loaded.set_aside_)
-            measured = evaluate_predictions(predictions, truth, names, set_aside=unread, in_full=True)
-            save_evaluation(measured | {"score": score or loaded.score_}, run)
+            found = _measured(loaded, labelled, score, in_full=True)
+            save_evaluation(found | {"score": score or loaded.score_}, run)
         path = write_report(run)
         if as_json:
             _print_json({"report": str(path)})
@@ -668,6 +654,18 @@ def _how_to_resume() -> str:
 def _print_json(value: dict[str, Any]) -> None:
     text = json.dumps(value, ensure_ascii=False, allow_nan=False)
     typer.echo(text.encode("utf-8", "backslashreplace"))  # a path may be no UTF-8
+
+
+def _measured(model: "FineAlign", labelled: Path, score: "Score | None", *, in_full: bool = False) -> dict[str, object]:
+    """What labels tell of a model and of the one it started from."""
+    from finealign.evaluate import evaluate_predictions, read_truth
+    from finealign.terminal import Bars
+
+    names = model.texts_.classes
+    truth = read_truth(labelled, names)
+    with Bars().stage("evaluating", len(truth.paths)) as stage:
+        predictions = list(model.readable_predictions(truth.paths, score=score, with_start=True, advance=stage.advance))
+    return evaluate_predictions(predictions, truth, names, set_aside=len(model.set_aside_), in_full=in_full)
 
 
 def _show_plan(found: dict[str, Any], as_json: bool) -> None:

@@ -98,7 +98,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def render(folder: Path, *, measured: bool = True) -> str:
-    """The report of a run folder as HTML, ``measured``: with what labels told. Raises ModelError as ``write_report``."""
+    """The report of a run folder as HTML; ``measured``: with what labels told. Raises ModelError as above."""
     from jinja2 import Environment, PackageLoader, StrictUndefined, UndefinedError
 
     run = _read_json(folder / RUN)
