@@ -24,6 +24,7 @@ ORDER = [
     "errors",
     "storage",
     "layout",
+    "templates",
     "types",
     "ranks",
     "progress",

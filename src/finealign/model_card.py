@@ -8,6 +8,7 @@ from finealign import __version__
 from finealign.config import Config, without_folder
 from finealign.methods import Method
 from finealign.model_folder import SavedModel
+from finealign.templates import fill
 
 CLASSES_SHOWN = 50
 TAGS = "finealign", "clip", "fine-grained", "unsupervised-adaptation"
@@ -27,7 +28,6 @@ def model_card(
     the card says of its use.
     """
     from huggingface_hub import ModelCardData
-    from jinja2 import Environment, PackageLoader, StrictUndefined
 
     origin = (run or {}).get("origin") or model.backbone.origin
     data = ModelCardData(
@@ -37,25 +37,22 @@ def model_card(
         base_model=origin.get("repository"),
         ignore_metadata_errors=False,
     )
-    environment = Environment(
-        loader=PackageLoader("finealign", "pages"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    template = environment.get_template("model_card.md.j2")
     classes = model.texts.classes
-    return template.render(
-        metadata=data.to_yaml(),
-        version=__version__,
-        method=model.config.method.name,
-        backbone=without_folder(model.config.backbone),
-        origin=origin,
-        images=run["images"] - run.get("set_aside", 0) if run else None,
-        classes=[_plain(name) for name in classes[:CLASSES_SHOWN]],
-        total=len(classes),
-        texts=sum(len(group) for group in model.texts.descriptions),
-        learned=what_learned(model.config, model.method),
-        run=run,
-        use=use,
-    )
+    values = {
+        "metadata": data.to_yaml(),
+        "version": __version__,
+        "method": model.config.method.name,
+        "backbone": without_folder(model.config.backbone),
+        "origin": origin,
+        "images": run["images"] - run.get("set_aside", 0) if run else None,
+        "classes": [_plain(name) for name in classes[:CLASSES_SHOWN]],
+        "total": len(classes),
+        "texts": sum(len(group) for group in model.texts.descriptions),
+        "learned": what_learned(model.config, model.method),
+        "run": run,
+        "use": use,
+    }
+    return fill("model_card.md.j2", values)
 
 
 def is_card(path: Path) -> bool:

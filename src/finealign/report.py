@@ -28,6 +28,7 @@ from finealign.layout import (
     SET_ASIDE,
 )
 from finealign.storage import save_text
+from finealign.templates import fill
 
 if TYPE_CHECKING:
     from markupsafe import Markup
@@ -99,7 +100,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 def render(folder: Path, *, measured: bool = True) -> str:
     """The report of a run folder as HTML; ``measured``: with what labels told. Raises ModelError as above."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined, UndefinedError
+    from jinja2 import UndefinedError
 
     run = _read_json(folder / RUN)
     if run.get("status") != "complete":
@@ -113,33 +114,32 @@ def render(folder: Path, *, measured: bool = True) -> str:
         epochs = read_metrics(folder / METRICS)
         predicted = read_predictions(folder / PREDICTIONS)
         classes: list[str] = run["classes"]
-        environment = Environment(
-            loader=PackageLoader("finealign", "pages"),
-            autoescape=True,
-            undefined=StrictUndefined,
-            trim_blocks=True,
-            lstrip_blocks=True,
-        )
-        environment.filters |= {"share": _share, "points": _points, "code": _code, "printable": printable}
-        return environment.get_template("report.html.j2").render(
-            css=_page("base.css") + _page("report.css"),
-            run=run,
-            classes=classes,
-            epochs=epochs,
-            charts=_charts(epochs, classes),
-            predicted=predicted,
-            balance=_balance(predicted, classes),
-            examples=_examples(folder / EXAMPLES),
-            texts=manifest["descriptions"],
-            templates=manifest["templates"],
-            aside=list(_rows(folder / SET_ASIDE)),
-            settings=_read(folder / CONFIG),
-            evaluation=evaluation,
-            measured=None if evaluation is None else _measured(evaluation, classes),
-            shown={"classes": CLASSES_SHOWN, "aside": ASIDE_SHOWN},
-            name=display_path(folder.resolve().name),
-            backbone=without_folder(run["backbone"]),
-        )
+        values = {
+            "css": _page("base.css") + _page("report.css"),
+            "run": run,
+            "classes": classes,
+            "epochs": epochs,
+            "charts": _charts(epochs, classes),
+            "predicted": predicted,
+            "balance": _balance(predicted, classes),
+            "examples": _examples(folder / EXAMPLES),
+            "texts": manifest["descriptions"],
+            "templates": manifest["templates"],
+            "aside": list(_rows(folder / SET_ASIDE)),
+            "settings": _read(folder / CONFIG),
+            "evaluation": evaluation,
+            "measured": None if evaluation is None else _measured(evaluation, classes),
+            "shown": {"classes": CLASSES_SHOWN, "aside": ASIDE_SHOWN},
+            "name": display_path(folder.resolve().name),
+            "backbone": without_folder(run["backbone"]),
+        }
+        filters: dict[str, Callable[..., Any]] = {
+            "share": _share,
+            "points": _points,
+            "code": _code,
+            "printable": printable,
+        }
+        return fill("report.html.j2", values, filters)
     except (AttributeError, LookupError, ArithmeticError, TypeError, ValueError, csv.Error, UndefinedError) as error:
         raise ModelError(
             f"The run in {folder} is not whole, or of an earlier version ({type(error).__name__}: {error}). Copy it "

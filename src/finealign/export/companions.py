@@ -9,6 +9,7 @@ from finealign.classifier import FineAlign
 from finealign.export.layout import ANCHORS, CLASSES, USAGE
 from finealign.export.record import Format
 from finealign.storage import save_tensors, save_text
+from finealign.templates import fill
 from finealign.types import Score
 
 
@@ -28,16 +29,7 @@ def write_anchors(saved: FineAlign, folder: Path) -> None:
 
 def write_usage(format: Format, folder: Path, **values: Any) -> None:
     """``usage.py``; ``values`` are what its template asks for."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    environment = Environment(
-        loader=PackageLoader("finealign", "pages"),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    save_text(environment.get_template(f"usage_{format}.py.j2").render(values), folder / USAGE)
+    save_text(fill(f"usage_{format}.py.j2", values), folder / USAGE)
 
 
 def resampling(preprocess: Mapping[str, Any]) -> str:
