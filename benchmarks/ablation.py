@@ -9,7 +9,6 @@ folder of sets comes from FINEALIGN_SHARED, else ../shared; `demo` is the drawn 
 
 import argparse
 import json
-import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -22,22 +21,26 @@ from typing import Any
 
 import torch
 from probe import linear_probe
+from real_data import require_shared
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from finealign.backbone import Backbone
+from finealign.backbone.base import Backbone
 from finealign.classifier import FineAlign
 from finealign.config import make_config, merged, resolve
 from finealign.demo.model import demo_model
 from finealign.demo.world import make_world
-from finealign.evaluate import read_truth
-from finealign.images import list_images, read_pixels
-from finealign.methods import Method, create_method
-from finealign.progress import Progress
-from finealign.prompts import make_texts, read_classes, read_descriptions
-from finealign.training import begin, run_epochs
+from finealign.evaluate.truth import read_truth
+from finealign.images.decoding import read_pixels
+from finealign.images.listing import list_images
+from finealign.images.views import PREDICTION_EPOCH, Views
+from finealign.method.base import Method
+from finealign.method.registry import create_method
+from finealign.runtime.progress import Progress
+from finealign.texts.prompts import make_texts, read_classes, read_descriptions
+from finealign.training.loop import run_epochs
+from finealign.training.state import begin
 from finealign.types import ImageFeatures, TextFeatures, Texts
-from finealign.views import PREDICTION_EPOCH, Views
 
 CHOOSING = ("eurosat", "dtd10", "pets37-small", "cifar100")  # whose test labels the defaults were chosen by
 UNTOUCHED = ("flowers12", "food10", "ucmerced")
@@ -305,7 +308,7 @@ def main() -> None:
     parser.add_argument("--ceiling", action="store_true", help="only a linear probe on labels, for each set")
     parser.add_argument("--base", default="{}", help="JSON: settings that every run starts from")
     known = parser.parse_args()
-    shared = Path(os.environ.get("FINEALIGN_SHARED", Path(__file__).parents[2] / "shared"))
+    shared = require_shared()
     known.out.mkdir(parents=True, exist_ok=True)
     sets = Sets(shared, known.out, known.backbone or f"local-dir:{shared / 'models' / 'miniclip'}")
     if known.transductive:

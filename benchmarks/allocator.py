@@ -13,8 +13,8 @@ from statistics import median
 
 import torch
 
-from finealign.backbone import load_backbone
-from finealign.devices import keep_freed_memory
+from finealign.backbone.load import load_backbone
+from finealign.runtime.devices import keep_freed_memory
 
 
 def rate(work: Callable[[], object], images: int, runs: int) -> float:

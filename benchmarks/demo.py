@@ -18,10 +18,11 @@ from probe import linear_probe
 from finealign import FineAlign
 from finealign.config import make_config
 from finealign.demo.model import demo_model
-from finealign.demo.run import METHODS, run_demo
+from finealign.demo.result import METHODS
+from finealign.demo.run import run_demo
 from finealign.demo.species import SPECIES, describe
-from finealign.devices import keep_freed_memory
-from finealign.evaluate import read_truth
+from finealign.evaluate.truth import read_truth
+from finealign.runtime.devices import keep_freed_memory
 from finealign.types import ImageFeatures, Truth
 
 CLASSES = [name for name, _ in SPECIES]
@@ -30,7 +31,7 @@ DESCRIPTIONS = {name: describe(index) for index, name in enumerate(CLASSES)}
 
 def features(model: FineAlign, truth: Truth) -> ImageFeatures:
     """The whole images (n, D) and their crops (n, N, D), as the fitted model sees them."""
-    return model.features(truth.paths)
+    return model.features(truth.paths)[0]
 
 
 def scored(model: FineAlign, seen: ImageFeatures, truth: Truth) -> float:

@@ -8,7 +8,6 @@ processor is good at and once in float32. Both give the same labels, up to round
 """
 
 import argparse
-import os
 import sys
 import tempfile
 from pathlib import Path
@@ -20,13 +19,14 @@ import torch
 from numpy.typing import NDArray
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
+from real_data import miniclip
 from step import CLASSES, photos, seconds, show
 from torch.nn.functional import normalize
 
 from finealign import FineAlign
-from finealign.backbone import load_backbone
+from finealign.backbone.load import load_backbone
 from finealign.config import make_config
-from finealign.devices import choose_precision, keep_freed_memory
+from finealign.runtime.devices import choose_precision, keep_freed_memory
 
 
 class PlainLoop:
@@ -84,7 +84,7 @@ def measure(name: str, *, images: int, pairs: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    shared = Path(os.environ.get("FINEALIGN_SHARED", Path(__file__).parents[2] / "shared")) / "models" / "miniclip"
+    shared = miniclip()
     parser.add_argument(
         "--backbones", default=",".join(["ViT-B-32/random", *([f"local-dir:{shared}"] if shared.is_dir() else [])])
     )

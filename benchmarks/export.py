@@ -24,7 +24,7 @@ from finealign import FineAlign
 from finealign.config import make_config
 from finealign.demo.model import demo_model
 from finealign.errors import ConfigError
-from finealign.export.record import Exported, Format
+from finealign.export.checks import Exported, Format, open_clip_backbone
 from finealign.export.run import WRITERS, export
 from finealign.types import ImageFeatures
 
@@ -43,7 +43,7 @@ def fitted(backbone: str) -> FineAlign:
     }
     model = FineAlign(CLASSES, config=make_config(values)).unlearned()
     if backbone.endswith("/random"):
-        model.backbone_.model.logit_scale.data.fill_(math.log(100))
+        open_clip_backbone(model).model.logit_scale.data.fill_(math.log(100))
     return model
 
 

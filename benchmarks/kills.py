@@ -94,7 +94,10 @@ def killed(task: Task, out: Path, aim: str, rng: np.random.Generator, seconds: f
 
 def suicidal(arguments: list[str]) -> None:
     """The command, killed by itself when it has come so many times to what AIM says."""
-    from finealign import cli, mapped, storage, training
+    from finealign import cli
+    from finealign.runtime import atomic
+    from finealign.training import memmap
+    from finealign.training.state import State
 
     aim, left = os.environ["AIM"], int(os.environ["AFTER"])
 
@@ -120,12 +123,12 @@ def suicidal(arguments: list[str]) -> None:
 
         write_whole(path, half)
 
-    write_whole = storage._write_aside
+    write_whole = atomic._write_aside
     # Any: what is patched here is not made to be.
-    room: Any = {"in a step": training.State, "between epochs": training.State, "renaming": Path}.get(aim, storage)
+    room: Any = {"in a step": State, "between epochs": State, "renaming": Path}.get(aim, atomic)
     if aim == "writing":
         room._write_aside = torn
-        kept: Any = mapped.MappedTensors
+        kept: Any = memmap.MemmapTensors
         kept.finish = before(kept.finish)
     else:
         name = {"in a step": "encoders", "between epochs": "save", "renaming": "replace"}[aim]

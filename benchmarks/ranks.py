@@ -14,7 +14,7 @@ import torch
 from task import Task, finealign, make_task
 from torch import Tensor
 
-from finealign.checkpoints import read_last_checkpoint
+from finealign.training.checkpoints import read_last_checkpoint
 
 
 def run(task: Task, out: Path, precision: str, processes: int, threads: int, more: list[str]) -> dict[str, float]:

@@ -41,14 +41,14 @@ def cell(name: str, seed: int, out: Path, backbone: str, extra: list[str]) -> di
 def table(cells: list[dict[str, Any]]) -> str:
     """Markdown: a row a cell, the mean gain below."""
     lines = [
-        "| set | images | seed | zero-shot | adapted, global | adapted, LAS | gain | paired 95 % interval | minutes |",
+        "| set | images | seed | start | adapted, global | adapted, LAS | gain | paired 95 % interval | minutes |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for found in cells:
         las, whole = found["las"], found["global"]
         gain = las["difference"]
         lines.append(
-            f"| {found['set']} | {las['images']} | {found['seed']} | {100 * las['zero_shot']['top1']:.1f} "
+            f"| {found['set']} | {las['images']} | {found['seed']} | {100 * las['start']['top1']:.1f} "
             f"| {100 * whole['adapted']['top1']:.1f} | {100 * las['adapted']['top1']:.1f} | {100 * gain['top1']:+.1f} "
             f"| {100 * gain['low']:+.1f} to {100 * gain['high']:+.1f} | {found['seconds'] / 60:.1f} |"
         )

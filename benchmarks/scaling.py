@@ -18,7 +18,7 @@ from pathlib import Path
 
 from step import resident
 
-from finealign.devices import keep_freed_memory
+from finealign.runtime.devices import keep_freed_memory
 
 
 class Peak:
@@ -48,7 +48,7 @@ def one(size: int, images: Path) -> dict[str, float]:
     from finealign.config import make_config
     from finealign.demo.model import demo_model
     from finealign.demo.species import SPECIES, describe
-    from finealign.images import list_images
+    from finealign.images.listing import list_images
 
     found = list_images(images)
     paths = [found[number % len(found)] for number in range(size)]

@@ -34,8 +34,8 @@ BOUNDARY = "benchmark"
 SERVER = """
 import sys
 from finealign import FineAlign
-from finealign.devices import keep_freed_memory
-from finealign.serve.app import Limits
+from finealign.runtime.devices import keep_freed_memory
+from finealign.serve.forms import Limits
 from finealign.serve.server import serve
 
 keep_freed_memory()
@@ -97,7 +97,7 @@ def send(connection: http.client.HTTPConnection, body: bytes) -> int:
 def bare(model: Path, files: Sequence[bytes], seconds: float) -> list[float]:
     """Seconds of each call of ``explain_pixels`` with one decoded image."""
     from finealign import FineAlign
-    from finealign.images import decode_image
+    from finealign.images.decoding import decode_image
 
     loaded = FineAlign.load(model)
     images = [np.array(decode_image(io.BytesIO(content))) for content in files]

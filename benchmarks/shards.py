@@ -20,11 +20,11 @@ from pathlib import Path
 import webdataset
 from task import Task, finealign, make_task
 
-from finealign.images import list_images
+from finealign.images.listing import list_images
 
 LISTING = """
 import resource, sys
-from finealign.images import list_images
+from finealign.images.listing import list_images
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 paths = list_images(sys.argv[1])
 grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before

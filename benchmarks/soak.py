@@ -18,9 +18,9 @@ import psutil
 from step import resident
 from task import make_task
 
-from finealign.devices import keep_freed_memory
 from finealign.errors import StoppedError
-from finealign.progress import Progress
+from finealign.runtime.devices import keep_freed_memory
+from finealign.runtime.progress import Progress
 
 COLUMNS = ("seconds", "epoch", "memory_mb", "handles", "threads")
 Row = tuple[float, int, float, int, int]
@@ -41,9 +41,9 @@ def soak(out: Path, minutes: float) -> list[Row]:
     """Adapt until the time is over; what was measured after each epoch."""
     from finealign import FineAlign
     from finealign.config import make_config
-    from finealign.images import list_images
-    from finealign.run_folder import adapt_into
-    from finealign.training import EpochRecord
+    from finealign.images.listing import list_images
+    from finealign.run.adapt import adapt_into
+    from finealign.training.state import EpochRecord
 
     task = make_task("demo", out, images=192)
     paths = list_images(task.images)

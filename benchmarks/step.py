@@ -12,7 +12,6 @@ FINEALIGN_SHARED holds it.
 
 import argparse
 import json
-import os
 import resource
 import sys
 import tempfile
@@ -26,20 +25,23 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from real_data import miniclip
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 from torchvision.transforms import v2
 
-from finealign.backbone import Backbone, load_backbone
+from finealign.backbone.load import load_backbone
+from finealign.backbone.model import OpenClipBackbone
 from finealign.config import make_config, resolve
-from finealign.devices import choose_precision, keep_freed_memory
-from finealign.encoding import EncodedAfresh
-from finealign.methods import create_method
-from finealign.pixels import store_pixels
-from finealign.progress import Progress
-from finealign.prompts import make_texts
-from finealign.training import State, begin, step
-from finealign.views import Views
+from finealign.images.pixel_cache import store_pixels
+from finealign.images.views import Views
+from finealign.method.registry import create_method
+from finealign.runtime.devices import choose_precision, keep_freed_memory
+from finealign.runtime.progress import Progress
+from finealign.texts.prompts import make_texts
+from finealign.training.features import EncodingPlan, FeatureBank
+from finealign.training.loop import step
+from finealign.training.state import State, begin
 
 CLASSES = [f"kind {number}" for number in range(10)]
 GFLOP = {"ViT-B-32": 8.73, "ViT-B-16": 34.9}  # products of one forward pass, two operations each
@@ -61,7 +63,7 @@ def photos(folder: Path, count: int) -> list[Path]:
 class ReferenceStep:
     """The step as papers' code has it: nothing kept, float32, one encoder, Pillow in the training process."""
 
-    def __init__(self, backbone: Backbone, anchors: Tensor, paths: Sequence[Path], crops: int) -> None:
+    def __init__(self, backbone: OpenClipBackbone, anchors: Tensor, paths: Sequence[Path], crops: int) -> None:
         self.model, self.paths, self.crops = backbone.model, paths, crops
         size = backbone.input_size
         to_tensor = [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True)]
@@ -110,12 +112,12 @@ class ReferenceStep:
 class OurStep:
     """The package's own pieces, timed apart."""
 
-    source: EncodedAfresh
+    source: FeatureBank
     state: State
     images: int
 
     @classmethod
-    def make(cls, backbone: Backbone, paths: list[Path], folder: Path, crops: int) -> "OurStep":
+    def make(cls, backbone: OpenClipBackbone, paths: list[Path], folder: Path, crops: int) -> "OurStep":
         config = make_config({"views": {"crops": crops}, "training": {"learning_rate": 1e-5}})
         config = resolve(config, images=len(paths), classes=len(CLASSES), input_size=backbone.input_size)
         assert config.data.working_size != "auto"
@@ -125,7 +127,8 @@ class OurStep:
         views = Views(config.views, size=backbone.input_size, geometry=backbone.geometry, mean=backbone.mean, seed=0)
         texts = backbone.encode_texts(make_texts(CLASSES, None, None))
         method = create_method(config.method, texts, logit_scale=backbone.logit_scale)
-        source = EncodedAfresh(stored, views, backbone, refresh=1, crops=True, folder=folder, progress=Progress())
+        plan = EncodingPlan(refresh=1, crops=True)
+        source = FeatureBank(stored, views, backbone, plan, folder=folder, progress=Progress())
         return cls(source, begin(backbone, method, config, images=len(paths)), len(paths))
 
     def label_pass(self) -> None:
@@ -235,7 +238,7 @@ def show(found: dict[str, Any], *, as_json: bool) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    shared = Path(os.environ.get("FINEALIGN_SHARED", Path(__file__).parents[2] / "shared")) / "models" / "miniclip"
+    shared = miniclip()
     usual = ["ViT-B-32/random", "ViT-B-16/random", *([f"local-dir:{shared}"] if shared.is_dir() else [])]
     parser.add_argument("--backbones", default=",".join(usual))
     parser.add_argument("--batch", type=int, default=64)

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from real_data import miniclip, require_shared
+
 TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node")
 
 
@@ -32,19 +34,10 @@ def make_task(name: str, folder: Path, *, images: int = 480) -> Task:
 
 def real(name: str) -> Task:
     """A set of real photos with MiniCLIP. Ends the benchmark where they are not to be had."""
-    shared = shared_folder()
+    shared = require_shared()
     data = shared / "data" / name
     texts = ("--classes", str(data / "classes.txt"), "--descriptions", str(data / "descriptions.json"))
-    return Task(data / "train", data / "test", texts, f"local-dir:{shared / 'models' / 'miniclip'}")
-
-
-def shared_folder() -> Path:
-    shared = Path(os.environ.get("FINEALIGN_SHARED", Path(__file__).parents[2] / "shared"))
-    if not (shared / "data").is_dir():
-        sys.exit(
-            f"No real photos at {shared}. Set FINEALIGN_SHARED to the folder that holds data/ and models/miniclip/."
-        )
-    return shared
+    return Task(data / "train", data / "test", texts, f"local-dir:{miniclip()}")
 
 
 def _demo(folder: Path, images: int) -> Task:

@@ -9,7 +9,6 @@ by weights fitted without it. The cells of the grids, with the encoder learning,
 
 import argparse
 import json
-import os
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -18,12 +17,13 @@ import numpy as np
 import torch
 from ablation import AXES, CHOOSING, SETS, Encoded, Sets, Settings, trained
 from numpy.typing import NDArray
+from real_data import require_shared
 
 from finealign.benchmark.grid import Cell, read_cell
 from finealign.config import make_config
-from finealign.methods import create_method
+from finealign.method.registry import create_method
+from finealign.run.verdict import HELPED, HURT, SAMPLE, WEIGHTS, gather, judge
 from finealign.types import ImageFeatures
-from finealign.verdict import HELPED, HURT, SAMPLE, WEIGHTS, gather, judge
 
 CROPS = 8
 TIE = 0.5  # points; a smaller change of accuracy has no sign to be right about
@@ -133,7 +133,7 @@ def main() -> None:
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--grids", nargs="*", type=Path, default=[], help="folders of `finealign benchmark`")
     known = parser.parse_args()
-    shared = Path(os.environ.get("FINEALIGN_SHARED", Path(__file__).parents[2] / "shared"))
+    shared = require_shared()
     sets = Sets(shared, known.out, f"local-dir:{shared / 'models' / 'miniclip'}")
     log = known.out / "verdict.jsonl"
     rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.exists() else []

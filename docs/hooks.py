@@ -41,7 +41,7 @@ def _usage(command: Any, context: Any) -> str:
 def settings() -> str:
     """Every setting of the configuration, then those of each method."""
     from finealign.config import Config
-    from finealign.methods import find_method, method_names
+    from finealign.method.registry import find_method, method_names
 
     found = [_section("Top level", Config, "")]
     for name, field in Config.model_fields.items():

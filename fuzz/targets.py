@@ -21,20 +21,23 @@ from unittest.mock import patch
 
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save, save_file
+from safetensors.torch import load, save, save_file
 
-from finealign import model_folder
-from finealign.backbone import CONFIG, WEIGHTS, load_backbone
-from finealign.checkpoints import Checkpoint, read_last_checkpoint, write_checkpoint
+from finealign.backbone.load import load_backbone
+from finealign.backbone.model import CONFIG, WEIGHTS
 from finealign.config import Config, make_config, read_config, resolve, write_config
 from finealign.errors import FinealignError
-from finealign.evaluate import read_truth
-from finealign.images import list_images, read_image
-from finealign.mapped import MappedTensors, read_mapped
-from finealign.methods import create_method
-from finealign.prompts import fold, make_texts, read_classes, read_descriptions, read_templates
-from finealign.run_folder import _Metrics, _read_identity
-from finealign.training import EpochRecord
+from finealign.evaluate.truth import read_truth
+from finealign.images.decoding import read_image
+from finealign.images.listing import list_images
+from finealign.method.registry import create_method
+from finealign.model import folder as model_folder
+from finealign.model.fitted import FittedModel, inference_settings
+from finealign.run.folder import Metrics, read_identity
+from finealign.texts.prompts import fold, make_texts, read_classes, read_descriptions, read_templates
+from finealign.training.checkpoints import Checkpoint, read_last_checkpoint, write_checkpoint
+from finealign.training.memmap import MemmapTensors, read_memmap
+from finealign.training.state import EpochRecord
 from finealign.types import ImageFeatures, TextFeatures
 
 CLASSES = ("robin", "wren", "tree pipit")
@@ -188,9 +191,9 @@ def list_seeds() -> list[bytes]:
 def read_run(data: bytes) -> None:
     reader, content = split(data, 4)
     if reader == 0:
-        assert isinstance(_read_identity(written("run/run.json", content)), dict)
+        assert isinstance(read_identity(written("run/run.json", content)), dict)
     elif reader == 1:
-        metrics = _Metrics(written("run/metrics.jsonl", content))
+        metrics = Metrics(written("run/metrics.jsonl", content))
         metrics.records()
         metrics.add(EPOCH)
         assert metrics.records()[-1]["epoch"] == 2
@@ -201,7 +204,7 @@ def read_run(data: bytes) -> None:
         assert isinstance(found.epoch, int) and isinstance(found.step, int) and isinstance(found.values, dict)
     else:
         try:
-            tensors = read_mapped(written("run/features.safetensors", content))
+            tensors = read_memmap(written("run/features.safetensors", content))
         except (OSError, ValueError):  # as its docstring has it
             return
         assert all(tensor.dtype == torch.float32 for tensor in tensors.values())
@@ -215,7 +218,7 @@ def run_seeds() -> list[bytes]:
     tensors = {"anchors": torch.ones(2, 3), "count": torch.tensor(4)}
     write_checkpoint(folder, Checkpoint(epoch=3, step=2, tensors=tensors, values=values))
     checkpoint = next(folder.glob("*.safetensors")).read_bytes()
-    MappedTensors(folder / "mapped", {"weak": (2, 3), "crops": (2, 0, 3)}).finish()
+    MemmapTensors(folder / "mapped", {"weak": (2, 3), "crops": (2, 0, 3)}).finish()
     identity = json.dumps({"status": "running", "identity": {"settings": "ab", "texts": "cd", "images": "ef"}})
     metrics = "".join(json.dumps({"epoch": epoch, "seconds": 1.5, "parts": {"fair": 0.5}}) + "\n" for epoch in (1, 2))
     return [
@@ -250,13 +253,16 @@ def model() -> Path:
     text_features = TextFeatures(features[:3], features, torch.arange(6) // 2)
     backbone = load_backbone(f"local-dir:{folder}")
     model_folder.write_model(
-        model_folder.SavedModel(
-            config=config,
+        FittedModel(
+            inference=inference_settings(config),
             texts=make_texts(CLASSES, sentences),
             text_features=text_features,
             backbone=backbone,
             method=create_method(config.method, text_features, logit_scale=100.0, token_width=backbone.token_width),
-            start_norms={name: value.detach().clone() for name, value in backbone.norm_parameters().items()},
+            norms=model_folder.own_norms(backbone),
+            start_norms=model_folder.own_norms(backbone),
+            learned="nothing",
+            training={},
         ),
         folder,
     )
@@ -316,10 +322,10 @@ def saved_seeds() -> list[bytes]:
         {"classes": 3},
         {"sha256": []},
         {"logit_scale": "1"},
-        {"config": {"seed": -1}},
+        {"inference": {"seed": -1}},
     ]
-    changes += [{"format": 2}, {"templates": "a {}"}, {"descriptions": {"robin": [1]}}]
-    tensors = load_file(model() / model_folder.TENSORS)
+    changes += [{"format": 1, "config": {}}, {"format": 3}, {"templates": "a {}"}, {"descriptions": {"robin": [1]}}]
+    tensors = load(files[model_folder.TENSORS])  # not from the folder, where a reader may have left another file
     wrong = [tensors | {"texts.class_of": torch.zeros(6)}, tensors | {"texts.names": torch.ones(3, 9)}]
     return [
         *chosen(0, files[model_folder.MANIFEST], b"[]", b"{}"),

@@ -31,7 +31,7 @@ from torch.nn.functional import affine_grid, avg_pool2d, cross_entropy, grid_sam
 
 from finealign.demo.birds import COLOURS, VALUES, Part, Traits, anatomy, random_pose, random_traits
 from finealign.demo.species import SPECIES
-from finealign.storage import save_tensors
+from finealign.runtime.atomic import save_tensors
 
 Pixels = NDArray[np.uint8]
 

@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from conftest import HANG
+
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
 
     from finealign import FineAlign
-    from finealign.serve.app import Limits
+    from finealign.serve.forms import Limits
 
 ARGUMENTS = [
     "--headless",
@@ -30,18 +32,18 @@ ARGUMENTS = [
 @contextmanager
 def running(model: "FineAlign", limits: "Limits | None" = None, host: str = "127.0.0.1") -> Iterator[str]:
     """The address of a server that answers by a fitted model, on a free port."""
-    from finealign.serve.app import Limits
+    from finealign.serve.forms import Limits
     from finealign.serve.server import Listener
 
     server, listening = Listener(model, host, 0, limits or Limits()), threading.Event()
     thread = threading.Thread(target=server.run, args=[lambda _: listening.set()])
     thread.start()
     try:
-        assert listening.wait(30)
+        assert listening.wait(HANG)
         yield server.address
     finally:
         server.stop()
-        thread.join(60)
+        thread.join(HANG)
         assert not thread.is_alive()
 
 

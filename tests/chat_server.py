@@ -15,6 +15,8 @@ from itertools import count
 from types import TracebackType
 from typing import Any
 
+from conftest import HANG
+
 COLOURS = ["red", "blue", "green", "white", "black", "brown", "yellow", "grey", "pink", "golden", "silver", "violet"]
 PARTS = ["crown", "breast", "tail", "wings", "bill", "legs", "back", "throat", "belly", "cheeks", "rump"]
 PATTERNS = ["plain", "streaked", "spotted", "barred", "mottled", "glossy", "scaly"]
@@ -169,7 +171,7 @@ class ChatServer:
             answer = self.script(asked)
         try:
             if answer.held:
-                answer.held.wait(60)
+                answer.held.wait(HANG)
             self._closing.wait(answer.after)
             with suppress(ConnectionError):
                 self._send(handler, answer)

@@ -3,7 +3,12 @@
 import ctypes
 import json
 import os
-from collections.abc import Callable, Iterator
+
+# Before torch is imported, here and in every process that a test starts: the models are tiny, so that threads of one
+# process would wait for one another more than they compute, above all where tests run on every core.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,7 +16,11 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from real_data import ADVICE, shared_folder
 
+# Seconds after which a test takes what it waits for to be hanging: no machine is so slow. Tests wait for events, and
+# none asserts how long anything takes.
+HANG = 300
 CLASSES = ["red", "green", "blue"]
 COLOURS = {"red": (200, 40, 40), "green": (40, 200, 40), "blue": (40, 40, 200)}
 CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH = 1, 2
@@ -35,9 +44,9 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder with real photos and MiniCLIP, which a stranger's clone does not have."""
-    folder = Path(os.environ.get("FINEALIGN_SHARED", Path(__file__).parents[2] / "shared"))
+    folder = shared_folder()
     if not (folder / "models" / "miniclip").is_dir():
-        pytest.skip("no real photos here: set FINEALIGN_SHARED to the folder that holds data/ and models/miniclip/")
+        pytest.skip(f"no real photos here. {ADVICE}")
     return folder
 
 
@@ -107,6 +116,21 @@ def tiny_config(backbone: str, **overrides: Any) -> Any:
         "training__anchor_learning_rate": 1e-3,
     }
     return read_config(None, (), **(values | overrides))
+
+
+def predictions(model: Any, paths: Iterable[Path], **how: Any) -> list[Any]:
+    """The predictions of the images that can be read."""
+    from finealign.types import Prediction
+
+    return [outcome for outcome in model.iter_predictions(paths, **how) if isinstance(outcome, Prediction)]
+
+
+def open_clip_backbone(model: Any) -> Any:
+    """The backbone of a fitted model as the open_clip one that it is."""
+    from finealign.backbone.model import OpenClipBackbone
+
+    assert isinstance(model.backbone_, OpenClipBackbone)
+    return model.backbone_
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from finealign.alignment import (
+from finealign.method.alignment import (
     class_description_anchors,
     class_means,
     crop_relevance,

@@ -26,23 +26,23 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import hostile
-from conftest import unprivileged
+from conftest import HANG, unprivileged
 from finealign import FineAlign
 from finealign.cli import app
 from finealign.demo.model import demo_model
-from finealign.errors import PromptError
-from finealign.images import ImageReadError, display_path, read_image
-from finealign.prompts import read_classes
+from finealign.errors import PromptError, display_path
+from finealign.images.decoding import read_image
+from finealign.images.files import ImageReadError
+from finealign.texts.prompts import read_classes
 from finealign.types import SetAside
 from hostile import Aside, Fails, Hostile, Reads, Works
 
-SECONDS = 20  # for any one case
 PRECISE = ("--device", "cpu", "--precision", "fp32")
 GOOD = {"first.png": (200, 40, 40), "in the middle.jpg": (40, 200, 40), "zuletzt.webp": (40, 40, 200)}
 # Enough for images of the usual sizes, not for 60,000 x 60,000 pixels of one byte each.
 LIMITED = """
 import resource, sys
-import finealign.classifier, finealign.terminal
+import finealign.classifier, finealign.cli.tables
 from finealign.cli import main
 with open("/proc/self/statm") as sizes:
     now = int(sizes.read().split()[0]) * resource.getpagesize()
@@ -61,7 +61,7 @@ def cases(found: Sequence[Hostile]) -> pytest.MarkDecorator:
 def home() -> Iterator[Path]:
     """The folder of all cases; its name is short, as that of a socket has to be."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("finealign.devices.keep_freed_memory", lambda: False)
+        patch.setattr("finealign.runtime.devices.keep_freed_memory", lambda: False)
         folder = Path(tempfile.mkdtemp(prefix="hostile-"))
         try:
             with unprivileged():
@@ -103,10 +103,10 @@ def ends_in_time() -> Iterator[None]:
 
     def fail(number: int, frame: object) -> None:
         faulthandler.dump_traceback(2)
-        pytest.fail(f"not done within {SECONDS} seconds")
+        pytest.fail(f"not done within {HANG} seconds")
 
     before = signal.signal(signal.SIGALRM, fail)
-    signal.alarm(SECONDS)
+    signal.alarm(HANG)
     try:
         yield
     finally:
@@ -126,10 +126,10 @@ def beside(call: Callable[[], Any]) -> Any:
 
     thread = threading.Thread(target=attempt, daemon=True)
     thread.start()
-    thread.join(SECONDS)
+    thread.join(HANG)
     if not found:
         faulthandler.dump_traceback(2)
-        pytest.fail(f"not done within {SECONDS} seconds")
+        pytest.fail(f"not done within {HANG} seconds")
     return found[0]
 
 
@@ -182,7 +182,7 @@ def run(home: Path, model: Path) -> Run:
     ran = subprocess.run(
         [sys.executable, "-c", LIMITED, "predict", model, folder, *PRECISE, "--json"],
         capture_output=True,
-        timeout=120,
+        timeout=HANG,
         check=False,
     )
     assert (ran.returncode, b"Traceback" in ran.stderr) == (0, False), ran.stderr.decode()
@@ -198,9 +198,7 @@ def run(home: Path, model: Path) -> Run:
 @cases(hostile.IMAGES)
 def test_image(case: Hostile, run: Run, capfd: pytest.CaptureFixture[str]) -> None:
     path = run.path(case)
-    began = time.monotonic()
     found = beside(lambda: read_image(path))
-    assert time.monotonic() - began < 5
     if isinstance(case.outcome, Aside):
         assert isinstance(found, ImageReadError), found
         assert re.fullmatch(case.outcome.reason, str(found))
@@ -274,8 +272,7 @@ def test_a_file_that_is_written_anew_while_it_is_read(home: Path) -> None:
     writer.start()
     outcomes = set()
     try:
-        began = time.monotonic()
-        while time.monotonic() - began < 1:
+        for _ in range(300):
             try:
                 found = np.asarray(read_image(path))
             except ImageReadError as error:
@@ -317,28 +314,23 @@ def adapt(photos: Path, *options: str | Path) -> dict[str, Any]:
 
 @cases(hostile.CLASSES)
 def test_classes(case: Hostile, place: Path, photos: Path) -> None:
-    began = time.monotonic()
     compare(adapt(photos, "--dry-run", "--classes", case.make(place)), case.outcome)
-    assert time.monotonic() - began < 5
 
 
 @cases(hostile.MANY_CLASSES)
 def test_many_classes(case: Hostile, place: Path) -> None:
-    began = time.monotonic()
-    names = read_classes(str(case.make(place)))
-    compare({"classes": list(names)}, case.outcome)
-    texts, _ = FineAlign(names, descriptions={name.upper(): [f"A {name}."] for name in names}).check()
-    assert texts.descriptions[-1] == (f"A {names[-1]}.",)
-    assert len(FineAlign(names).check()[0].descriptions) == len(names)
-    assert time.monotonic() - began < 5
+    with ends_in_time():
+        names = read_classes(str(case.make(place)))
+        compare({"classes": list(names)}, case.outcome)
+        texts, _ = FineAlign(names, descriptions={name.upper(): [f"A {name}."] for name in names}).check()
+        assert texts.descriptions[-1] == (f"A {names[-1]}.",)
+        assert len(FineAlign(names).check()[0].descriptions) == len(names)
 
 
 @cases(hostile.DESCRIPTIONS)
 def test_descriptions(case: Hostile, place: Path, photos: Path) -> None:
-    began = time.monotonic()
     options = ["--classes", "robin,wren", "--descriptions", case.make(place)]
     compare(adapt(photos, "--dry-run", *options), case.outcome)
-    assert time.monotonic() - began < 3
 
 
 @cases(hostile.TEMPLATES)

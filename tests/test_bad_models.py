@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save, save_file
 
 from conftest import CLASSES, tiny_config, write_photos
 from finealign import FineAlign
-from finealign.backbone import load_backbone
+from finealign.backbone.load import load_backbone
 from finealign.config import MOST_BYTES, make_config, read_config
 from finealign.errors import BackboneError, ConfigError, ModelError
 
@@ -210,12 +210,12 @@ def test_settings__a_place_that_is_no_file(case: str, tmp_path: Path) -> None:
 
 
 def test_settings__that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object, **__: object) -> str:
+    def refuse(*_: object, **__: object) -> bytes:
         raise PermissionError(13, "Permission denied")
 
     (tmp_path / "settings.yaml").write_text("seed: 3", encoding="utf-8")
-    monkeypatch.setattr(Path, "read_text", refuse)
-    with pytest.raises(ConfigError, match="Permission denied"):
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    with pytest.raises(ConfigError, match="permission denied"):
         read_config(tmp_path / "settings.yaml")
 
 
@@ -295,7 +295,7 @@ def setting(section: str, **changes: Any) -> Change:
     def change(folder: Path) -> None:
         path = folder / "finealign.json"
         found = json.loads(path.read_text(encoding="utf-8"))
-        (found["config"][section] if section else found["config"]).update(changes)
+        (found["inference"][section] if section else found["inference"]).update(changes)
         path.write_text(json.dumps(found), encoding="utf-8")
 
     return change
@@ -369,14 +369,24 @@ MODELS: dict[str, tuple[Change, str]] = {
     "manifest null": (file("finealign.json", b"null"), "is of format None"),
     "manifest with nothing in it": (file("finealign.json", b"{}"), "is of format None"),
     # its fields
-    "format of the future": (manifest(format=2), "is of format 2; this version, .*, reads format 1"),
+    "format of the future": (manifest(format=3), "is of format 3; this version, .*, reads formats 1 and 2"),
+    "format of the past without its settings": (manifest(format=1), "is not whole: KeyError: 'config'"),
     "format as text": (manifest(format="1"), "is of format '1'"),
     "format a truth": (manifest(format=True), "is of format True"),
     "format a list": (manifest(format=[1]), r"is of format \[1\]"),
     "unknown key": (manifest(classs=[]), "Unknown setting 'classs'. Did you mean 'classes'"),
     **{
         f"no {key}": (without(key), f"is not whole: {key}: ")
-        for key in ("finealign", "classes", "descriptions", "templates", "logit_scale", "config", "sha256")
+        for key in (
+            "finealign",
+            "classes",
+            "descriptions",
+            "templates",
+            "logit_scale",
+            "inference",
+            "training",
+            "sha256",
+        )
     },
     "version a number": (manifest(finealign=1), "finealign: found 1"),
     "classes a number": (manifest(classes=3), "classes: found 3"),
@@ -417,17 +427,18 @@ MODELS: dict[str, tuple[Change, str]] = {
     ),
     "sha256 other": (manifest(sha256={WEIGHTS: "0" * 64, OURS: "0" * 64}), "its checksum differs"),
     "sha256 empty": (manifest(sha256={WEIGHTS: "", OURS: ""}), "its checksum differs"),
-    "config a list": (manifest(config=[]), "config: found "),
-    "config null": (manifest(config=None), "config: found None"),
-    "config of the defaults": (manifest(config={}), "its settings are not resolved"),
-    "config of a future version": (setting("training", warm_up=3), "Unknown setting 'warm_up'"),
-    "config with an unknown section": (setting("", later={}), "Unknown setting 'later'"),
-    "config of a wrong type": (setting("views", crops="many"), "views.crops: found 'many'"),
-    "config unresolved": (setting("data", working_size="auto"), "its settings are not resolved"),
-    "config of an unknown method": (setting("method", name="fairer"), "Unknown method 'fairer'. Did you mean 'fair'"),
-    "config of another method": (setting("method", name="../fair"), "Unknown method "),
-    "config of an unknown option": (setting("method", anchors=3), "Unknown setting 'anchors'"),
-    "config of another shape": (setting("method", anchors_per_class=2), "cannot be read: Error.*size mismatch"),
+    "inference a list": (manifest(inference=[]), "inference: found "),
+    "inference null": (manifest(inference=None), "inference: found None"),
+    "inference with nothing in it": (manifest(inference={}), "inference.backbone: "),
+    "inference of a future version": (setting("", warm_up=3), "Unknown setting 'warm_up'"),
+    "inference of a wrong type": (setting("", crops="many"), "inference.crops: found 'many'"),
+    "inference unresolved": (setting("", working_size="auto"), "inference.working_size: found 'auto'"),
+    "a score that is none": (setting("", score="lass"), "inference.score: found 'lass'"),
+    "a method that is none": (setting("method", name="fairer"), "Unknown method 'fairer'. Did you mean 'fair'"),
+    "a method outside": (setting("method", name="../fair"), "Unknown method "),
+    "an unknown option": (setting("method", anchors=3), "Unknown setting 'anchors'"),
+    "an option of another shape": (setting("method", anchors_per_class=2), "cannot be read: Error.*size mismatch"),
+    "training a list": (manifest(training=[]), "training: found "),
     # tensor files
     **{
         f"{name} cut to {kept}": (torn(name, kept), "cannot be read|does not load")
@@ -457,8 +468,11 @@ MODELS: dict[str, tuple[Change, str]] = {
     "class_of of floats": (tensors(texts__class_of=torch.zeros(18)), "class_of does not follow"),
     "class_of out of range": (tensors(texts__class_of=torch.full((18,), 99)), "class_of does not follow"),
     "class_of short": (tensors(texts__class_of=torch.zeros(2, dtype=torch.int64)), "class_of does not follow"),
-    "a tensor of the method lacking": (tensors(method__anchors__value=None, method__anchors=None), "Missing key"),
-    "a tensor of the method extra": (tensors(method__more=torch.ones(1)), "Unexpected key"),
+    "a tensor of the method lacking": (
+        tensors(method__anchors__value=None, method__anchors=None),
+        "the method's tensors are",
+    ),
+    "a tensor of the method extra": (tensors(method__more=torch.ones(1)), "the method's tensors are .*more"),
     "a tensor extra": (tensors(more=torch.ones(1)), "holds a tensor 'more' that no such model has"),
     "a text extra": (tensors(texts__more=torch.ones(1)), "holds a tensor 'texts.more' that no such model has"),
     "a start's parameter extra": (tensors(start__more=torch.ones(1)), "the start's parameters are not those"),

@@ -26,7 +26,7 @@ from finealign.benchmark.table import (
     save_table,
     short,
 )
-from finealign.evaluate import Interval
+from finealign.evaluate.metrics import Interval
 
 N = {"dtd": 300, "path:/photos/birds": 120}  # images of each set
 SETS, METHODS, SEEDS = tuple(N), ("fair", "wca"), (0, 1, 2)

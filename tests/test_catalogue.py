@@ -17,8 +17,8 @@ from PIL import Image
 
 from finealign.benchmark.catalogue import DATA_SETS, DPA_TABLE, DataSet, LabelledSet, load_set, readable
 from finealign.errors import FinealignError, ImageInputError
-from finealign.images import read_image
-from finealign.prompts import DEFAULT_TEMPLATES, fold, make_texts
+from finealign.images.decoding import read_image
+from finealign.texts.prompts import DEFAULT_TEMPLATES, fold, make_texts
 
 DESCRIBED = [
     "dtd", "eurosat", "fgvc_aircraft", "food101", "flowers102", "oxford_pets", "cifar10", "cifar100", "ucf101",

@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from finealign.checkpoints import Checkpoint, read_last_checkpoint, write_checkpoint
 from finealign.errors import ModelError, OutputError
+from finealign.training.checkpoints import Checkpoint, read_last_checkpoint, write_checkpoint
 
 
 def tensors(seed: int = 0) -> dict[str, Tensor]:

@@ -9,10 +9,10 @@ import pytest
 import torch
 from PIL import ExifTags, Image
 
-from conftest import CLASSES, tiny_config
+from conftest import CLASSES, predictions, tiny_config
 from finealign import FineAlign
 from finealign.errors import ConfigError, FinealignError, ImageInputError, ModelError, PromptError
-from finealign.images import list_images
+from finealign.images.listing import list_images
 from finealign.types import SetAside
 
 Tiny = Callable[[str], str]
@@ -80,9 +80,7 @@ def test_save__load_then_predict_is_identical(
     loaded = FineAlign.load(tmp_path / "model", device="cpu", precision="fp32")
     assert loaded.classes_.tolist() == CLASSES
     np.testing.assert_array_equal(loaded.predict_proba(photos), model.predict_proba(photos))
-    before, after = (
-        list(found.readable_predictions(list_images(photos), with_start=True)) for found in (model, loaded)
-    )
+    before, after = (list(predictions(found, list_images(photos), with_start=True)) for found in (model, loaded))
     for first, second in zip(before, after, strict=True):
         np.testing.assert_array_equal(first.start_scores, second.start_scores)
 
@@ -90,8 +88,8 @@ def test_save__load_then_predict_is_identical(
 def test_iter_predictions__start_is_the_model_before_adaptation(photos: Path, tiny_backbone: Tiny) -> None:
     adapted = fitted(photos, tiny_backbone("transformer"), training__learning_rate=1e-2)
     start = fitted(photos, tiny_backbone("transformer"), method__name="cupl")
-    predictions = adapted.readable_predictions(list_images(photos), with_start=True)
-    found = np.stack([one.start_probabilities for one in predictions if one.start_probabilities is not None])
+    predicted = predictions(adapted, list_images(photos), with_start=True)
+    found = np.stack([one.start_probabilities for one in predicted if one.start_probabilities is not None])
     np.testing.assert_allclose(found, start.predict_proba(photos), atol=1e-5)
     assert not np.allclose(found, adapted.predict_proba(photos), atol=1e-3)
     again = adapted.predict_proba(photos)
@@ -159,7 +157,7 @@ def test_load__a_damaged_model_is_refused(photos: Path, tiny_backbone: Tiny, tmp
         manifest.write_text("{", encoding="utf-8")
     elif damage == "format":
         manifest.write_text(
-            manifest.read_text(encoding="utf-8").replace('"format": 1', '"format": 99'), encoding="utf-8"
+            manifest.read_text(encoding="utf-8").replace('"format": 2', '"format": 99'), encoding="utf-8"
         )
     else:
         manifest.write_text(manifest.read_text(encoding="utf-8").replace('"classes"', '"klasses"'), encoding="utf-8")
@@ -180,7 +178,7 @@ def test_explain__is_what_predicting_goes_by(photos: Path, tiny_backbone: Tiny, 
             model.explain(path, score=score)
         return
     found = model.explain(str(path), score=score)
-    (wanted,) = model.readable_predictions([path], score=score)
+    (wanted,) = predictions(model, [path], score=score)
     assert found.score == score
     np.testing.assert_allclose(found.scores, wanted.scores, atol=1e-6)
     np.testing.assert_allclose(found.probabilities, wanted.probabilities, atol=1e-5)
@@ -202,11 +200,14 @@ def test_explain__cutting_its_boxes_and_weighing_them_gives_its_scores(photos: P
     assert found.score == "las"  # fair's own
     parts = [image.crop(box).resize((32, 32), Image.Resampling.BICUBIC) for box in found.boxes]
     pixels = torch.from_numpy(np.stack([np.array(part) for part in parts])).permute(0, 3, 1, 2)
-    crops = model.backbone_.embed(pixels)
+    with model.backbone_.lend(model.norms_):
+        crops = model.backbone_.embed(pixels)
     anchors = model.method_.classifier()[:, 0]
     scores = torch.from_numpy(found.weights) @ (crops @ anchors.T)
     np.testing.assert_allclose(found.scores, scores.detach().numpy(), atol=2e-3)
-    whole = model.backbone_.embed(torch.from_numpy(np.array(model.backbone_.geometry(image))).permute(2, 0, 1)[None])
+    view = torch.from_numpy(np.array(model.backbone_.geometry(image))).permute(2, 0, 1)[None]
+    with model.backbone_.lend(model.norms_):
+        whole = model.backbone_.embed(view)
     assert int(found.weights.argmax()) == int((crops @ whole[0]).argmax())
     assert found.weights.max() - found.weights.min() > 0.01  # or the order would prove little
 

@@ -22,14 +22,16 @@ import yaml
 from rich.console import Console
 from typer.testing import CliRunner, Result
 
-from conftest import write_photos
-from finealign import __version__, terminal
-from finealign.backbone import load_backbone
+from conftest import HANG, write_photos
+from finealign import __version__
+from finealign.backbone.load import load_backbone
 from finealign.cli import app
+from finealign.cli import bars as terminal
+from finealign.cli.bars import Bars
 from finealign.config import DEFAULT_BACKBONE
-from finealign.images import list_images, read_image
-from finealign.methods import method_names
-from finealign.terminal import Bars
+from finealign.images.decoding import read_image
+from finealign.images.listing import list_images
+from finealign.method.registry import method_names
 
 Tiny = Callable[[str], str]
 CLASSES = ["red", "green", "blue", "cyan", "magenta", "yellow", "black"]  # of the last four there is no photo
@@ -85,7 +87,7 @@ class Made:
 def usual_memory() -> Iterator[None]:
     """The verbs tune the allocator of their own process; this one has other tests to run."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("finealign.devices.keep_freed_memory", lambda: False)
+        patch.setattr("finealign.runtime.devices.keep_freed_memory", lambda: False)
         yield
 
 
@@ -173,14 +175,14 @@ for verb in [[], *([name] for name in {VERBS!r})]:
     print(*(verb or ["help"]), *heavy & set(sys.modules))
     heavy.discard("pydantic")  # typer itself imports it for the help of a verb
 """
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=HANG, check=False)
     assert run.returncode == 0, run.stderr
     assert run.stdout.splitlines() == ["package", "help", *VERBS]
 
 
 def test_version__by_the_module() -> None:
     run = subprocess.run(
-        [sys.executable, "-m", "finealign", "--version"], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-m", "finealign", "--version"], capture_output=True, text=True, timeout=HANG, check=False
     )
     assert (run.returncode, run.stdout, run.stderr) == (0, f"{__version__}\n", "")
 
@@ -197,7 +199,7 @@ def test_adapt__a_process_of_its_own_prints_one_object_and_no_bar(made: Made, tm
         env=os.environ | {"HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=HANG,
         check=False,
     )
     assert run.returncode == 0, run.stderr
@@ -246,20 +248,20 @@ def test_evaluate__agrees_with_a_count_of_the_predictions(made: Made, tmp_path: 
 def test_evaluate__has_the_documented_keys(made: Made) -> None:
     found = only_json(command("evaluate", made.run, made.labelled, *PRECISE, "--json"))
     assert set(found) == {
-        "adapted", "zero_shot", "difference", "images", "set_aside", "per_class", "confused_pairs",
+        "adapted", "start", "zero_shot", "difference", "images", "set_aside", "per_class", "confused_pairs",
     }  # fmt: skip
-    assert set(found["adapted"]) == set(found["zero_shot"]) == HEADLINE
+    assert set(found["adapted"]) == set(found["start"]) == HEADLINE
     assert set(found["difference"]) == {"top1", "low", "high"}
     assert (found["images"], found["set_aside"]) == (24, 0)
     assert list(found["per_class"]) == CLASSES
     assert [row["images"] for row in found["per_class"].values()] == [0, 9, 5, 5, 0, 0, 5]
-    assert found["per_class"]["red"] == {"adapted": None, "zero_shot": None, "images": 0}
-    for side in ("adapted", "zero_shot"):
+    assert found["per_class"]["red"] == {"adapted": None, "start": None, "zero_shot": None, "images": 0}
+    for side in ("adapted", "start"):
         assert 0 <= found[side]["top1_low"] <= found[side]["top1"] <= found[side]["top1_high"] <= 1
         assert found[side]["top1"] <= found[side]["top5"] <= 1
         assert 0 <= found[side]["ece"] <= 1
     gain = found["difference"]
-    assert gain["top1"] == pytest.approx(found["adapted"]["top1"] - found["zero_shot"]["top1"])
+    assert gain["top1"] == pytest.approx(found["adapted"]["top1"] - found["start"]["top1"])
     assert gain["low"] <= gain["top1"] <= gain["high"]
 
 
@@ -268,8 +270,8 @@ def test_evaluate__the_start_is_the_model_before_adaptation(made: Made, tmp_path
     only_json(command(*made.adapt("--method", "cupl", "--out", tmp_path / "start", "--json")))
     rows = table(command("predict", tmp_path / "start", made.labelled, *PRECISE, "--top-k", "5").stdout)
     found = only_json(command("evaluate", made.run, made.labelled, *PRECISE, "--json"))
-    assert found["zero_shot"]["top1"] == pytest.approx(count(rows, 1))
-    assert found["zero_shot"]["top5"] == pytest.approx(count(rows, 5))
+    assert found["start"]["top1"] == pytest.approx(count(rows, 1))
+    assert found["start"]["top5"] == pytest.approx(count(rows, 5))
     adapted = table(command("predict", made.run, made.labelled, *PRECISE).stdout)
     assert [row["label"] for row in adapted] != [row["label"] for row in rows]  # so it was not the adapted one
 
@@ -516,7 +518,7 @@ def test_adapt__interrupted_tells_how_to_go_on(made: Made, tmp_path: Path, monke
     def stop(*arguments: Any, **settings: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("finealign.run_folder.adapt_into", stop)
+    monkeypatch.setattr("finealign.run.adapt.adapt_into", stop)
     monkeypatch.setattr("sys.argv", ["/bin/finealign", "adapt", "my photos", "--overwrite"])
     result = command(*made.adapt("--out", tmp_path / "run"))
     assert result.exit_code == 130
@@ -910,7 +912,7 @@ def test_bars__quiet_when_there_is_no_terminal(made: Made, tmp_path: Path, monke
 
 
 def test_names__that_would_move_the_cursor_are_written_out() -> None:
-    from finealign.images import printable
+    from finealign.errors import printable
 
     assert printable("a\x1b[2J\u202eb\n.png") == "a\\x1b[2J\\u202eb\\n.png"
     assert printable("wren é 鳥.png") == "wren é 鳥.png"

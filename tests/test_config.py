@@ -107,13 +107,22 @@ training_values = st.fixed_dictionaries(
         "final_learning_rate": st.just(0.0) | rate,
         "weight_decay": st.just(0.0) | rate,
         "norm_weight_decay": rate,
-        "anchor_steps": st.integers(0, 10**6),
+        "anchor_steps": st.integers(0, 10**6) | st.just("auto"),
         "anchor_batch_size": count,
         "last_label_pass": st.booleans(),
         "checkpoint_minutes": st.just(0.0) | rate,
         "strong_views": count,
     }
 )
+
+
+def without_contradictions(values: dict[str, Any]) -> dict[str, Any]:
+    """Anchors that cannot take steps of their own are not told to."""
+    if values["views"]["refresh_epochs"] == 0 or values["training"]["learn"] == "norms":
+        values["training"]["anchor_steps"] = 0
+    return values
+
+
 config_values = st.fixed_dictionaries(
     {
         "backbone": word,
@@ -126,7 +135,7 @@ config_values = st.fixed_dictionaries(
         "training": training_values,
         "prediction": st.fixed_dictionaries({"score": st.sampled_from(["auto", "global", "las", "fused"])}),
     }
-)
+).map(without_contradictions)
 
 
 @settings(max_examples=50, deadline=None)
@@ -538,6 +547,7 @@ def test_resolve__leaves_no_auto(images: int) -> None:
         "views.refresh_epochs",
         "training.epochs",
         "training.anchor_learning_rate",
+        "training.anchor_steps",
     ]
     resolved = resolve(config, images=images, classes=10, input_size=224)
     assert autos(resolved) == []
@@ -556,7 +566,14 @@ def test_resolve__explicit_values_stay(refresh: int, epochs: int) -> None:
         "precision": "auto",
         "data": {"working_size": 11},
         "views": {"refresh_epochs": refresh},
-        "training": {"epochs": epochs, "steps": 3, "max_epochs": 2, "batch_size": 5, "anchor_learning_rate": 0.5},
+        "training": {
+            "epochs": epochs,
+            "steps": 3,
+            "max_epochs": 2,
+            "batch_size": 5,
+            "anchor_learning_rate": 0.5,
+            "anchor_steps": 7 if refresh else 0,
+        },
         "method": {"name": "fair", "tau": 0.5},
     }
     config = make_config(values)
@@ -568,7 +585,7 @@ def test_resolve__touches_the_autos_alone_and_not_the_original() -> None:
     after = resolve(config, images=100, classes=10, input_size=32).model_dump()
     assert config.model_dump() == before
     places = [("data", "working_size"), ("views", "refresh_epochs"), ("training", "epochs")]
-    for section, key in [*places, ("training", "anchor_learning_rate")]:
+    for section, key in [*places, ("training", "anchor_learning_rate"), ("training", "anchor_steps")]:
         assert before[section].pop(key) == "auto"
         assert after[section].pop(key) != "auto"
     assert after == before

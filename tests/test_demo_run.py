@@ -27,15 +27,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from conftest import CLASSES, tiny_config, write_photos
-from finealign import FineAlign, run_folder
+from conftest import CLASSES, HANG, predictions, tiny_config, write_photos
+from finealign import FineAlign
 from finealign.config import make_config, read_config
 from finealign.demo import picture, run
 from finealign.demo.picture import Example, Panels, compose, draw, relative, spread, tinted
-from finealign.demo.run import DemoResult, choose_examples, default_folder, run_demo
+from finealign.demo.result import CONTENTS, DemoResult
+from finealign.demo.run import choose_examples, default_folder, run_demo
 from finealign.demo.world import World
 from finealign.errors import ConfigError, ImageInputError, ModelError, OutputError
-from finealign.progress import Progress
+from finealign.run import adapt as run_folder
+from finealign.runtime.progress import Progress
 from finealign.types import Explanation
 from test_cli import command, discerning, only_json
 
@@ -91,7 +93,7 @@ def small(tiny_backbone: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Iter
         patch.setattr(run, "demo_model", lambda: backbone)
         patch.setattr(run, "DEMO_SETTINGS", SLOW)
         patch.setattr(run, "QUICK_SETTINGS", QUICK)
-        patch.setattr("finealign.devices.keep_freed_memory", lambda: False)
+        patch.setattr("finealign.runtime.devices.keep_freed_memory", lambda: False)
         yield backbone
 
 
@@ -146,7 +148,7 @@ def test_run_demo__its_json(finished: DemoResult) -> None:
 
 
 def test_run_demo__leaves_what_it_says_and_whole_run_folders(finished: DemoResult) -> None:
-    assert {path.name for path in finished.folder.iterdir()} == LEFT == set(run.CONTENTS)
+    assert {path.name for path in finished.folder.iterdir()} == LEFT == set(CONTENTS)
     written = {}
     for name in ("self-training", "fair"):
         assert {path.name for path in (finished.folder / name).iterdir()} == RUN_FOLDER
@@ -282,7 +284,7 @@ def test_seconds__are_of_adapting_and_scoring_alone(tmp_path: Path, monkeypatch:
     clock.costs(monkeypatch, FineAlign, "load_backbone", 10_000)
     clock.costs(monkeypatch, FineAlign, "iter_predictions", 100)  # also after every epoch, and for predictions.csv
     clock.costs(monkeypatch, FineAlign, "save", 1000)
-    clock.costs(monkeypatch, FineAlign, "_become", 7)  # once a fit
+    clock.costs(monkeypatch, FineAlign, "_begin", 7)  # once a fit
     found = run_demo(tmp_path / "demo")
     for one in found.methods:
         assert one.seconds == pytest.approx(107)
@@ -298,7 +300,7 @@ def test_adapt_into__the_time_of_a_listener_is_in_no_timing(
 ) -> None:
     clock = Clock(monkeypatch, run_folder)
     clock.costs(monkeypatch, FineAlign, "load_backbone", 3)
-    clock.costs(monkeypatch, FineAlign, "_become", 5)
+    clock.costs(monkeypatch, FineAlign, "_begin", 5)
     model = FineAlign(CLASSES, config=tiny_config(tiny_backbone("transformer")))
 
     def listen(record: Any) -> None:
@@ -322,7 +324,7 @@ def test_adapt_into__a_listener_sees_the_model_as_it_is_and_changes_nothing(
     watched = FineAlign(CLASSES, config=config)
 
     def look(record: Any) -> None:
-        seen.append(np.stack([found.scores for found in watched.readable_predictions(paths, with_start=True)]))
+        seen.append(np.stack([found.scores for found in predictions(watched, paths, with_start=True)]))
         lines.append((tmp_path / "watched" / "metrics.jsonl").read_text(encoding="utf-8").count("\n"))
 
     paths = sorted(photos.rglob("*.png"))
@@ -330,7 +332,7 @@ def test_adapt_into__a_listener_sees_the_model_as_it_is_and_changes_nothing(
     run_folder.adapt_into(tmp_path / "alone", FineAlign(CLASSES, config=config), photos, keep_adapted=True)
     assert lines == [1, 2, 3]
     assert learned(tmp_path / "watched") == learned(tmp_path / "alone")
-    final = np.stack([found.scores for found in watched.readable_predictions(paths)])
+    final = np.stack([found.scores for found in predictions(watched, paths)])
     np.testing.assert_array_equal(seen[-1], final)
     assert not np.allclose(seen[0], seen[1]) and not np.allclose(seen[1], seen[2])
 
@@ -474,7 +476,7 @@ def test_report__its_commands_run_and_agree(finished: DemoResult, tmp_path: Path
     found = only_json(command(*evaluate[1:], "--device", "cpu", "--precision", "fp32", "--json"))
     by_method = {one.method: one for one in finished.methods}
     assert found["adapted"]["top1"] == pytest.approx(by_method["fair"].top1.mean)
-    assert found["zero_shot"]["top1"] == pytest.approx(by_method["cupl"].top1.mean)
+    assert found["start"]["top1"] == pytest.approx(by_method["cupl"].top1.mean)
     gain = by_method["fair"].gain
     assert gain is not None
     assert found["difference"] == pytest.approx({"top1": gain.mean, "low": gain.low, "high": gain.high})
@@ -524,7 +526,7 @@ result = CliRunner().invoke(app, ["demo", "--help"])
 assert result.exit_code == 0 and "--quick" in result.output, result.output
 print(*{"torch", "open_clip", "timm", "numpy", "PIL", "matplotlib"} & set(sys.modules))
 """
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=HANG, check=False)
     assert (ran.returncode, ran.stdout.strip()) == (0, ""), ran.stderr
 
 
@@ -696,7 +698,7 @@ def test_picture__pale_lines_part_the_groups(panels: Panels) -> None:
 
 def test_picture__keeps_no_global_state(panels: Panels) -> None:
     code = "import sys, finealign.demo.picture; print('matplotlib' in sys.modules)"
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=HANG, check=True)
     assert ran.stdout == "False\n"
     before = "matplotlib.pyplot" in sys.modules
     assert draw(panels) == draw(panels)
@@ -740,7 +742,7 @@ def test_spread__moves_no_more_than_it_must() -> None:
 def test_terminal__the_table_needs_no_terminal(finished: DemoResult) -> None:
     from rich.console import Console
 
-    from finealign.terminal import demo_table
+    from finealign.cli.tables import demo_table
 
     written = io.StringIO()
     demo_table(finished, Console(file=written, width=100))

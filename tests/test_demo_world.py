@@ -22,7 +22,7 @@ from finealign.demo.painting import SIZE, paint
 from finealign.demo.species import GENUS_SIZE, SPECIES, describe, telling_traits
 from finealign.demo.world import World, make_world
 from finealign.errors import ModelError
-from finealign.evaluate import read_truth
+from finealign.evaluate.truth import read_truth
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "demo_model.py"
 PLUMAGE = ("silhouette", "body", "wing", "belly", "cap")
@@ -198,8 +198,8 @@ def test_make_world__touches_no_folder_that_is_there(tmp_path: Path) -> None:
 def test_demo_model__is_a_small_transformer_with_layer_norms_that_reads_every_description() -> None:
     from torch import nn
 
-    from finealign.backbone import load_backbone
-    from finealign.prompts import make_texts
+    from finealign.backbone.load import load_backbone
+    from finealign.texts.prompts import make_texts
 
     backbone = load_backbone(demo_model())
     assert (model.WEIGHTS / "open_clip_model.safetensors").stat().st_size <= 20 * 2**20
@@ -260,7 +260,7 @@ def test_recipe__captions_say_what_is_true(recipe: ModuleType, bird: Traits, see
 def test_recipe__runs_to_a_model_that_loads(
     recipe: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from finealign.backbone import load_backbone
+    from finealign.backbone.load import load_backbone
 
     plan = ["--pool", "12", "--steps", "4", "--words", "2", "--batch", "6"]
     monkeypatch.setattr(sys, "argv", ["demo_model.py", "--out", str(tmp_path / "weights"), *plan])

@@ -21,9 +21,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chat_server import Answer, Asked, ChatServer, Script, failing, saying, texts
-from finealign.backbone import Backbone, load_backbone
-from finealign.describe.alike import alike_pairs, mixed_up, shares_of, shares_with, siblings_of
-from finealign.describe.checks import (
+from conftest import HANG
+from finealign.backbone.load import load_backbone
+from finealign.backbone.model import OpenClipBackbone
+from finealign.errors import ConfigError, OutputError, PromptError, StoppedError
+from finealign.runtime.progress import Progress
+from finealign.texts.describe.alike import alike_pairs, mixed_up, shares_of, shares_with, siblings_of
+from finealign.texts.describe.checks import (
     MAX_CHARACTERS,
     blanked,
     clean,
@@ -37,12 +41,19 @@ from finealign.describe.checks import (
     names_class,
     non_visual_cue,
 )
-from finealign.describe.endpoint import MAX_BYTES, Asking, EndpointError, Line, Pace, Secrets, bare_endpoint, find_texts
-from finealign.describe.record import Described, record_path
-from finealign.describe.run import WITHOUT_DESCRIPTIONS, describe, from_templates
-from finealign.errors import ConfigError, OutputError, PromptError, StoppedError
-from finealign.progress import Progress
-from finealign.prompts import make_texts, read_descriptions
+from finealign.texts.describe.endpoint import (
+    MAX_BYTES,
+    Asking,
+    EndpointError,
+    Line,
+    Pace,
+    Secrets,
+    bare_endpoint,
+    find_texts,
+)
+from finealign.texts.describe.record import Described, record_path
+from finealign.texts.describe.run import WITHOUT_DESCRIPTIONS, describe, from_templates
+from finealign.texts.prompts import make_texts, read_descriptions
 
 Tiny = Callable[[str], str]
 KEY = "sk-test-0123456789abcdef"
@@ -53,7 +64,7 @@ few = settings(max_examples=200, deadline=None)
 
 
 @pytest.fixture(scope="module")
-def backbone(tiny_backbone: Tiny) -> Backbone:
+def backbone(tiny_backbone: Tiny) -> OpenClipBackbone:
     return load_backbone(tiny_backbone("transformer"))
 
 
@@ -82,7 +93,7 @@ def asking(server: ChatServer, **changes: Any) -> Asking:
 
 def run(
     server: ChatServer,
-    backbone: Backbone,
+    backbone: OpenClipBackbone,
     out: Path,
     classes: tuple[str, ...] = TWO,
     *,
@@ -297,7 +308,9 @@ def test_fault__a_sentence_that_tells_of_what_is_not_seen(name: str, text: str) 
     assert fault(text, name, others=["song sparrow"]).startswith("tells of what cannot be seen")
 
 
-def test_describe__a_word_of_any_class_name_is_no_cue(server: ChatServer, backbone: Backbone, out: Path) -> None:
+def test_describe__a_word_of_any_class_name_is_no_cue(
+    server: ChatServer, backbone: OpenClipBackbone, out: Path
+) -> None:
     said = "A robin with plainer flanks than a song sparrow."
     server.script = at_first(server, texts(said, GOOD))
     run(server, backbone, out, ("robin", "wren", "song sparrow"), siblings=0)
@@ -491,7 +504,7 @@ def test_line__a_proxy_that_cannot_be_used(monkeypatch: pytest.MonkeyPatch, name
 
 
 def test_line__no_proxy_sees_what_stays_on_this_machine(
-    server: ChatServer, backbone: Backbone, out: Path, monkeypatch: pytest.MonkeyPatch
+    server: ChatServer, backbone: OpenClipBackbone, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with ChatServer() as proxy:
         monkeypatch.setenv("HTTP_PROXY", proxy.url.removesuffix("/v1"))
@@ -504,7 +517,7 @@ def test_line__no_proxy_sees_what_stays_on_this_machine(
 # --- what the encoder makes of the classes ----------------------------------------------------------------------------
 
 
-def test_siblings_of__are_the_nearest_names(backbone: Backbone) -> None:
+def test_siblings_of__are_the_nearest_names(backbone: OpenClipBackbone) -> None:
     found = siblings_of(BIRDS, backbone, count=2)
     names = backbone.encode_texts(make_texts(BIRDS)).names
     for place, name in enumerate(BIRDS):
@@ -512,7 +525,7 @@ def test_siblings_of__are_the_nearest_names(backbone: Backbone) -> None:
         assert found[name] == tuple(sorted(cosines, key=lambda other: -cosines[other])[:2])
 
 
-def test_siblings_of__no_more_than_there_are_others(backbone: Backbone) -> None:
+def test_siblings_of__no_more_than_there_are_others(backbone: OpenClipBackbone) -> None:
     assert siblings_of(TWO, backbone, count=3) == {"robin": ("wren",), "wren": ("robin",)}
     assert siblings_of(TWO, backbone, count=0) == {"robin": (), "wren": ()}
 
@@ -564,7 +577,9 @@ def test_alike_pairs__above_half_in_either_direction_the_worst_first() -> None:
 # --- a run ------------------------------------------------------------------------------------------------------------
 
 
-def test_describe__what_it_writes_is_read_as_descriptions(server: ChatServer, backbone: Backbone, out: Path) -> None:
+def test_describe__what_it_writes_is_read_as_descriptions(
+    server: ChatServer, backbone: OpenClipBackbone, out: Path
+) -> None:
     found = run(server, backbone, out, BIRDS, at_once=3)
     made = make_texts(BIRDS, read_descriptions(out))
     assert list(read_descriptions(out)) == list(BIRDS)
@@ -585,7 +600,7 @@ def test_describe__what_it_writes_is_read_as_descriptions(server: ChatServer, ba
     assert json.loads(json.dumps(found.as_json()))
 
 
-def test_describe__what_the_server_is_asked(server: ChatServer, backbone: Backbone, out: Path) -> None:
+def test_describe__what_the_server_is_asked(server: ChatServer, backbone: OpenClipBackbone, out: Path) -> None:
     run(server, backbone, out, BIRDS, siblings=2)
     near = siblings_of(BIRDS, backbone, count=2)
     assert server.names() == list(BIRDS)
@@ -601,7 +616,9 @@ def test_describe__what_the_server_is_asked(server: ChatServer, backbone: Backbo
             assert all(f'"{other}"' in asked.prompt for other in near[asked.name])
 
 
-def test_describe__the_record_tells_all_there_is_to_tell(server: ChatServer, backbone: Backbone, out: Path) -> None:
+def test_describe__the_record_tells_all_there_is_to_tell(
+    server: ChatServer, backbone: OpenClipBackbone, out: Path
+) -> None:
     server.script = at_first(server, texts("A robin that sings from dawn.", "A robin with a red breast."))
     run(server, backbone, out)
     found = record_of(out)
@@ -632,7 +649,7 @@ def test_describe__the_record_tells_all_there_is_to_tell(server: ChatServer, bac
 
 
 def test_describe__the_order_of_classes_whatever_order_answers_come_in(
-    server: ChatServer, backbone: Backbone, out: Path
+    server: ChatServer, backbone: OpenClipBackbone, out: Path
 ) -> None:
     last = threading.Event()
 
@@ -649,7 +666,9 @@ def test_describe__the_order_of_classes_whatever_order_answers_come_in(
 
 
 @pytest.mark.parametrize("at_once", [1, 3])
-def test_describe__so_many_requests_at_once(server: ChatServer, backbone: Backbone, out: Path, at_once: int) -> None:
+def test_describe__so_many_requests_at_once(
+    server: ChatServer, backbone: OpenClipBackbone, out: Path, at_once: int
+) -> None:
     all_here = threading.Event()
 
     def script(asked: Asked) -> Answer:
@@ -662,7 +681,7 @@ def test_describe__so_many_requests_at_once(server: ChatServer, backbone: Backbo
     assert server.most_at_once == at_once
 
 
-def test_describe__several_classes_by_any_script(server: ChatServer, backbone: Backbone, out: Path) -> None:
+def test_describe__several_classes_by_any_script(server: ChatServer, backbone: OpenClipBackbone, out: Path) -> None:
     classes = ("三毛猫", "naïve café", 'a "quoted" {} name', "قط منزلي")
 
     def script(asked: Asked) -> Answer:
@@ -675,7 +694,7 @@ def test_describe__several_classes_by_any_script(server: ChatServer, backbone: B
 
 
 def test_describe__the_bound_of_an_answer_and_a_key_between_spaces(
-    server: ChatServer, backbone: Backbone, out: Path, monkeypatch: pytest.MonkeyPatch
+    server: ChatServer, backbone: OpenClipBackbone, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", f" {KEY}\n")
     run(server, backbone, out, max_tokens=9000)
@@ -684,7 +703,7 @@ def test_describe__the_bound_of_an_answer_and_a_key_between_spaces(
 
 
 def test_describe__no_key_for_a_local_server(
-    server: ChatServer, backbone: Backbone, out: Path, monkeypatch: pytest.MonkeyPatch
+    server: ChatServer, backbone: OpenClipBackbone, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("OPENAI_API_KEY")
     run(server, backbone, out)
@@ -692,7 +711,7 @@ def test_describe__no_key_for_a_local_server(
 
 
 def test_describe__the_endpoint_from_the_environment(
-    server: ChatServer, backbone: Backbone, out: Path, monkeypatch: pytest.MonkeyPatch
+    server: ChatServer, backbone: OpenClipBackbone, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OPENAI_BASE_URL", server.url)
     describe(
@@ -706,7 +725,7 @@ def test_describe__the_endpoint_from_the_environment(
 
 
 def test_describe__no_key_for_the_usual_endpoint(
-    server: ChatServer, backbone: Backbone, out: Path, monkeypatch: pytest.MonkeyPatch
+    server: ChatServer, backbone: OpenClipBackbone, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("OPENAI_API_KEY")
     with pytest.raises(ConfigError, match="Set OPENAI_API_KEY"):
@@ -716,7 +735,7 @@ def test_describe__no_key_for_the_usual_endpoint(
 
 @pytest.mark.parametrize("key", ["sk-\nabc", "sk-ä-secret"])
 def test_describe__a_key_that_no_header_holds(
-    server: ChatServer, backbone: Backbone, out: Path, monkeypatch: pytest.MonkeyPatch, key: str
+    server: ChatServer, backbone: OpenClipBackbone, out: Path, monkeypatch: pytest.MonkeyPatch, key: str
 ) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", key)
     with pytest.raises(ConfigError, match="no request can carry") as caught:
@@ -736,19 +755,23 @@ def test_describe__a_key_that_no_header_holds(
         "http://exa mple:1/v1",
     ],
 )
-def test_describe__an_endpoint_that_is_no_address(backbone: Backbone, out: Path, endpoint: str) -> None:
+def test_describe__an_endpoint_that_is_no_address(backbone: OpenClipBackbone, out: Path, endpoint: str) -> None:
     with pytest.raises(ConfigError, match="no address"):
         describe(TWO, domain="birds", out=out, backbone=backbone, asking=Asking(model="parrot", endpoint=endpoint))
 
 
 @pytest.mark.parametrize("domain", ["", "  ", "a\x00b", "x" * 201])
-def test_describe__a_domain_that_is_no_phrase(server: ChatServer, backbone: Backbone, out: Path, domain: str) -> None:
+def test_describe__a_domain_that_is_no_phrase(
+    server: ChatServer, backbone: OpenClipBackbone, out: Path, domain: str
+) -> None:
     with pytest.raises(ConfigError, match="no phrase"):
         describe(TWO, domain=domain, out=out, backbone=backbone, asking=asking(server))
     assert server.asked == []
 
 
-def test_describe__one_class_is_nothing_to_tell_apart(server: ChatServer, backbone: Backbone, out: Path) -> None:
+def test_describe__one_class_is_nothing_to_tell_apart(
+    server: ChatServer, backbone: OpenClipBackbone, out: Path
+) -> None:
     with pytest.raises(PromptError, match="at least two"):
         run(server, backbone, out, ("robin",))
 
@@ -797,11 +820,13 @@ MENDED: dict[str, tuple[list[Answer], int]] = {  # answers to the first requests
 
 
 @pytest.mark.parametrize("what", MENDED)
-def test_fault__that_passes_is_asked_again(server: ChatServer, backbone: Backbone, out: Path, what: str) -> None:
+def test_fault__that_passes_is_asked_again(
+    server: ChatServer, backbone: OpenClipBackbone, out: Path, what: str
+) -> None:
     answers, requests = MENDED[what]
     server.script = at_first(server, *answers)
     waits = answers[0].after or answers[0].send == "drip"
-    found = run(server, backbone, out, timeout=1.0 if waits else 60.0)
+    found = run(server, backbone, out, timeout=3.0 if waits else 60.0)
     assert server.names().count("robin") == requests
     assert server.names().count("wren") == 1
     assert found.requests == len(server.asked)
@@ -821,7 +846,7 @@ def test_fault__that_passes_is_asked_again(server: ChatServer, backbone: Backbon
     ],
 )
 def test_fault__the_reasons_are_told(
-    server: ChatServer, backbone: Backbone, out: Path, answer: Answer, told: str
+    server: ChatServer, backbone: OpenClipBackbone, out: Path, answer: Answer, told: str
 ) -> None:
     server.script = at_first(server, answer)
     run(server, backbone, out)
@@ -831,7 +856,7 @@ def test_fault__the_reasons_are_told(
 
 
 def test_fault__retry_after_is_honoured(
-    server: ChatServer, backbone: Backbone, out: Path, caplog: pytest.LogCaptureFixture
+    server: ChatServer, backbone: OpenClipBackbone, out: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, logger="openai._base_client")
     server.script = at_first(server, failing(429, retry_after="0.25"))
@@ -839,7 +864,7 @@ def test_fault__retry_after_is_honoured(
     assert "Retrying request in 0.250000 seconds" in caplog.text
 
 
-def test_fault__the_same_sentence_but_for_the_name(server: ChatServer, backbone: Backbone, out: Path) -> None:
+def test_fault__the_same_sentence_but_for_the_name(server: ChatServer, backbone: OpenClipBackbone, out: Path) -> None:
     server.script = at_first(
         server,
         texts(GOOD, "A robin has two wings."),
@@ -854,7 +879,7 @@ def test_fault__the_same_sentence_but_for_the_name(server: ChatServer, backbone:
 @pytest.mark.parametrize("status", [400, 404, 422])
 @pytest.mark.parametrize(("known", "form"), [({"json_object", "text"}, "json_object"), ({"text"}, "text")])
 def test_fault__a_server_without_that_response_format(
-    server: ChatServer, backbone: Backbone, out: Path, status: int, known: set[str], form: str
+    server: ChatServer, backbone: OpenClipBackbone, out: Path, status: int, known: set[str], form: str
 ) -> None:
     def script(asked: Asked) -> Answer:
         if asked.form not in known:
@@ -871,7 +896,9 @@ def test_fault__a_server_without_that_response_format(
     assert "response_format" in server.asked[0].body
 
 
-def test_fault__a_server_that_wants_max_completion_tokens(server: ChatServer, backbone: Backbone, out: Path) -> None:
+def test_fault__a_server_that_wants_max_completion_tokens(
+    server: ChatServer, backbone: OpenClipBackbone, out: Path
+) -> None:
     def script(asked: Asked) -> Answer:
         if "max_tokens" in asked.body:
             return failing(400, "Use 'max_completion_tokens' instead.", "unsupported_parameter")
@@ -896,7 +923,7 @@ REFUSALS = {
 
 @pytest.mark.parametrize("what", REFUSALS)
 def test_fault__a_refusal_for_good_ends_all_at_once(
-    server: ChatServer, backbone: Backbone, out: Path, what: str, caplog: pytest.LogCaptureFixture
+    server: ChatServer, backbone: OpenClipBackbone, out: Path, what: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG)
     server.script = lambda asked: REFUSALS[what]
@@ -910,7 +937,7 @@ def test_fault__a_refusal_for_good_ends_all_at_once(
 
 @pytest.mark.parametrize(("length", "send"), [(100_000_000, "all"), (2000, "drip")])
 def test_fault__a_refusal_without_end_is_not_read_to_its_end(
-    server: ChatServer, backbone: Backbone, out: Path, length: int, send: str
+    server: ChatServer, backbone: OpenClipBackbone, out: Path, length: int, send: str
 ) -> None:
     answer = replace(failing(401, "x" * length), send=send)
     server.script = lambda asked: answer
@@ -920,14 +947,16 @@ def test_fault__a_refusal_without_end_is_not_read_to_its_end(
     assert server.sent < length / 2
 
 
-def test_fault__a_wrong_path_is_a_refusal(server: ChatServer, backbone: Backbone, out: Path) -> None:
+def test_fault__a_wrong_path_is_a_refusal(server: ChatServer, backbone: OpenClipBackbone, out: Path) -> None:
     server.script = lambda asked: failing(404, "no such page")
     with pytest.raises(EndpointError, match="404"):
         run(server, backbone, out, BIRDS)
     assert [asked.form for asked in server.asked] == ["json_schema", "json_object", "text"]
 
 
-def test_fault__a_refusal_in_the_middle_keeps_what_is_done(server: ChatServer, backbone: Backbone, out: Path) -> None:
+def test_fault__a_refusal_in_the_middle_keeps_what_is_done(
+    server: ChatServer, backbone: OpenClipBackbone, out: Path
+) -> None:
     server.script = lambda asked: server.good(asked) if asked.number < 2 else REFUSALS["401"]
     with pytest.raises(EndpointError, match=r"2 of 5 classes are in .*the same command"):
         run(server, backbone, out, BIRDS)
@@ -938,7 +967,7 @@ def test_fault__a_refusal_in_the_middle_keeps_what_is_done(server: ChatServer, b
 
 @pytest.mark.parametrize("answer", [failing(500, **SOON), replace(texts(GOOD), send="nothing")])
 def test_fault__a_server_that_never_answers_ends_it_after_three_classes(
-    server: ChatServer, backbone: Backbone, out: Path, answer: Answer
+    server: ChatServer, backbone: OpenClipBackbone, out: Path, answer: Answer
 ) -> None:
     server.script = lambda asked: answer
     with pytest.raises(EndpointError, match="no answer for 3 classes in a row"):
@@ -946,14 +975,14 @@ def test_fault__a_server_that_never_answers_ends_it_after_three_classes(
     assert server.names() == ["robin", "robin", "wren", "wren", "reed warbler", "reed warbler"]
 
 
-def test_fault__no_server_at_all(backbone: Backbone, out: Path) -> None:
+def test_fault__no_server_at_all(backbone: OpenClipBackbone, out: Path) -> None:
     with ChatServer() as gone:
         pass
     with pytest.raises(EndpointError, match=r"Connection error.*refused"):
         run(gone, backbone, out, BIRDS, attempts=1)
 
 
-def test_fault__a_pause_that_is_too_long_to_wait_for(server: ChatServer, backbone: Backbone, out: Path) -> None:
+def test_fault__a_pause_that_is_too_long_to_wait_for(server: ChatServer, backbone: OpenClipBackbone, out: Path) -> None:
     server.script = lambda asked: failing(429, "tomorrow", retry_after="3600")
     with pytest.raises(EndpointError, match="tomorrow"):
         run(server, backbone, out, BIRDS)
@@ -971,7 +1000,7 @@ def test_fault__a_pause_that_is_too_long_to_wait_for(server: ChatServer, backbon
     ],
 )
 def test_fault__for_good_with_some_classes(
-    server: ChatServer, backbone: Backbone, out: Path, answer: Answer, why: str
+    server: ChatServer, backbone: OpenClipBackbone, out: Path, answer: Answer, why: str
 ) -> None:
     server.script = lambda asked: answer if asked.name == "reed warbler" else server.good(asked)
     with pytest.raises(EndpointError, match=f"1 of 5 classes(?s:.*)'reed warbler': .*{why}(?s:.*)The same command"):
@@ -987,14 +1016,18 @@ def test_fault__for_good_with_some_classes(
     assert list(read_descriptions(out)) == list(BIRDS)
 
 
-def test_fault__a_prompt_that_is_refused_is_not_sent_again(server: ChatServer, backbone: Backbone, out: Path) -> None:
+def test_fault__a_prompt_that_is_refused_is_not_sent_again(
+    server: ChatServer, backbone: OpenClipBackbone, out: Path
+) -> None:
     server.script = lambda asked: failing(400, "content filter") if asked.name == "wren" else server.good(asked)
     with pytest.raises(EndpointError, match="'wren': 400: content filter"):
         run(server, backbone, out, BIRDS)
     assert server.names().count("wren") == 1
 
 
-def test_fault__half_of_the_texts_are_enough_in_the_end(server: ChatServer, backbone: Backbone, out: Path) -> None:
+def test_fault__half_of_the_texts_are_enough_in_the_end(
+    server: ChatServer, backbone: OpenClipBackbone, out: Path
+) -> None:
     server.script = lambda asked: texts(GOOD) if asked.name == "robin" else server.good(asked)
     run(server, backbone, out, per_class=2)
     assert read_descriptions(out)["robin"] == [GOOD]
@@ -1002,7 +1035,7 @@ def test_fault__half_of_the_texts_are_enough_in_the_end(server: ChatServer, back
 
 
 def test_fault__requests_for_a_class_are_bounded_whatever_happens(
-    server: ChatServer, backbone: Backbone, out: Path
+    server: ChatServer, backbone: OpenClipBackbone, out: Path
 ) -> None:
     bad = [failing(500, **SOON), saying("no"), failing(429, **SOON), texts("A robin."), replace(texts(), send="half")]
     server.script = lambda asked: bad[asked.number % 5] if asked.name == "robin" else server.good(asked)
@@ -1016,7 +1049,7 @@ def test_fault__requests_for_a_class_are_bounded_whatever_happens(
 
 def test_secrets__the_key_is_in_no_file_no_message_and_no_log(
     server: ChatServer,
-    backbone: Backbone,
+    backbone: OpenClipBackbone,
     out: Path,
     caplog: pytest.LogCaptureFixture,
     capfd: pytest.CaptureFixture[str],
@@ -1039,7 +1072,7 @@ def test_secrets__the_key_is_in_no_file_no_message_and_no_log(
 
 
 def test_secrets__those_of_an_address_are_used_and_not_recorded(
-    server: ChatServer, backbone: Backbone, out: Path
+    server: ChatServer, backbone: OpenClipBackbone, out: Path
 ) -> None:
     server.script = lambda asked: failing(403, f"no: {asked.path} {asked.headers['authorization']}")
     address = server.url.replace("http://", "http://me:open-sesame@") + "?token=query-token"
@@ -1073,7 +1106,7 @@ def twins(asked: Asked) -> Answer:
 
 
 def test_alike__are_asked_again_with_both_ones_texts_and_kept_if_better(
-    server: ChatServer, backbone: Backbone, out: Path
+    server: ChatServer, backbone: OpenClipBackbone, out: Path
 ) -> None:
     server.script = twins
     found = run(server, backbone, out, BIRDS, per_class=3)
@@ -1095,7 +1128,7 @@ def test_alike__are_asked_again_with_both_ones_texts_and_kept_if_better(
 
 
 def test_alike__what_is_no_better_is_not_kept_and_what_remains_is_told(
-    server: ChatServer, backbone: Backbone, out: Path
+    server: ChatServer, backbone: OpenClipBackbone, out: Path
 ) -> None:
     def script(asked: Asked) -> Answer:
         if not asked.again:
@@ -1118,7 +1151,9 @@ def test_alike__what_is_no_better_is_not_kept_and_what_remains_is_told(
     assert found.alike[0].shares == pytest.approx((float(shares[0, 1]), float(shares[1, 0])))
 
 
-def test_alike__a_second_round_that_fails_leaves_the_first(server: ChatServer, backbone: Backbone, out: Path) -> None:
+def test_alike__a_second_round_that_fails_leaves_the_first(
+    server: ChatServer, backbone: OpenClipBackbone, out: Path
+) -> None:
     server.script = lambda asked: saying("no") if asked.again else twins(asked)
     found = run(server, backbone, out, ("reed warbler", "marsh warbler"), per_class=3)
     assert found.alike == found.alike_at_first != ()
@@ -1128,7 +1163,7 @@ def test_alike__a_second_round_that_fails_leaves_the_first(server: ChatServer, b
     assert read_descriptions(out)["reed warbler"] == entries["reed warbler"]["first"]["texts"]
 
 
-def test_alike__the_second_round_is_gone_on_with(server: ChatServer, backbone: Backbone, out: Path) -> None:
+def test_alike__the_second_round_is_gone_on_with(server: ChatServer, backbone: OpenClipBackbone, out: Path) -> None:
     def script(asked: Asked) -> Answer:
         return REFUSALS["401"] if asked.again and asked.name == "marsh warbler" else twins(asked)
 
@@ -1146,7 +1181,7 @@ def test_alike__the_second_round_is_gone_on_with(server: ChatServer, backbone: B
 # --- going on, and what is there already ------------------------------------------------------------------------------
 
 
-def test_resume__a_finished_run_asks_nothing(server: ChatServer, backbone: Backbone, out: Path) -> None:
+def test_resume__a_finished_run_asks_nothing(server: ChatServer, backbone: OpenClipBackbone, out: Path) -> None:
     first = run(server, backbone, out, BIRDS)
     before, written = len(server.asked), out.read_bytes()
     assert run(server, backbone, out, BIRDS) == first
@@ -1164,7 +1199,7 @@ def test_resume__a_finished_run_asks_nothing(server: ChatServer, backbone: Backb
     ],
 )
 def test_resume__other_settings_are_refused(
-    server: ChatServer, backbone: Backbone, out: Path, changes: dict[str, Any], named: str
+    server: ChatServer, backbone: OpenClipBackbone, out: Path, changes: dict[str, Any], named: str
 ) -> None:
     run(server, backbone, out)
     before, asked = record_path(out).read_bytes(), len(server.asked)
@@ -1175,20 +1210,22 @@ def test_resume__other_settings_are_refused(
     assert record_of(out)["settings"] != json.loads(before)["settings"]
 
 
-def test_resume__other_classes_are_refused(server: ChatServer, backbone: Backbone, out: Path) -> None:
+def test_resume__other_classes_are_refused(server: ChatServer, backbone: OpenClipBackbone, out: Path) -> None:
     run(server, backbone, out)
     with pytest.raises(OutputError, match="other settings: classes"):
         run(server, backbone, out, BIRDS)
 
 
-def test_resume__how_fast_to_ask_may_change(server: ChatServer, backbone: Backbone, out: Path) -> None:
+def test_resume__how_fast_to_ask_may_change(server: ChatServer, backbone: OpenClipBackbone, out: Path) -> None:
     run(server, backbone, out)
     before = len(server.asked)
     run(server, backbone, out, at_once=4, per_minute=1, timeout=5.0, attempts=9)
     assert len(server.asked) == before
 
 
-def test_resume__an_output_without_a_record_is_refused(server: ChatServer, backbone: Backbone, out: Path) -> None:
+def test_resume__an_output_without_a_record_is_refused(
+    server: ChatServer, backbone: OpenClipBackbone, out: Path
+) -> None:
     out.write_text("mine", encoding="utf-8")
     with pytest.raises(OutputError, match="without a record"):
         run(server, backbone, out)
@@ -1197,7 +1234,7 @@ def test_resume__an_output_without_a_record_is_refused(server: ChatServer, backb
     assert list(read_descriptions(out)) == list(TWO)
 
 
-def unfinished(server: ChatServer, backbone: Backbone, out: Path, **changes: Any) -> None:
+def unfinished(server: ChatServer, backbone: OpenClipBackbone, out: Path, **changes: Any) -> None:
     server.script = lambda asked: REFUSALS["401"]
     with pytest.raises(EndpointError):
         run(server, backbone, out, **changes)
@@ -1205,7 +1242,7 @@ def unfinished(server: ChatServer, backbone: Backbone, out: Path, **changes: Any
 
 
 def test_resume__an_unfinished_record_gives_no_leave_to_replace_a_file(
-    server: ChatServer, backbone: Backbone, out: Path
+    server: ChatServer, backbone: OpenClipBackbone, out: Path
 ) -> None:
     unfinished(server, backbone, out)
     out.write_text("mine", encoding="utf-8")
@@ -1216,7 +1253,7 @@ def test_resume__an_unfinished_record_gives_no_leave_to_replace_a_file(
 
 
 def test_resume__what_overwrite_named_may_be_replaced_and_nothing_else(
-    server: ChatServer, backbone: Backbone, out: Path
+    server: ChatServer, backbone: OpenClipBackbone, out: Path
 ) -> None:
     out.write_text("old", encoding="utf-8")
     unfinished(server, backbone, out, overwrite=True)
@@ -1228,7 +1265,9 @@ def test_resume__what_overwrite_named_may_be_replaced_and_nothing_else(
     assert list(read_descriptions(out)) == list(TWO)
 
 
-def test_resume__a_file_that_comes_during_the_run_is_left(server: ChatServer, backbone: Backbone, out: Path) -> None:
+def test_resume__a_file_that_comes_during_the_run_is_left(
+    server: ChatServer, backbone: OpenClipBackbone, out: Path
+) -> None:
     def script(asked: Asked) -> Answer:
         out.write_text("mine", encoding="utf-8")
         return server.good(asked)
@@ -1240,7 +1279,7 @@ def test_resume__a_file_that_comes_during_the_run_is_left(server: ChatServer, ba
 
 
 def test_resume__a_record_of_another_version_or_prompt_is_told(
-    server: ChatServer, backbone: Backbone, out: Path
+    server: ChatServer, backbone: OpenClipBackbone, out: Path
 ) -> None:
     run(server, backbone, out)
     path = record_path(out)
@@ -1266,7 +1305,7 @@ def test_resume__a_record_of_another_version_or_prompt_is_told(
     ],
 )
 def test_resume__a_record_that_is_none(
-    server: ChatServer, backbone: Backbone, out: Path, change: Callable[[str], str]
+    server: ChatServer, backbone: OpenClipBackbone, out: Path, change: Callable[[str], str]
 ) -> None:
     run(server, backbone, out)
     path = record_path(out)
@@ -1278,19 +1317,21 @@ def test_resume__a_record_that_is_none(
 
 
 @pytest.mark.parametrize("name", ["birds", "birds.csv"])
-def test_resume__an_output_of_another_kind(server: ChatServer, backbone: Backbone, tmp_path: Path, name: str) -> None:
+def test_resume__an_output_of_another_kind(
+    server: ChatServer, backbone: OpenClipBackbone, tmp_path: Path, name: str
+) -> None:
     with pytest.raises(OutputError, match=r"ends in \.json"):
         run(server, backbone, tmp_path / name)
 
 
-def test_resume__an_output_that_is_a_folder(server: ChatServer, backbone: Backbone, out: Path) -> None:
+def test_resume__an_output_that_is_a_folder(server: ChatServer, backbone: OpenClipBackbone, out: Path) -> None:
     out.mkdir()
     with pytest.raises(OutputError, match="is a folder"):
         run(server, backbone, out, overwrite=True)
 
 
 def test_resume__a_place_that_cannot_be_written_is_found_before_anything_is_asked(
-    server: ChatServer, backbone: Backbone, tmp_path: Path
+    server: ChatServer, backbone: OpenClipBackbone, tmp_path: Path
 ) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(OutputError, match="cannot be written"):
@@ -1317,7 +1358,7 @@ def done(out: Path) -> list[str]:
 
 @pytest.mark.parametrize("at_once", [1, 3])
 def test_stop__leaves_a_whole_record_that_is_gone_on_with(
-    server: ChatServer, backbone: Backbone, out: Path, at_once: int
+    server: ChatServer, backbone: OpenClipBackbone, out: Path, at_once: int
 ) -> None:
     with pytest.raises(StoppedError):
         run(server, backbone, out, BIRDS, progress=Stopping(out, 2), at_once=at_once)
@@ -1330,7 +1371,7 @@ def test_stop__leaves_a_whole_record_that_is_gone_on_with(
     assert sorted(server.names()) == sorted(BIRDS)
 
 
-def test_stop__no_retry_goes_out_after_it(server: ChatServer, backbone: Backbone, out: Path) -> None:
+def test_stop__no_retry_goes_out_after_it(server: ChatServer, backbone: OpenClipBackbone, out: Path) -> None:
     record_exists = threading.Event()
 
     class Now(Progress):
@@ -1349,10 +1390,10 @@ def test_stop__no_retry_goes_out_after_it(server: ChatServer, backbone: Backbone
 
 
 def test_stop__a_silent_server_holds_nothing_up(
-    server: ChatServer, backbone: Backbone, out: Path, monkeypatch: pytest.MonkeyPatch
+    server: ChatServer, backbone: OpenClipBackbone, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The server answers only once the run has ended."""
-    monkeypatch.setattr("finealign.describe.run.LEAVE", 0.2)
+    monkeypatch.setattr("finealign.texts.describe.run.LEAVE", 0.2)
     ended, here = threading.Event(), threading.Event()
 
     class Now(Progress):
@@ -1371,18 +1412,20 @@ def test_stop__a_silent_server_holds_nothing_up(
     ended.set()
 
 
-def test_stop__does_not_wait_for_the_next_minute(server: ChatServer, backbone: Backbone, out: Path) -> None:
+def test_stop__does_not_wait_for_the_next_minute(server: ChatServer, backbone: OpenClipBackbone, out: Path) -> None:
     with pytest.raises(StoppedError):
         run(server, backbone, out, BIRDS, progress=Stopping(out, 1), per_minute=1, at_once=3)
     assert len(server.asked) == len(done(out)) == record_of(out)["requests"] == 1
 
 
+# A suite that a shell runs in the background ignores Ctrl-C, and so would what it starts.
 PROGRAM = """
-import sys
+import signal, sys
 from pathlib import Path
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from finealign.backbone import load_backbone
-from finealign.describe.endpoint import Asking
-from finealign.describe.run import describe
+from finealign.texts.describe.endpoint import Asking
+from finealign.texts.describe.run import describe
 assert "openai" not in sys.modules  # it is heavy, and not everybody has it
 backbone, endpoint, out, *classes = sys.argv[1:]
 asking = Asking(model="parrot", endpoint=endpoint, per_class=2, per_minute=10_000, at_once=2, attempts=3)
@@ -1391,7 +1434,7 @@ describe(classes, domain="bird species", out=Path(out), backbone=load_backbone(b
 
 
 def test_kill__in_the_middle_and_no_class_that_was_recorded_is_asked_again(
-    server: ChatServer, backbone: Backbone, out: Path
+    server: ChatServer, backbone: OpenClipBackbone, out: Path
 ) -> None:
     classes = tuple(f"bird {number}" for number in range(12))
     never = threading.Event()
@@ -1417,7 +1460,7 @@ def test_kill__in_the_middle_and_no_class_that_was_recorded_is_asked_again(
 
 
 def test_interrupt__ends_a_run_against_a_silent_server_at_once(
-    server: ChatServer, backbone: Backbone, out: Path
+    server: ChatServer, backbone: OpenClipBackbone, out: Path
 ) -> None:
     """The server holds its answers until the process has ended."""
     ended, here = threading.Event(), threading.Event()
@@ -1430,9 +1473,9 @@ def test_interrupt__ends_a_run_against_a_silent_server_at_once(
     words = [sys.executable, "-c", PROGRAM, backbone.identifier, server.url, str(out), *TWO]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with subprocess.Popen(words, env=environment, stderr=subprocess.PIPE, text=True) as process:
-        assert here.wait(60)
+        assert here.wait(HANG)
         process.send_signal(signal.SIGINT)
-        _, told = process.communicate(timeout=30)
+        _, told = process.communicate(timeout=HANG)
     ended.set()
     assert told.rstrip().endswith("KeyboardInterrupt") and process.returncode == -signal.SIGINT
     assert done(out) == [] and record_path(out).exists()
@@ -1455,7 +1498,7 @@ def test_from_templates__own_templates(out: Path) -> None:
     assert read_descriptions(out) == {"robin": ["a drawing of a robin"], "wren": ["a drawing of a wren"]}
 
 
-def test_from_templates__replaces_nothing_unasked(server: ChatServer, backbone: Backbone, out: Path) -> None:
+def test_from_templates__replaces_nothing_unasked(server: ChatServer, backbone: OpenClipBackbone, out: Path) -> None:
     run(server, backbone, out)
     before = out.read_bytes()
     with pytest.raises(OutputError, match="source"):

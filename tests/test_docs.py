@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from chat_server import ChatServer
+from conftest import HANG
 from test_cli import command
 from test_readme import ROOT, prepare
 
@@ -29,7 +30,7 @@ def run(page: Path, folder: Path, **more: str) -> None:
     for language, code in snippets(page):
         command = ["bash", "-e", "-c", code] if language == "bash" else [sys.executable, "-c", code]
         done = subprocess.run(
-            command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False
+            command, cwd=folder, env=environment, capture_output=True, text=True, timeout=HANG, check=False
         )
         assert done.returncode == 0, f"{page.name}:\n{code}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
 

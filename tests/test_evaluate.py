@@ -13,23 +13,21 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 
-from finealign import evaluate
 from finealign.errors import ImageInputError
-from finealign.evaluate import (
+from finealign.evaluate import metrics as evaluate
+from finealign.evaluate.metrics import (
     ConfusedPair,
-    Evaluation,
     Interval,
     bootstrap_interval,
     confused_pairs,
     confusion_matrix,
-    evaluate_scores,
     expected_calibration_error,
     paired_difference,
     per_class_accuracy,
-    read_truth,
-    summary,
     top_k_accuracy,
 )
+from finealign.evaluate.summary import Evaluation, evaluate_scores, summary
+from finealign.evaluate.truth import read_truth
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -414,6 +412,13 @@ def test_summary__is_this_json() -> None:
     start = of(np.eye(3)[[1, 0, 0, 0]], labels)
     difference = paired_difference(adapted.correct, start.correct)
     found = json.loads(json.dumps(summary(adapted, start, difference, images=4, set_aside=2), allow_nan=False))
+    of_start = {
+        "top1": 0.25,
+        "top5": 1.0,
+        "ece": start.ece,
+        "top1_low": start.top1.low,
+        "top1_high": start.top1.high,
+    }
     assert found == {
         "adapted": {
             "top1": 0.75,
@@ -422,20 +427,15 @@ def test_summary__is_this_json() -> None:
             "top1_low": adapted.top1.low,
             "top1_high": adapted.top1.high,
         },
-        "zero_shot": {
-            "top1": 0.25,
-            "top5": 1.0,
-            "ece": start.ece,
-            "top1_low": start.top1.low,
-            "top1_high": start.top1.high,
-        },
+        "start": of_start,
+        "zero_shot": of_start,
         "difference": {"top1": 0.5, "low": difference.low, "high": difference.high},
         "images": 4,
         "set_aside": 2,
         "per_class": {
-            "class 0": {"adapted": 1.0, "zero_shot": 0.5, "images": 2},
-            "class 1": {"adapted": 0.5, "zero_shot": 0.0, "images": 2},
-            "class 2": {"adapted": None, "zero_shot": None, "images": 0},
+            "class 0": {"adapted": 1.0, "start": 0.5, "zero_shot": 0.5, "images": 2},
+            "class 1": {"adapted": 0.5, "start": 0.0, "zero_shot": 0.0, "images": 2},
+            "class 2": {"adapted": None, "start": None, "zero_shot": None, "images": 0},
         },
         "confused_pairs": [{"truth": "class 1", "predicted": "class 0", "count": 1, "share": 0.5}],
     }

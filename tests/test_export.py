@@ -19,13 +19,13 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from conftest import CLASSES, tiny_config, write_photos
+from conftest import CLASSES, HANG, open_clip_backbone, tiny_config, write_photos
 from finealign import FineAlign
 from finealign.errors import ConfigError, FinealignError, ModelError, OutputError
-from finealign.export.clip_weights import clip_weights
+from finealign.export.checks import Checked, Exported, Format, Measure
 from finealign.export.hub import push
-from finealign.export.record import Checked, Exported, Format, Measure
 from finealign.export.run import export
+from finealign.export.transformers import clip_weights
 
 Tiny = Callable[[str], str]
 Make = Callable[..., Exported]
@@ -40,7 +40,7 @@ def run(folder: Path, code: str, *words: str) -> Any:
         cwd=folder,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=HANG,
         check=False,
     )
     assert done.returncode == 0, done.stderr
@@ -135,7 +135,7 @@ def test_open_clip__a_timm_tower_in_bf16_is_exported_in_float32(tiny_backbone: T
     found = export(model, tmp_path / "out", format="open_clip")
     assert found.parity["scores"].largest < 1e-6
     weights = load_file(found.folder / "open_clip_model.safetensors")
-    assert torch.equal(weights["visual.head.proj.weight"], model.backbone_.model.visual.head.proj.weight)
+    assert torch.equal(weights["visual.head.proj.weight"], open_clip_backbone(model).model.visual.head.proj.weight)
 
 
 # --- transformers -----------------------------------------------------------------------------------------------------
@@ -168,7 +168,7 @@ print(json.dumps([logits.tolist(), [[row[label] for label in labels] for row in 
     logits, answers, probabilities, eos = run(found.folder, code, *paths)
     backbone = adapted.backbone_
     texts = backbone.encode_sentences([f"This is a photo of {label}." for label in ("red", "green", "a blue bird")])
-    whole = adapted.features([Path(path) for path in paths], crops=False).weak
+    whole = adapted.features([Path(path) for path in paths], crops=False)[0].weak
     wanted = backbone.logit_scale * whole @ texts.T
     assert np.abs(np.array(logits) - wanted.numpy()).max() < 1e-4
     assert np.abs(np.array(answers) - wanted.softmax(1).numpy()).max() < 5e-3  # torchvision rounds pixels otherwise
@@ -338,7 +338,7 @@ def test_onnx__padded_whole_images_are_one_input_and_weights_too_many_lie_beside
 ) -> None:
     import onnx
 
-    monkeypatch.setattr("finealign.export.onnx_file.ONE_FILE", 1000)
+    monkeypatch.setattr("finealign.export.onnx.ONE_FILE", 1000)
     settings = {"resize_mode": "longest", "interpolation": "bilinear", "fill_color": 90}
     model = unlearned(rebuilt(tiny_backbone, tmp_path, {}, settings))
     found = export(model, tmp_path / "out", format="onnx", score="global")
@@ -473,7 +473,7 @@ def test_card__tells_the_hub_and_the_reader_how_the_export_is_used(
     assert "# 3 classes, by fair" in card.text
     assert "red, green, blue." in card.text
     assert "FineAlign.load" not in card.text
-    origin = Path(adapted.config_.backbone.removeprefix("local-dir:"))
+    origin = Path(adapted.model_.inference.backbone.removeprefix("local-dir:"))
     assert f"`local-dir:{origin.name}`" in card.text
     assert str(origin) not in card.text
     named = set(re.findall(r"`([\w.]+\.(?:json|safetensors|onnx|py))`", card.text))
@@ -586,7 +586,7 @@ print(json.dumps([say(*call) for call in json.loads({json.dumps(calls)!r})]))
         env=environment | {"HF_HUB_DISABLE_XET": "1"},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=HANG,
         check=False,
     )
     assert done.returncode == 0, done.stderr

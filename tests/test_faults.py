@@ -17,12 +17,12 @@ import numpy as np
 import psutil
 import pytest
 
-from conftest import CLASSES, tiny_config, unprivileged
-from finealign.checkpoints import read_last_checkpoint
+from conftest import CLASSES, HANG, tiny_config, unprivileged
 from finealign.classifier import FineAlign
 from finealign.errors import FinealignError, NotFiniteError, OutputError
-from finealign.run_folder import adapt_into
-from finealign.training import EpochRecord, State
+from finealign.run.adapt import adapt_into
+from finealign.training.checkpoints import read_last_checkpoint
+from finealign.training.state import EpochRecord, State
 
 Tiny = Callable[[str], str]
 EPOCHS = 30
@@ -44,7 +44,7 @@ def words(photos: Path, backbone: str, out: Path, *more: str) -> list[str]:
 
 
 def finish(command: list[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=HANG)
     assert done.returncode == 0, done.stderr
 
 
@@ -55,7 +55,7 @@ def weights(out: Path) -> list[bytes]:
 def start(command: list[str], out: Path, *, epochs: int) -> "subprocess.Popen[str]":
     """A run that has gone so far and goes on."""
     going = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    metrics, until = out / "metrics.jsonl", time.monotonic() + 120
+    metrics, until = out / "metrics.jsonl", time.monotonic() + HANG
     while going.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") >= epochs):
         assert time.monotonic() < until, "waited in vain"
         time.sleep(0.01)
@@ -84,7 +84,7 @@ def test_signal__saves_and_tells_the_command_that_goes_on(
     command = words(photos, tiny_backbone("transformer"), out, f"--set=data.workers={workers}")
     with start(command, out, epochs=3) as going:
         os.killpg(going.pid, number)
-        _, told = going.communicate(timeout=60)
+        _, told = going.communicate(timeout=HANG)
     assert going.returncode == 128 + number
     assert "Traceback" not in told
     run = json.loads((out / "run.json").read_text())
@@ -135,7 +135,7 @@ def test_full_disk__is_told_and_what_was_good_goes_on(
         command,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=HANG,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1024 * kilobytes,) * 2),
     )
     assert limited.returncode == 1

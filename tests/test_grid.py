@@ -16,13 +16,13 @@ import numpy as np
 import psutil
 import pytest
 
-from conftest import write_photos
+from conftest import HANG, predictions, write_photos
 from finealign import FineAlign
 from finealign.benchmark import grid as grid_module
 from finealign.benchmark.grid import Cell, Grid, file_name, read_cells, run_grid
 from finealign.config import make_config
 from finealign.errors import ConfigError, FinealignError, OutputError
-from finealign.evaluate import read_truth
+from finealign.evaluate.truth import read_truth
 
 Tiny = Callable[[str], str]
 QUICK: dict[str, Any] = {
@@ -80,12 +80,12 @@ def test_run_grid__a_cell_is_what_the_classifier_does_by_itself(finished: tuple[
         model = FineAlign(["blue", "green", "red"], config=config).fit(folder / "train")
         truth = read_truth(folder / "test", model.texts_.classes)
         for score in type(model.method_).scores:
-            found = [one.scores.argmax() for one in model.readable_predictions(truth.paths, score=score)]
+            found = [one.scores.argmax() for one in predictions(model, truth.paths, score=score)]
             right = "".join("1" if one == label else "0" for one, label in zip(found, truth.labels, strict=True))
             assert cell.correct[score] == right
         start = [
             one.start_scores.argmax()
-            for one in model.readable_predictions(truth.paths, with_start=True)
+            for one in predictions(model, truth.paths, with_start=True)
             if one.start_scores is not None
         ]
         assert cell.correct["start"] == "".join(
@@ -219,7 +219,7 @@ def test_grid__goes_on_after_a_kill(grid: Grid, photo_set: Path) -> None:
     settings = [part for one in quick for part in ("--set", one)]
     command = [sys.executable, "-m", "finealign", "benchmark", *options, "--backbone", grid.backbone, *settings]
     running = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + HANG
     while not list(grid.out.rglob("fair-seed0.json")) and time.monotonic() < deadline:
         assert running.poll() is None
         time.sleep(0.01)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from conftest import CLASSES
+from conftest import CLASSES, HANG
 
 Tiny = Callable[[str], str]
 FIRST, SECOND, THIRD = ("1" * 40, "2" * 40, "3" * 40)
@@ -108,7 +108,7 @@ def adapt(hub: Hub, photos: Path, name: str, out: Path, *more: str, wanted: int 
         env=environment,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=HANG,
     )
     assert done.returncode == wanted, done.stderr
     return done.stderr

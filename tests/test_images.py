@@ -21,18 +21,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from finealign.errors import ImageInputError, OutputError
-from finealign.images import (
-    MAX_SCANS,
-    ImageReadError,
-    display_path,
-    in_order,
-    list_images,
-    read_image,
-    read_pixels,
-    read_table,
-    set_aside_csv,
-)
+from conftest import HANG
+from finealign.errors import ImageInputError, OutputError, display_path
+from finealign.images.decoding import MAX_SCANS, read_image, read_pixels
+from finealign.images.files import ImageReadError
+from finealign.images.listing import list_images
+from finealign.images.prefetch import in_order
+from finealign.images.tables import read_table, set_aside_csv
 from finealign.types import SetAside
 
 ORIENTATION = 0x0112
@@ -816,7 +811,7 @@ def test_in_order__stopping_early_reads_no_more(monkeypatch: pytest.MonkeyPatch)
     def wait(path: Path, **options: Any) -> Image.Image:
         read.append(path.name)
         if path.name != "0":
-            go_on.wait(10)
+            go_on.wait(HANG)
         return Image.new("RGB", (1, 1))
 
     stream = in_order(wait, [Path(str(i)) for i in range(9)], threads=2)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from finealign.losses import fairness, running_mean, weighted_cross_entropy
+from finealign.method.losses import fairness, running_mean, weighted_cross_entropy
 
 Vector = list[float]
 

@@ -19,9 +19,9 @@ from torch.nn.functional import normalize
 from finealign import methods
 from finealign.config import MethodSettings, read_config
 from finealign.errors import ConfigError
-from finealign.methods import Method, create_method, find_method, method_names, method_options
-from finealign.methods.base import SelfTrainingMethod
-from finealign.pseudo_labels import WeightKind
+from finealign.method.base import Method, SelfTrainingMethod
+from finealign.method.pseudo_labels import WeightKind
+from finealign.method.registry import create_method, find_method, method_names, method_options
 from finealign.types import ImageFeatures, Loss, PseudoLabels, Score, TextFeatures
 
 Vector = list[float]
@@ -822,7 +822,7 @@ def test_find_method__is_the_class_of_its_file(name: str) -> None:
 
 def test_create_method__a_new_file_is_a_new_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "first_class.py").write_text(
-        "from finealign.methods.base import Method\n\n\n"
+        "from finealign.method.base import Method\n\n\n"
         "class FirstClass(Method):\n"
         "    def classifier(self):\n"
         "        return None\n\n\n"

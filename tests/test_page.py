@@ -16,11 +16,11 @@ from PIL import Image
 from playwright.sync_api import Browser, Page, expect
 
 from browser import browsing, running
-from conftest import tiny_config, write_photos
+from conftest import HANG, tiny_config, write_photos
 from finealign import FineAlign
-from finealign.images import read_image
-from finealign.predictions import explained
-from finealign.serve.app import Limits
+from finealign.images.decoding import read_image
+from finealign.model.predictions import explained
+from finealign.serve.forms import Limits
 from test_serve import Gate, waiting
 
 Tiny = Callable[[str], str]
@@ -92,8 +92,8 @@ def opened(browser: Browser) -> Iterator[Callable[..., Page]]:
 
 
 def finished(page: Page, text: str) -> None:
-    expect(page.locator("#status")).to_contain_text(text, timeout=60_000)
-    expect(page.get_by_role("button", name="Stop")).to_be_disabled(timeout=60_000)
+    expect(page.locator("#status")).to_contain_text(text, timeout=1000 * HANG)
+    expect(page.get_by_role("button", name="Stop")).to_be_disabled(timeout=1000 * HANG)
 
 
 def fits(page: Page) -> bool:

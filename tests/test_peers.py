@@ -12,7 +12,7 @@ from torch import Tensor
 
 from finealign.config import MethodSettings, make_config, read_config
 from finealign.errors import ConfigError
-from finealign.methods import create_method, find_method, method_names, method_options, method_settings
+from finealign.method.registry import create_method, find_method, method_names, method_options, method_settings
 from finealign.methods.dpa import Dpa
 from finealign.methods.lafter import Lafter
 from finealign.methods.transclip import Transclip

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from finealign import predictions as room
 from finealign.errors import ConfigError, OutputError
-from finealign.predictions import WRITERS, best_rows, check_destination, write_csv, write_predictions
+from finealign.model import predictions as room
+from finealign.model.predictions import WRITERS, best_rows, check_destination, write_csv, write_predictions
 from finealign.types import Prediction
 
 NAMES = ["Straßenköter", 'a "tame", old cat', "日本の犬"]

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finealign.errors import PromptError
-from finealign.prompts import (
+from finealign.texts.prompts import (
     DEFAULT_TEMPLATES,
     check_classes,
     check_templates,

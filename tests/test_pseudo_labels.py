@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from finealign.pseudo_labels import (
+from finealign.method.pseudo_labels import (
     WeightKind,
     agreement_weight,
     balanced,

@@ -13,9 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from conftest import CLASSES, write_photos
-from finealign.checkpoints import read_last_checkpoint
-from finealign.ranks import Ranks
+from conftest import CLASSES, HANG, write_photos
+from finealign.runtime.distributed import Ranks
+from finealign.training.checkpoints import read_last_checkpoint
 
 Tiny = Callable[[str], str]
 LAUNCHERS = {
@@ -46,7 +46,7 @@ def command(launcher: str, *arguments: str | Path, **settings: object) -> list[s
 def run(words: list[str], *, wanted: int = 0) -> subprocess.CompletedProcess[str]:
     """Run to the end, on one thread a process. Not longer than three minutes."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_PORT": "0"}
-    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=180)
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=HANG)
     assert done.returncode == wanted, done.stderr[-3000:]
     return done
 
@@ -114,7 +114,7 @@ def test_adapt__two_processes_are_stopped_and_go_on(tiny_backbone: Tiny, picture
     ) as going:
         until(lambda: (stopped / "metrics.jsonl").exists() and (stopped / "metrics.jsonl").read_text().count("\n") > 1)
         going.send_signal(signal.SIGTERM)
-        _, told = going.communicate(timeout=60)
+        _, told = going.communicate(timeout=HANG)
     assert "Go on by the same launcher with:" in told
     assert json.loads((stopped / "run.json").read_text())["status"] == "stopped"
     run(adapt("torchrun", pictures, backbone, stopped, "--resume", **{"training.epochs": 40}))

@@ -19,14 +19,14 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 from safetensors.torch import save
 
-from finealign.checkpoints import read_last_checkpoint
 from finealign.config import Config, make_config, read_config, read_overrides, write_config
 from finealign.errors import ConfigError, FinealignError, ImageInputError, ModelError, OutputError, PromptError
-from finealign.evaluate import read_truth
-from finealign.images import list_images
-from finealign.mapped import MappedTensors, read_mapped
-from finealign.prompts import check_templates, make_texts, read_classes, read_descriptions, read_templates
-from finealign.run_folder import _Metrics, _read_identity
+from finealign.evaluate.truth import read_truth
+from finealign.images.listing import list_images
+from finealign.run.folder import Metrics, read_identity
+from finealign.texts.prompts import check_templates, make_texts, read_classes, read_descriptions, read_templates
+from finealign.training.checkpoints import read_last_checkpoint
+from finealign.training.memmap import MemmapTensors, read_memmap
 
 FUZZ = Path(__file__).parents[1] / "fuzz" / "targets.py"
 
@@ -335,9 +335,9 @@ json_values = st.recursive(
 @given(
     content=st.binary(max_size=40) | (json_values | json_values.map(lambda value: {"identity": value})).map(json.dumps)
 )
-def test_read_identity__any_file(content: bytes | str, scratch: Path) -> None:
+def testread_identity__any_file(content: bytes | str, scratch: Path) -> None:
     try:
-        assert isinstance(_read_identity(written(scratch / "run.json", content)), dict)
+        assert isinstance(read_identity(written(scratch / "run.json", content)), dict)
     except OutputError as error:
         str(error).encode()
 
@@ -352,7 +352,7 @@ def test_read_identity__any_file(content: bytes | str, scratch: Path) -> None:
     )
 )
 def test_metrics__any_file(lines: list[bytes], scratch: Path) -> None:
-    metrics = _Metrics(written(scratch / "metrics.jsonl", b"\n".join(lines)))
+    metrics = Metrics(written(scratch / "metrics.jsonl", b"\n".join(lines)))
     metrics.add(fuzz.EPOCH)
     epochs = [record["epoch"] for record in metrics.records()]
     assert epochs[-1] == fuzz.EPOCH.epoch
@@ -386,8 +386,8 @@ shapes = st.dictionaries(
 @settings(max_examples=100, deadline=None)
 @given(shapes=shapes)
 def test_read_mapped__any_shapes_come_back(shapes: dict[str, list[int]], scratch: Path) -> None:
-    MappedTensors(scratch / "mapped.safetensors", shapes).finish()
-    found = read_mapped(scratch / "mapped.safetensors")
+    MemmapTensors(scratch / "mapped.safetensors", shapes).finish()
+    found = read_memmap(scratch / "mapped.safetensors")
     assert {name: list(value.shape) for name, value in found.items()} == shapes
 
 
@@ -409,7 +409,7 @@ def test_read_mapped__any_header(header: Any, length: int, scratch: Path) -> Non
     head = json.dumps(header).encode()
     path = written(scratch / "headed.safetensors", len(head).to_bytes(8, "little") + head + bytes(length))
     try:
-        found = read_mapped(path)
+        found = read_memmap(path)
     except (OSError, ValueError):
         return
     assert sum(4 * value.numel() for value in found.values()) == length

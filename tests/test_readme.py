@@ -91,7 +91,7 @@ def test_readme__the_python_runs(
 
 def test_readme__names_what_is_there() -> None:
     """Files and folders the README speaks of exist, and its run folder is the one that is written."""
-    from finealign import layout
+    from finealign.run import contract
 
     for path in re.findall(r"`((?:src|methods|docs|benchmarks)/[\w./-]*)`", README):
         assert (ROOT / path).exists() or (ROOT / "src" / "finealign" / path).exists(), path
@@ -99,4 +99,4 @@ def test_readme__names_what_is_there() -> None:
         assert (ROOT / path).exists(), path
     assert len(README.splitlines()) < 250
     listed = set(re.findall(r"^      ([\w.]+)/? ", README, flags=re.MULTILINE))
-    assert listed == set(layout.CONTENTS)
+    assert listed == set(contract.CONTENTS)

@@ -58,6 +58,6 @@ def test_adapt__gains_on_satellite_photos(
     assert run["images"] == CLASSES_USED * TRAIN_EACH
     found = finealign("evaluate", str(tmp_path / "run"), str(test))
     assert found["images"] == CLASSES_USED * TEST_EACH
-    assert found["zero_shot"]["top1"] > 0.4
+    assert found["start"]["top1"] > 0.4
     assert found["difference"]["top1"] > least
-    assert found["difference"]["top1"] == pytest.approx(found["adapted"]["top1"] - found["zero_shot"]["top1"])
+    assert found["difference"]["top1"] == pytest.approx(found["adapted"]["top1"] - found["start"]["top1"])

@@ -14,14 +14,15 @@ import numpy as np
 import pytest
 import yaml
 
-from conftest import CLASSES, tiny_config, write_photos
+from conftest import CLASSES, predictions, tiny_config, write_photos
 from finealign import FineAlign
-from finealign.charts import Curve, by_epoch, calibration
 from finealign.errors import ModelError, OutputError
-from finealign.examples import EACH, SIDE, Watch, write_examples
-from finealign.images import list_images, read_image
-from finealign.report import read_predictions, render, save_evaluation, write_report
-from finealign.run_folder import adapt_into
+from finealign.images.decoding import read_image
+from finealign.images.listing import list_images
+from finealign.run.adapt import adapt_into
+from finealign.run.charts import Curve, by_epoch, calibration
+from finealign.run.examples import EACH, SIDE, Watch, write_examples
+from finealign.run.report import read_predictions, render, save_evaluation, write_report
 from finealign.types import Prediction
 from test_cli import command
 
@@ -138,7 +139,7 @@ def test_report__the_run_folder_alone_makes_it(run: Path, monkeypatch: pytest.Mo
     before = (run / "report.html").read_text(encoding="utf-8")
     (run / "report.html").unlink()
     shutil.rmtree(run / "checkpoints")
-    monkeypatch.setattr("finealign.images.read_image", None)
+    monkeypatch.setattr("finealign.images.decoding.read_image", None)
     assert write_report(run) == run / "report.html"
     assert (run / "report.html").read_text(encoding="utf-8") == before
 
@@ -166,9 +167,9 @@ def test_report__with_labels_has_accuracy_confusion_and_calibration(finished: Pa
     assert result.exit_code == 0, result.stderr
     saved = json.loads((run / "evaluation.json").read_text(encoding="utf-8"))
     text = Reader((run / "report.html").read_text(encoding="utf-8")).text
-    assert f"Measured on 24 labelled images: {saved['zero_shot']['top1']:.1%} before" in text
+    assert f"Measured on 24 labelled images: {saved['start']['top1']:.1%} before" in text
     assert "Confusion matrices" in text and "Calibration" in text
-    for name in ("zero_shot", "adapted"):
+    for name in ("start", "adapted"):
         cells = saved["confusion"][name]
         assert sum(images for _, _, images in cells) == 24
         assert sum(images for truth, named, images in cells if truth == named) == round(24 * saved[name]["top1"])
@@ -316,7 +317,7 @@ def test_write_examples__what_is_listed_is_what_the_model_says(finished: Path, t
     explained = model.explain(photos[0])
     assert [crop["box"] for crop in one["crops"]] == [list(box) for box in explained.boxes]
     np.testing.assert_allclose([crop["weight"] for crop in one["crops"]], explained.weights, atol=1e-6)
-    (before,) = model.readable_predictions([photos[0]], with_start=True)
+    (before,) = predictions(model, [photos[0]], with_start=True)
     assert one["start"]["label"] == model.texts_.classes[start(before).argmax()]
     assert one["confidence"] == pytest.approx(explained.probabilities.max(), abs=1e-6)
     assert max(read_image(tmp_path / "examples" / one["picture"]).size) <= SIDE
@@ -347,7 +348,7 @@ def test_adapt_into__a_report_that_fails_fails_no_run(
     def fail(folder: Path) -> Path:
         raise OutputError("no room")
 
-    monkeypatch.setattr("finealign.run_folder.write_report", fail)
+    monkeypatch.setattr("finealign.run.adapt.write_report", fail)
     summary = adapt_into(tmp_path / "run", FineAlign(CLASSES, config=tiny_config(tiny_backbone("transformer"))), photos)
     assert (summary.report, summary.report_problem) == (None, "no room")
     assert json.loads((tmp_path / "run" / "run.json").read_text(encoding="utf-8"))["status"] == "complete"

@@ -18,9 +18,9 @@ from conftest import CLASSES, tiny_config, write_photos
 from finealign import FineAlign, __version__
 from finealign.config import Config, read_config
 from finealign.errors import BackboneError, FinealignError, ImageInputError, OutputError
-from finealign.images import list_images
-from finealign.progress import Progress, Stage
-from finealign.run_folder import RunSummary, adapt_into, default_folder, plan
+from finealign.images.listing import list_images
+from finealign.run.adapt import RunSummary, adapt_into, default_folder, plan
+from finealign.runtime.progress import Progress, Stage
 
 Tiny = Callable[[str], str]
 CONTRACT = {
@@ -570,7 +570,7 @@ def test_default_folder__tells_methods_and_seeds_apart() -> None:
 
 def test_plan__is_what_the_run_would_do(finished: Path, album: Path, tiny_backbone: Tiny, tmp_path: Path) -> None:
     config = four_epochs(tiny_backbone("transformer"))
-    found = plan(tmp_path / "run", FineAlign(CLASSES, config=config), album)
+    found = plan(tmp_path / "run", FineAlign(CLASSES, config=config).prepare(album))
     assert not list(tmp_path.iterdir())
     assert (found["images"], found["classes"], found["descriptions"]) == (24, CLASSES, 18)
     assert (found["epochs"], found["steps_an_epoch"]) == (EPOCHS, 3)
@@ -586,10 +586,10 @@ def test_plan__checks_what_the_run_would(
 ) -> None:
     config = tiny_config(**({"backbone": tiny_backbone("transformer")} | overrides))
     with pytest.raises(FinealignError, match=message):
-        plan(tmp_path / "run", FineAlign(CLASSES, config=config), album)
+        plan(tmp_path / "run", FineAlign(CLASSES, config=config).prepare(album))
 
 
 def test_plan__a_run_is_there_already(finished: Path, album: Path, tiny_backbone: Tiny) -> None:
     config = four_epochs(tiny_backbone("transformer"))
     with pytest.raises(OutputError, match="already holds a run"):
-        plan(finished, FineAlign(CLASSES, config=config), album)
+        plan(finished, FineAlign(CLASSES, config=config).prepare(album))

@@ -17,9 +17,11 @@ from PIL import Image
 from conftest import CLASSES, tiny_config, write_photos
 from finealign.classifier import FineAlign
 from finealign.errors import ImageInputError
-from finealign.images import ImageReadError, file_size, list_images, open_regular, read_image
-from finealign.paths import PathList
-from finealign.shards import read_shard
+from finealign.images.decoding import read_image
+from finealign.images.files import ImageReadError, file_size, open_regular
+from finealign.images.listing import list_images
+from finealign.images.paths import PathList
+from finealign.images.shards import read_shard
 
 Tiny = Callable[[str], str]
 

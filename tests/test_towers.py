@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
-from finealign.backbone import load_backbone
-from finealign.towers import (
+from finealign.backbone.load import load_backbone
+from finealign.backbone.towers import (
     Float32Gradient,
     SelfAttention,
     attend,

@@ -12,19 +12,21 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import CLASSES, tiny_config, write_photos
-from finealign import encoding, training
-from finealign.backbone import Backbone, Gaze
-from finealign.checkpoints import read_last_checkpoint
+from conftest import CLASSES, open_clip_backbone, tiny_config, write_photos
+from finealign.backbone.model import OpenClipBackbone
 from finealign.classifier import FineAlign
-from finealign.devices import choose_workers
-from finealign.encoding import EncodedAfresh
 from finealign.errors import ImageInputError, ModelError, NotFiniteError, StoppedError
-from finealign.images import Pixels, read_image
-from finealign.mapped import read_mapped
-from finealign.progress import Progress
-from finealign.training import EpochRecord, State, _batches, adapt, begin, settle_anchors
-from finealign.types import Loss
+from finealign.images.decoding import Pixels, read_image
+from finealign.runtime.devices import choose_workers
+from finealign.runtime.progress import Progress
+from finealign.training import features as encoding
+from finealign.training import loop as training
+from finealign.training.checkpoints import read_last_checkpoint
+from finealign.training.features import EncodingPlan, FeatureBank
+from finealign.training.loop import _batches, adapt, settle_anchors
+from finealign.training.memmap import read_memmap
+from finealign.training.state import EpochRecord, State, begin
+from finealign.types import Gaze, Loss
 
 Tiny = Callable[[str], str]
 METHODS = ["fair", "self-training"]
@@ -59,7 +61,9 @@ def fit(photos: Path, backbone: str, checkpoints: Path | None = None, **override
 
 
 def state(model: FineAlign) -> dict[str, torch.Tensor]:
-    backbone = {f"backbone.{name}": value for name, value in model.backbone_.model.state_dict().items()}
+    with model.backbone_.lend(model.norms_):
+        weights = open_clip_backbone(model).model.state_dict()
+        backbone = {f"backbone.{name}": value.clone() for name, value in weights.items()}
     return backbone | {f"method.{name}": value for name, value in model.method_.state_dict().items()}
 
 
@@ -229,7 +233,7 @@ def test_adapt__names_the_images_of_the_batch_that_was_not_finite_and_keeps_what
 
 def test_settle_anchors__not_finite_is_found_there_too(photos: Path, tiny_backbone: Tiny, tmp_path: Path) -> None:
     state, source, config = begun(photos, tiny_backbone("transformer"), tmp_path)
-    source.kept["crops"][5] = torch.nan
+    source.bank["crops"][5] = torch.nan
     with pytest.raises(NotFiniteError) as caught:
         settle_anchors(state, source, config, 0)
     assert "number 5" in caught.value.images
@@ -295,7 +299,7 @@ def test_adapt__stopped_and_resumed_is_bit_for_bit_the_uninterrupted(
 def test_adapt__stops_in_any_stage_and_leaves_what_was_there(
     photos: Path, tiny_backbone: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
 ) -> None:
-    monkeypatch.setattr("finealign.progress.IMAGES_BETWEEN", 1)
+    monkeypatch.setattr("finealign.runtime.progress.IMAGES_BETWEEN", 1)
     backbone, folder = tiny_backbone("transformer"), tmp_path / "kept"
     settings: dict[str, Any] = {"training__encoder": "frozen"} if stage == "strong views" else {}
     model = FineAlign(CLASSES, config=short_config(backbone, **settings))
@@ -344,7 +348,7 @@ def test_adapt__views_are_made_by_as_many_processes_as_asked(
         seen.append(workers)
         return map(work, items)
 
-    monkeypatch.setattr(encoding, "ahead", watched)
+    monkeypatch.setattr(encoding, "prefetch", watched)
     fit(photos, tiny_backbone("transformer"), data__workers=wanted, training__epochs=1)
     assert set(seen) == {expected}
 
@@ -379,9 +383,10 @@ def kept_features(folder: Path) -> list[str]:
     return sorted(path.name.removesuffix(".safetensors") for path in folder.glob("features-*"))
 
 
-def source_of(model: FineAlign, images: list[Pixels], folder: Path, **how: Any) -> EncodedAfresh:
-    given: dict[str, Any] = {"refresh": 1, "crops": True, "progress": Progress()} | how
-    return EncodedAfresh(images, model._views, model.backbone_, folder=folder, **given)
+def source_of(model: FineAlign, images: list[Pixels], folder: Path, **how: Any) -> FeatureBank:
+    progress = how.pop("progress", Progress())
+    plan = EncodingPlan(**({"refresh": 1, "crops": True} | how))
+    return FeatureBank(images, model.predictor_.views, model.backbone_, plan, folder=folder, progress=progress)
 
 
 @pytest.fixture
@@ -413,15 +418,15 @@ def test_label_features__are_those_of_each_images_views(
     embed = start.backbone_.embed
     for row, image in enumerate((5, 0, 2)):
         pixels = pictures[image]
-        weak = embed(start._views.weak(pixels)[None])[0]
-        crops = embed(start._views.crops(pixels, epoch=4, image=image))
+        weak = embed(start.predictor_.views.weak(pixels)[None])[0]
+        crops = embed(start.predictor_.views.crops(pixels, epoch=4, image=image))
         torch.testing.assert_close(found.weak[row], weak, rtol=0, atol=1e-6)
         torch.testing.assert_close(found.crops[row], crops, rtol=0, atol=1e-6)
     assert not found.weak.is_inference()
     assert not found.crops.is_inference()
     assert kept_features(tmp_path) == (["features-0004"] if refresh else [])
     if refresh:
-        kept = read_mapped(tmp_path / source.kept_in)
+        kept = read_memmap(tmp_path / source.bank_file)
         assert kept["weak"].shape == (7, 32)
         assert torch.equal(kept["crops"][[5, 0, 2]], found.crops)
 
@@ -435,7 +440,7 @@ def test_label_features__of_a_method_without_crops(
     found = source.label_features(torch.tensor([6, 1]), 0)
     assert found.crops.shape == (2, 0, 32)
     for row, image in enumerate((6, 1)):
-        weak = start.backbone_.embed(start._views.weak(pictures[image])[None])[0]
+        weak = start.backbone_.embed(start.predictor_.views.weak(pictures[image])[None])[0]
         torch.testing.assert_close(found.weak[row], weak, rtol=0, atol=1e-6)
 
 
@@ -492,7 +497,7 @@ def test_label_pass__keeps_its_own_file_beyond_four_digits(
     source = source_of(start, pictures, tmp_path)
     for epoch in (9998, 9999, 10_000, 10_001):
         source.start_epoch(epoch)
-        assert (tmp_path / source.kept_in).is_file()
+        assert (tmp_path / source.bank_file).is_file()
     assert kept_features(tmp_path) == ["features-10000", "features-10001"]
 
 
@@ -564,17 +569,17 @@ def test_label_pass__cut_short_leaves_no_file_under_its_name(
     backbone, folder = tiny_backbone("transformer"), tmp_path / "kept"
     whole = state(fit(photos, backbone))
     calls = 0
-    embed = Backbone.embed
+    embed = OpenClipBackbone.embed
 
-    def killed(self: Backbone, images: torch.Tensor, seen_by: Gaze | None = None) -> torch.Tensor:
+    def killed(self: OpenClipBackbone, images: torch.Tensor, gaze: Gaze | None = None) -> torch.Tensor:
         nonlocal calls
         calls += 1
         if calls == call:
             raise KilledError
-        return embed(self, images, seen_by)
+        return embed(self, images, gaze)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Backbone, "embed", killed)
+        patch.setattr(OpenClipBackbone, "embed", killed)
         with pytest.raises(KilledError):
             fit(photos, backbone, folder)
     assert not list(folder.rglob("*.safetensors"))
@@ -587,7 +592,7 @@ def test_label_pass__cut_short_leaves_no_file_under_its_name(
 SETTLING: dict[str, Any] = {"training__anchor_steps": 4, "training__anchor_batch_size": 10}
 
 
-def begun(photos: Path, backbone: str, folder: Path, **overrides: Any) -> tuple[State, EncodedAfresh, Any]:
+def begun(photos: Path, backbone: str, folder: Path, **overrides: Any) -> tuple[State, FeatureBank, Any]:
     """A run before its first step, its label features kept."""
     settings = {"data__cache": "temporary", "views__refresh_epochs": 1} | SETTLING | overrides
     model = FineAlign(CLASSES, config=short_config(backbone, **settings)).unlearned()
@@ -625,7 +630,7 @@ def test_settle_anchors__moves_the_anchors_and_no_norm(photos: Path, tiny_backbo
     [
         *({"method__name": name} for name in ("self-training", "dpa", "lafter", "microclip")),
         {"training__anchor_steps": 0},
-        {"training__learn": "norms"},
+        {"training__learn": "norms", "training__anchor_steps": "auto"},
     ],
     ids=str,
 )
@@ -655,7 +660,7 @@ def test_settle_anchors__takes_each_image_in_turn_by_one_of_its_crops(
 
     def watched(_: State, features: Any, strong: torch.Tensor) -> tuple[Loss, None]:
         for row in strong:
-            ((image, crop),) = (source.kept["crops"] == row).all(-1).nonzero().tolist()
+            ((image, crop),) = (source.bank["crops"] == row).all(-1).nonzero().tolist()
             seen.append((image, crop))
         return Loss(torch.zeros(())), None
 
@@ -694,13 +699,13 @@ def test_adapt__last_label_pass_is_for_the_anchors_last_steps(
     photos: Path, tiny_backbone: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     passes: list[int] = []
-    encode = EncodedAfresh.label_pass
+    encode = FeatureBank.label_pass
 
-    def watched(self: EncodedAfresh, epoch: int) -> None:
+    def watched(self: FeatureBank, epoch: int) -> None:
         passes.append(epoch)
         encode(self, epoch)
 
-    monkeypatch.setattr(EncodedAfresh, "label_pass", watched)
+    monkeypatch.setattr(FeatureBank, "label_pass", watched)
 
     def anchors(**overrides: Any) -> torch.Tensor:
         passes.clear()
@@ -717,7 +722,9 @@ def test_adapt__last_label_pass_is_for_the_anchors_last_steps(
     for overrides in ({"training__anchor_steps": 0}, {"method__name": "dpa"}, {"training__encoder": "frozen"}):
         anchors(**overrides)
         assert passes == [0]
-    anchors(views__refresh_epochs=0)  # nothing is kept that the anchors could take steps on
+    anchors(
+        views__refresh_epochs=0, training__anchor_steps="auto"
+    )  # nothing is kept that the anchors could take steps on
     assert passes == []
 
 
@@ -731,11 +738,11 @@ def test_fit__transclip_labels_the_images_together_and_trains_nothing(
     model = fit(photos, tiny_backbone("transformer"), method__name="transclip")
     kept = model.method_.state_dict()
     assert model.history_ == []
-    weak = model.features(model.paths_, crops=False).weak
+    weak = model.features(model.paths_, crops=False)[0].weak
     torch.testing.assert_close(kept["images"], weak, rtol=0, atol=1e-6)
     assert kept["assigned"].shape == (24, 3)
-    unchanged = model.backbone_.model.state_dict()
-    assert not differing(unchanged, before.backbone_.model.state_dict())
+    unchanged = open_clip_backbone(model).model.state_dict()
+    assert not differing(unchanged, open_clip_backbone(before).model.state_dict())
     found = model.predict_proba(photos)
     np.testing.assert_allclose(found.sum(1), 1, atol=1e-5)
     np.testing.assert_allclose(found, kept["assigned"].numpy(), atol=0.05)
@@ -796,7 +803,7 @@ def test_label_pass__crops_cut_on_the_device_are_those_of_the_cpu(
         source = source_of(start, pictures, tmp_path / str(late), workers=workers)
         source.cut_late = late
         source.label_pass(3)
-        found.append({name: kept.clone() for name, kept in source.kept.items()})
+        found.append({name: kept.clone() for name, kept in source.bank.items()})
     assert torch.equal(found[0]["weak"], found[1]["weak"])
     torch.testing.assert_close(found[0]["crops"], found[1]["crops"], rtol=0, atol=2e-3)
     assert not torch.equal(found[0]["crops"], found[0]["crops"].roll(1, 0))

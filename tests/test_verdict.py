@@ -11,19 +11,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from conftest import CLASSES, tiny_config
-from finealign import FineAlign, run_folder, verdict
-from finealign.images import list_images
-from finealign.run_folder import adapt_into
-from finealign.verdict import (
-    Verdict,
-    anchors_kept,
-    explained_variance,
-    gather,
-    judge,
-    judge_model,
-    sample,
-)
+from conftest import CLASSES, predictions, tiny_config
+from finealign import FineAlign
+from finealign.images.listing import list_images
+from finealign.run import adapt as run_folder
+from finealign.run import verdict
+from finealign.run.adapt import adapt_into
+from finealign.run.verdict import Verdict, anchors_kept, explained_variance, gather, judge, judge_model, sample
 
 Tiny = Callable[[str], str]
 
@@ -155,11 +149,11 @@ def test_judge_model__nothing_learned_changes_nothing(photos: Path, tiny_backbon
 
 def test_revert__is_the_start(fitted: FineAlign, photos: Path, tmp_path: Path) -> None:
     paths = list_images(photos / "red")
-    start = [one.start_scores for one in fitted.readable_predictions(paths, with_start=True)]
+    start = [one.start_scores for one in predictions(fitted, paths, with_start=True)]
     adapted = fitted.predict_proba(photos / "red")
     fitted.revert().save(tmp_path / "model")
     for model in (fitted, FineAlign.load(tmp_path / "model", device="cpu", precision="fp32")):
-        found = [one.scores for one in model.readable_predictions(paths)]
+        found = [one.scores for one in predictions(model, paths)]
         assert np.allclose(np.array(found), np.array(start), atol=1e-6)
     assert not np.allclose(fitted.predict_proba(photos / "red"), adapted)
 

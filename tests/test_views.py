@@ -15,9 +15,19 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from finealign import views as views_module
 from finealign.config import ViewSettings
-from finealign.views import ASPECT, CROP, PREDICTION_EPOCH, STRONG, Views, crop_box, cut_and_resize, draw, strong_box
+from finealign.images import views as views_module
+from finealign.images.views import (
+    ASPECT,
+    CROP,
+    PREDICTION_EPOCH,
+    STRONG,
+    Views,
+    crop_box,
+    cut_and_resize,
+    draw,
+    strong_box,
+)
 
 Pixels = NDArray[np.uint8]
 

@@ -1,18 +1,65 @@
-"""finealign: fine-grained adaptation of CLIP-like models from unlabelled images and class names."""
+"""finealign: fine-grained adaptation of CLIP-like models from unlabelled images and class names.
 
+The public names are those listed in ``__all__``, here and in ``finealign.method``. Everything else may change between
+releases.
+"""
+
+from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
-__all__ = ["FineAlign", "__version__"]
-
 if TYPE_CHECKING:
+    from finealign import errors, types
+    from finealign.backbone.base import Backbone
+    from finealign.backbone.load import load_backbone
     from finealign.classifier import FineAlign
+    from finealign.config import read_config
+    from finealign.evaluate.summary import evaluate_predictions
+    from finealign.evaluate.truth import read_truth
+    from finealign.model.prepare import Prepared
+    from finealign.run.adapt import adapt_into
+    from finealign.run.report import write_report
+    from finealign.run.verdict import judge_model
+    from finealign.runtime.distributed import Ranks
+
+__version__ = "0.1.0"
+__all__ = [
+    "Backbone",
+    "FineAlign",
+    "Prepared",
+    "Ranks",
+    "__version__",
+    "adapt_into",
+    "errors",
+    "evaluate_predictions",
+    "judge_model",
+    "load_backbone",
+    "read_config",
+    "read_truth",
+    "types",
+    "write_report",
+]
+
+_PLACES = {
+    "Backbone": "backbone.base",
+    "FineAlign": "classifier",
+    "Prepared": "model.prepare",
+    "Ranks": "runtime.distributed",
+    "adapt_into": "run.adapt",
+    "evaluate_predictions": "evaluate.summary",
+    "judge_model": "run.verdict",
+    "load_backbone": "backbone.load",
+    "read_config": "config",
+    "read_truth": "evaluate.truth",
+    "write_report": "run.report",
+}
+__path__.append(str(Path(__file__).parent / "moved"))  # deprecated import paths are modules in this folder
 
 
 def __getattr__(name: str) -> Any:
-    """Import the classifier, and torch with it, only when it is asked for."""
-    if name == "FineAlign":
-        from finealign.classifier import FineAlign
-
-        return FineAlign
+    """Import a public name, and torch with it, only when it is accessed, so that the package itself imports fast."""
+    if name in ("errors", "types"):
+        return import_module(f"{__name__}.{name}")
+    if name in _PLACES:
+        return getattr(import_module(f"{__name__}.{_PLACES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

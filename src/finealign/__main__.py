@@ -1,4 +1,4 @@
-"""``python -m finealign`` is ``finealign``."""
+"""Run the command line as ``python -m finealign``."""
 
 from finealign.cli import main
 

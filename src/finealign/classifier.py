@@ -1,45 +1,50 @@
-"""The public noun: ``FineAlign`` with ``fit``, ``predict``, ``predict_proba``, ``save`` and ``load``."""
+"""The classifier: ``FineAlign`` with ``fit``, ``predict``, ``predict_proba``, ``save`` and ``load``."""
 
-import hashlib
-import json
 import warnings
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, closing, nullcontext
-from dataclasses import dataclass
-from itertools import chain, islice, tee
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from platformdirs import user_cache_dir
+from PIL import Image
 from torch import Tensor
 
-from finealign.backbone import Backbone, load_backbone
-from finealign.config import DEFAULT_BACKBONE, Config, MethodSettings, make_config, resolve
-from finealign.devices import WantedPrecision, choose_device, choose_precision
-from finealign.errors import ConfigError, FinealignError, ImageInputError, StoppedError
-from finealign.images import ImageReadError, Pixels, display_path, in_order, list_images, read_image
-from finealign.methods import Method, create_method, find_method, method_options, method_settings
-from finealign.model_card import is_card, model_card
-from finealign.model_folder import SavedModel, read_model, write_model
-from finealign.pixels import store_pixels
-from finealign.progress import Progress
-from finealign.prompts import make_texts
-from finealign.ranks import Ranks
-from finealign.storage import save_text
-from finealign.training import EpochRecord, adapt, method_gaze
-from finealign.types import Explanation, ImageFeatures, Prediction, Score, SetAside, TextFeatures, Texts
-from finealign.views import PREDICTION_EPOCH, Views
+from finealign.backbone.base import Backbone
+from finealign.backbone.load import load_backbone
+from finealign.config import Config
+from finealign.errors import ConfigError, FinealignError, display_path
+from finealign.images.decoding import Pixels
+from finealign.images.listing import list_images
+from finealign.images.training_set import decode_training_set
+from finealign.images.views import Views
+from finealign.method.base import Method
+from finealign.method.registry import create_method
+from finealign.model.card import is_card, model_card
+from finealign.model.fitted import FittedModel, inference_settings, what_learned
+from finealign.model.folder import own_norms, read_model, write_model
+from finealign.model.inference import Predictor
+from finealign.model.prepare import Prepared, check_settings, prepare
+from finealign.runtime.atomic import save_text
+from finealign.runtime.devices import choose_device, choose_precision
+from finealign.runtime.distributed import Ranks
+from finealign.runtime.progress import Progress
+from finealign.texts.prompts import make_texts
+from finealign.training.loop import Learner, adapt
+from finealign.training.state import EpochRecord
+from finealign.types import (
+    Explanation,
+    ImageFeatures,
+    Prediction,
+    Score,
+    SetAside,
+    TextFeatures,
+    Texts,
+    WantedPrecision,
+)
 
 Images = str | Path | Sequence[str | Path]  # a folder, a list file, a CSV, one image, or paths
-
-Item = TypeVar("Item")
-Rendered = tuple[Tensor, Tensor]  # uint8: the weak view (3, S, S) and the crops (N, 3, S, S)
-Outcome = tuple[Path, str | None]  # why an image cannot be read; None if it can
-
-PREDICTION_CHUNK = 32  # images decoded and encoded together
 
 
 class FineAlign:
@@ -48,14 +53,24 @@ class FineAlign:
         model = FineAlign(classes=["robin", "wren"], descriptions={...}).fit("photos/")
         labels = model.predict("more-photos/")
 
-    The constructor only keeps its arguments; ``fit`` checks them. Learned attributes end in ``_``: ``classes_``,
-    ``backbone_``, ``method_``, ``start_method_`` (that adaptation starts from), ``config_`` (resolved), ``texts_``,
-    ``history_`` (one record an epoch) and ``set_aside_`` (images that could not be read, and why).
+    The constructor only stores its arguments; ``fit`` checks them. After ``fit`` or ``load`` a model has these
+    attributes:
+
+    - ``classes_``, ``texts_``, ``text_features_``: the class names, all texts, and their embeddings;
+    - ``backbone_``, ``method_``, ``norms_``: the backbone as it was loaded, the method with what it has learned, and
+      the model's own normalisation parameters, which it lends to the backbone while it encodes;
+    - ``start_method_``, ``start_norms_``: those of the model before adaptation;
+    - ``score_``: the score used when no other is asked for;
+    - ``set_aside_``: the images that the last ``fit`` or ``predict`` could not read, and why.
+
+    After ``fit`` only, it also has ``config_`` (the resolved settings), ``history_`` (one record per epoch) and
+    ``paths_`` (the images adapted to).
     """
 
-    set_aside_: list[SetAside]
+    config_: Config
+    paths_: Sequence[Path]
     history_: list[EpochRecord]
-    start_norms_: dict[str, Tensor]
+    set_aside_: list[SetAside]
 
     def __init__(
         self,
@@ -63,18 +78,24 @@ class FineAlign:
         *,
         descriptions: Mapping[str, Sequence[str]] | None = None,
         templates: Sequence[str] | None = None,
-        backbone: str = DEFAULT_BACKBONE,
-        method: str = "fair",
-        seed: int = 0,
-        device: str = "auto",
-        precision: WantedPrecision = "auto",
+        backbone: str | None = None,
+        method: str | None = None,
+        seed: int | None = None,
+        device: str | None = None,
+        precision: WantedPrecision | None = None,
         config: Config | None = None,
         ranks: Ranks | None = None,
     ) -> None:
-        """``config``, where given, decides everything but the texts; the other settings are then not looked at.
+        """Store the arguments. Nothing is checked or loaded yet.
 
-        ``ranks`` are the processes that share the encoding, as ``Ranks.launched()`` gives them, all of which call the
-        same methods in the same order and get the same results. Without it a process does everything by itself.
+        ``classes`` are at least two names. ``descriptions`` has sentences for each of them, and ``templates`` are
+        prompts with one ``{}`` for the class name. ``backbone``, ``method``, ``seed``, ``device`` and ``precision`` are
+        settings, whose defaults are those of ``finealign adapt``: OpenAI's ViT-B/32, the method fair, seed 0, device
+        and precision "auto". ``config`` holds these and all other settings; a setting that is given besides it must
+        agree with it.
+
+        ``ranks`` are the processes that share the encoding, as returned by ``Ranks.launched()``. All of them must call
+        the same methods in the same order, and all get the same results. Without ``ranks`` there is only this process.
         """
         self.classes = classes
         self.descriptions = descriptions
@@ -87,96 +108,170 @@ class FineAlign:
         self.config = config
         self.ranks = ranks
 
-    def fit(
+    # --- fitting ------------------------------------------------------------------------------------------------------
+
+    def check(self) -> tuple[Texts, Config]:
+        """Check and return the texts and settings, without loading anything. Raises PromptError or ConfigError."""
+        arguments = {
+            "backbone": self.backbone,
+            "method": self.method,
+            "seed": self.seed,
+            "device": self.device,
+            "precision": self.precision,
+        }
+        config = check_settings(self.config, arguments)
+        return make_texts(self.classes, self.descriptions, self.templates), config
+
+    def prepare(
         self,
         images: Images,
+        *,
+        backbone: Backbone | None = None,
+        text_features: TextFeatures | None = None,
+        progress: Progress | None = None,
+    ) -> Prepared:
+        """Check texts and settings, list the images, load the backbone and encode the texts.
+
+        A ``backbone`` loaded before, or ``text_features`` encoded before, are used if given. Raises PromptError,
+        ConfigError, ImageInputError or BackboneError, all of which are FinealignErrors.
+        """
+        texts, config = self.check()
+        paths = list_images(images)
+        backbone = backbone or self.load_backbone(config, progress)
+        return prepare(texts, config, paths, backbone, text_features=text_features)
+
+    def load_backbone(self, config: Config, progress: Progress | None = None) -> Backbone:
+        """Load the configured backbone on the configured device. Raises BackboneError or ConfigError."""
+        device = choose_device(config.device)
+        with (progress or Progress()).stage("loading the backbone", None):
+            return load_backbone(
+                config.backbone, device=device, precision=choose_precision(config.precision, device), seed=config.seed
+            )
+
+    def fit(
+        self,
+        images: Images | Prepared,
         *,
         backbone: Backbone | None = None,
         checkpoints: Path | None = None,
         on_epoch: Callable[[EpochRecord], None] = lambda record: None,
         progress: Progress | None = None,
     ) -> Self:
-        """Adapt to unlabelled images: a folder (its structure means nothing), a list file, a CSV, or paths.
+        """Adapt to unlabelled images: a folder (whose structure is ignored), a list file, a CSV, or paths.
 
-        ``backbone`` is one that ``load_backbone`` gave, to save loading it twice; it is adapted in place. With
-        ``checkpoints`` each epoch leaves one in that folder, and the last one there is continued from. ``on_epoch``
-        is called after each epoch and may predict with the model as it is then; that changes nothing of the run.
-        Raises FinealignError: PromptError, ConfigError, ImageInputError or BackboneError, by what is wrong.
+        ``images`` may also be what ``prepare`` returned. ``backbone`` is one that ``load_backbone`` returned, to save
+        loading it twice; several models can share one. ``checkpoints`` is a folder: a checkpoint is written into it
+        after each epoch, and training continues from the last one in it. ``on_epoch`` is called after each epoch, and
+        may predict with the model as it is then, which does not affect the run.
+
+        Raises FinealignError: among others PromptError, ConfigError, ImageInputError, BackboneError, StoppedError if
+        the run is asked to stop, and NotFiniteError if the loss is no longer finite.
         """
         progress = progress or Progress()
-        texts, config = self.check()
-        paths = list_images(images)
-        # Before training, so that ``on_epoch`` can predict: what learns is shared with ``adapt``, not copied.
-        config, backbone, method = self._begin(texts, config, len(paths), backbone, progress)
+        prepared = (
+            images if isinstance(images, Prepared) else self.prepare(images, backbone=backbone, progress=progress)
+        )
+        # Made before training, so that ``on_epoch`` can predict: the model shares the parameters that learn.
+        method = self._begin(prepared)
         if method.trains or method.surveys:
             try:
-                self.history_ = adapt(
-                    self._decode(paths, config, progress),
-                    backbone=backbone,
-                    method=method,
-                    views=self._views,
-                    config=config,
-                    progress=progress,
-                    checkpoints=checkpoints,
-                    on_epoch=on_epoch,
-                    name_of=lambda image: display_path(self.paths_[image]),
-                    ranks=self._ranks,
-                )
+                self._train(prepared, method, checkpoints, on_epoch, progress)
             except BaseException:
-                del self._saved  # half trained is not fitted
+                del self._predictor  # a partly trained model is not a fitted one
                 raise
         method.requires_grad_(False)
         return self
 
     def unlearned(self, *, backbone: Backbone | None = None, progress: Progress | None = None) -> Self:
-        """Ready to predict with nothing learned: the scores of the method that ``fit`` would start from.
+        """Make the model ready to predict without any training, with the method as ``fit`` would initialise it.
 
-        Raises PromptError, ConfigError or BackboneError.
+        ``backbone`` is one that ``load_backbone`` returned. Raises PromptError, ConfigError or BackboneError.
         """
         texts, config = self.check()
-        _, _, method = self._begin(texts, config, 1, backbone, progress or Progress())
-        method.requires_grad_(False)
+        backbone = backbone or self.load_backbone(config, progress)
+        self._begin(prepare(texts, config, (), backbone))
+        self.method_.requires_grad_(False)
         return self
 
-    def _begin(
-        self, texts: Texts, config: Config, images: int, backbone: Backbone | None, progress: Progress
-    ) -> tuple[Config, Backbone, Method]:
-        """Become the model that nothing has been learned by: its resolved configuration, backbone and method."""
-        backbone = backbone or self.load_backbone(config, progress)
-        config = resolve(config, images=images, classes=len(texts.classes), input_size=backbone.input_size)
-        features = backbone.encode_texts(texts)
+    def _begin(self, prepared: Prepared) -> Method:
+        """Become a model that has learned nothing yet, and return its method."""
+        config, backbone = prepared.config, prepared.backbone
         method = create_method(
-            config.method, features, logit_scale=backbone.logit_scale, token_width=backbone.token_width
+            config.method,
+            prepared.text_features,
+            logit_scale=backbone.logit_scale,
+            token_width=backbone.token_width,
         ).to(backbone.device)
-        self.set_aside_, self.history_, self.start_norms_ = [], [], {}
-        if method.trains and config.training.encoder == "full" and config.training.learn != "anchors":
-            norms = backbone.norm_parameters()
-            self.start_norms_ = {name: value.detach().clone() for name, value in norms.items()}
-        self._become(SavedModel(config, texts, features, backbone, method, self.start_norms_))
-        return config, backbone, method
-
-    def check(self) -> tuple[Texts, Config]:
-        """The checked texts and configuration, without loading anything. Raises PromptError or ConfigError."""
-        config = self.config or make_config(
-            {
-                "backbone": self.backbone,
-                **method_settings(self.method),
-                "seed": self.seed,
-                "device": self.device,
-                "precision": self.precision,
-            }
+        norms = own_norms(backbone)
+        norms_learn = method.trains and config.training.encoder == "full" and config.training.learn != "anchors"
+        settings = config.model_dump()
+        self.config_, self.paths_ = config, prepared.paths
+        self.set_aside_, self.history_ = [], []
+        self._become(
+            FittedModel(
+                inference=inference_settings(config),
+                texts=prepared.texts,
+                text_features=prepared.text_features,
+                backbone=backbone,
+                method=method,
+                norms=norms,
+                start_norms=norms if norms_learn else {},
+                learned=what_learned(method, settings),
+                training=settings,
+            )
         )
-        # With the method's defaults written out, the record of a run outlives a change of them.
-        options = method_options(config.method).model_dump()
-        config = config.model_copy(update={"method": MethodSettings(name=config.method.name, **options)})
-        _choose_score(find_method(config.method.name), config.prediction.score, None)
-        return make_texts(self.classes, self.descriptions, self.templates), config
+        return method
+
+    def _train(
+        self,
+        prepared: Prepared,
+        method: Method,
+        checkpoints: Path | None,
+        on_epoch: Callable[[EpochRecord], None],
+        progress: Progress,
+    ) -> None:
+        """Train the method and the model's normalisation parameters, which meanwhile are those of the backbone."""
+        config, backbone = prepared.config, prepared.backbone
+        decoded, self.set_aside_ = decode_training_set(
+            prepared.paths, config.data, progress=progress, ranks=self._ranks
+        )
+        self.paths_ = decoded.paths
+        learner = Learner(
+            backbone=backbone,
+            method=method,
+            views=Views(
+                config.views, size=backbone.input_size, geometry=backbone.geometry, mean=backbone.mean, seed=config.seed
+            ),
+            config=config,
+        )
+        untrained = self._model
+        if untrained.start_norms:  # so that ``on_epoch`` predicts with the parameters as they are then
+            self._become(replace(untrained, norms=backbone.norm_parameters()))
+        try:
+            self.history_ = adapt(
+                decoded,
+                learner,
+                progress=progress,
+                checkpoints=checkpoints,
+                on_epoch=on_epoch,
+                name_of=lambda image: display_path(self.paths_[image]),
+                ranks=self._ranks,
+            )
+            self._become(replace(untrained, norms=own_norms(backbone)))
+        finally:
+            for parameter in backbone.norm_parameters().values() if untrained.start_norms else ():
+                parameter.requires_grad_(False)
+                parameter.grad = None
+            backbone.load_norms(untrained.start_norms)  # the weights it was loaded with, for other models
+
+    # --- predicting ---------------------------------------------------------------------------------------------------
 
     def predict(self, images: Images, *, score: Score | None = None) -> NDArray[np.object_]:
-        """The class name of each image, in the order of ``list_images``: (n,) str.
+        """Predict the class name of each image, in the order of ``list_images``: (n,) str.
 
-        An image that cannot be read gets None, a warning, and a line in ``set_aside_``. ``score`` is global, las or
-        fused; the model's own choice if None.
+        An image that cannot be read gets None, a warning, and an entry in ``set_aside_``. ``score`` is global, las or
+        fused; None is the model's own. Raises ImageInputError if there is no image, and ConfigError for a score that
+        the method does not have.
         """
         self._require_fitted()
         probabilities = self.predict_proba(images, score=score)
@@ -185,20 +280,26 @@ class FineAlign:
         return names[np.where(unread, len(self.classes_), np.nan_to_num(probabilities).argmax(1))]
 
     def predict_proba(self, images: Images, *, score: Score | None = None) -> NDArray[np.float32]:
-        """The probability of each class, columns as in ``classes_``: (n, C); NaN for an image that cannot be read."""
+        """Predict the probability of each class: (n, C) float32, columns in the order of ``classes_``.
+
+        The row of an image that cannot be read is NaN, with a warning and an entry in ``set_aside_``. ``score`` is as
+        for ``predict``. Raises ImageInputError if there is no image, and ConfigError for a score that the method does
+        not have.
+        """
         self._require_fitted()
         paths = list_images(images)
         rows = np.full((len(paths), len(self.classes_)), np.nan, dtype=np.float32)
-        self.set_aside_ = []
-        for row, found in zip(rows, self.iter_predictions(paths, score=score), strict=True):
-            if isinstance(found, SetAside):
-                self.set_aside_.append(found)
+        set_aside = []
+        for row, outcome in zip(rows, self.iter_predictions(paths, score=score), strict=True):
+            if isinstance(outcome, SetAside):
+                set_aside.append(outcome)
             else:
-                row[:] = found.probabilities
-        if self.set_aside_:
-            first = self.set_aside_[0]
+                row[:] = outcome.probabilities
+        self.set_aside_ = set_aside
+        if set_aside:
+            first = set_aside[0]
             warnings.warn(
-                f"{len(self.set_aside_)} of {len(paths)} images could not be read and have no prediction; "
+                f"{len(set_aside)} of {len(paths)} images could not be read and have no prediction; "
                 f"the first: {first.path} ({first.reason}). All are in set_aside_.",
                 stacklevel=2,
             )
@@ -207,139 +308,71 @@ class FineAlign:
     def iter_predictions(
         self, paths: Iterable[Path], *, score: Score | None = None, with_start: bool = False
     ) -> Iterator[Prediction | SetAside]:
-        """The prediction of each image, or why there is none, in order; memory does not grow with their number.
+        """Yield the prediction of each image, or why there is none, in order. Memory does not grow with their number.
 
-        ``with_start`` also scores each image by the model adaptation started from: the same texts, their mean a
-        class, the whole image. Raises ConfigError for a score the method does not have.
+        ``with_start`` also scores each image with the model before adaptation, which scores the whole image by the mean
+        of each class's descriptions. Raises ConfigError for a score that the method does not have.
         """
         self._require_fitted()
-        kind = _choose_score(type(self.method_), self.config_.prediction.score, score)
-        looks = [_Look(crops=kind != "global")]
-        if with_start and (self._saved.start_norms or method_gaze(self.method_)):
-            looks.append(_Look(crops=False, at_start=True))
-        with closing(self._encoded(paths, looks)) as encoded:
-            for outcomes, features in encoded:
-                read = [path for path, reason in outcomes if reason is None]
-                scored = self._score(read, features[0], kind, at_start=features[-1] if with_start else None)
-                for path, reason in outcomes:
-                    yield next(scored) if reason is None else SetAside(display_path(path), reason)
+        return self._predictor.predictions(paths, score=score, with_start=with_start)
 
-    def readable_predictions(
-        self,
-        paths: Iterable[Path],
-        *,
-        score: Score | None = None,
-        with_start: bool = False,
-        advance: Callable[[int], None] = lambda images: None,
-    ) -> Iterator[Prediction]:
-        """As ``iter_predictions`` for the images that can be read; the others are gathered in ``set_aside_``."""
-        self.set_aside_ = []
-        for found in self.iter_predictions(paths, score=score, with_start=with_start):
-            advance(1)
-            if isinstance(found, SetAside):
-                self.set_aside_.append(found)
-            else:
-                yield found
+    def features(
+        self, paths: Iterable[Path], *, at_start: bool = False, crops: bool = True
+    ) -> tuple[ImageFeatures, list[SetAside]]:
+        """Return the embeddings that images are scored by, and the images that cannot be read, which have no row.
 
-    @torch.inference_mode()
-    def features(self, paths: Iterable[Path], *, at_start: bool = False, crops: bool = True) -> ImageFeatures:
-        """The embeddings the model scores images by: whole (n, D) and crops (n, N, D), N = 0 unless wanted.
-
-        Images that cannot be read are gathered in ``set_aside_`` and have no row. ``at_start``: as the backbone was
-        before it learned.
+        Weak features are (n, D), crop features (n, N, D), with N = 0 if ``crops`` is false. ``at_start`` encodes them
+        with the model before adaptation. Raises ImageInputError if none of the images can be read.
         """
         self._require_fitted()
-        self.set_aside_ = []
-        parts = []
-        with closing(self._encoded(paths, [_Look(crops=crops, at_start=at_start)])) as encoded:
-            for outcomes, (found,) in encoded:
-                self.set_aside_ += [SetAside(display_path(path), why) for path, why in outcomes if why is not None]
-                parts.append(found)
-        if not any(len(one.weak) for one in parts):
-            raise ImageInputError("None of the images can be read. The reason for each is in set_aside_.")
-        return ImageFeatures(torch.cat([one.weak for one in parts]), torch.cat([one.crops for one in parts]))
+        return self._predictor.features(paths, at_start=at_start, crops=crops)
 
     def explain(self, path: str | Path, *, score: Score | None = None) -> Explanation:
-        """The crops the model looks at in one image and how much each counts, with its scores and probabilities.
+        """Explain the prediction of one image: its crops, their weights, and the class scores and probabilities.
 
-        They are the crops and, up to rounding, the scores that predicting this image by the same ``score`` (the
-        model's own choice if None) goes by. Raises ConfigError for a score the method does not have and for
-        ``global``, which looks at no crops, and ImageInputError for an image that cannot be read.
+        The crops and, up to rounding, the scores are those with which this image is predicted by the same ``score``;
+        None is the model's own. Raises ConfigError for a score that the method does not have and for ``global``, which
+        uses no crops, and ImageInputError for an image that cannot be read.
         """
         self._require_fitted()
-        kind = _choose_score(type(self.method_), self.config_.prediction.score, score)
-        if kind == "global":
+        if self._predictor.choose_score(score) == "global":
             raise ConfigError(
                 "The score 'global' looks at the image as a whole, so there are no crops to explain it by. "
                 "Wanted: a score that looks at crops, as score='las'."
             )
-        path = Path(path)
-        try:
-            pixels = np.array(read_image(path, max_pixels=self.config_.data.max_pixels))
-        except ImageReadError as error:
-            raise ImageInputError(
-                f"Cannot explain '{display_path(path)}': {error}. Give the path of one image that can be read."
-            ) from error
-        return self.explain_pixels([pixels], score=kind)[0]
+        return self._predictor.explain_file(Path(path), score=score)
 
     def explain_pixels(
         self, images: Sequence[Pixels], *, score: Score | None = None, with_start: bool = False
     ) -> list[Explanation]:
-        """As ``explain`` for images that are decoded already, (H, W, 3) uint8 each, encoded together.
+        """Do what ``explain`` does, for decoded images, (H, W, 3) uint8 RGB each, which are encoded together.
 
-        By ``global`` there are no crops to tell of. ``with_start`` also scores each by the model adaptation started
-        from. Raises ConfigError for a score the method does not have.
+        The score ``global`` is accepted, and gives no crops. ``with_start`` also scores each image with the model
+        before adaptation. Raises ConfigError for a score that the method does not have.
         """
-        self._require_fitted()
-        kind = _choose_score(type(self.method_), self.config_.prediction.score, score)
-        look = _Look(crops=kind != "global")
-        seen = [self._render(pixels, crops=look.crops) for pixels in images]
-        if not seen:
-            return []
-        with torch.inference_mode():
-            features = self._embed(seen, look)
-            weights = self.method_.crop_weights(features) if look.crops else features.weak.new_empty(len(seen), 0)
-            pairs = [self._with_probabilities(self.method_, features, kind)]
-            if with_start:
-                before = self._embed(seen, _Look(crops=False, at_start=True))
-                pairs.append(self._with_probabilities(self.start_method_, before, "global"))
-        found = []
-        for index, pixels in enumerate(images):
-            height, width = pixels.shape[:2]
-            boxes = self._views.crop_boxes(height, width, epoch=PREDICTION_EPOCH, image=0) if look.crops else []
-            weight = weights[index].cpu().numpy()
-            scored = (rows[index] for pair in pairs for rows in pair)
-            found.append(Explanation(width, height, kind, tuple(boxes), weight, *scored))
-        return found
+        predictor = self.predictor_
+        photos = [predictor.to_photo(Image.fromarray(pixels)) for pixels in images]
+        return predictor.explain(photos, score=score, with_start=with_start)
 
-    @property
-    def score_(self) -> Score:
-        """What the model scores by when nothing else is asked for."""
-        self._require_fitted()
-        return _choose_score(type(self.method_), self.config_.prediction.score, None)
+    # --- the fitted model ---------------------------------------------------------------------------------------------
 
     def revert(self) -> Self:
-        """Become the model adaptation started from: the same texts, their mean a class, by the whole image."""
+        """Become the model before adaptation: it scores the whole image by the mean of each class's descriptions."""
         self._require_fitted()
-        if self.start_norms_:
-            self.backbone_.load_norms(self.start_norms_)
-        self.start_norms_ = {}
-        method = MethodSettings(name="cupl", logit_scale=self.method_.logit_scale)
-        prediction = self.config_.prediction.model_copy(update={"score": "global"})
-        config = self.config_.model_copy(update={"method": method, "prediction": prediction})
-        self._become(SavedModel(config, self.texts_, self.text_features_, self.backbone_, self.start_method_, {}))
+        self._become(self._model.start())
         return self
 
     def save(self, folder: str | Path, *, run: Mapping[str, Any] | None = None) -> None:
-        """Write the fitted model: an open_clip local directory with the anchors and texts beside it, and a model card.
+        """Write the fitted model: an open_clip local directory, the method's tensors and the texts, and a model card.
 
-        ``run`` is what ``run.json`` says of how the model was made, for the card; another README.md stays.
+        ``run`` is the content of ``run.json``, for the card. A README.md in the folder that is not such a card is not
+        replaced. Raises OutputError.
         """
         self._require_fitted()
-        write_model(self._saved, Path(folder))
+        write_model(self._model, Path(folder))
         card = Path(folder) / "README.md"
         if not card.exists() or is_card(card):
-            save_text(model_card(self._saved, run), card)
+            save_text(model_card(self._model, run), card)
 
     @classmethod
     def load(
@@ -350,188 +383,100 @@ class FineAlign:
         precision: WantedPrecision = "auto",
         ranks: Ranks | None = None,
     ) -> Self:
-        """A fitted model from a run folder or its ``model/``. Raises ModelError."""
-        chosen = choose_device(device)
-        saved = read_model(Path(folder), device=chosen, precision=choose_precision(precision, chosen))
-        model = cls(
-            saved.texts.classes,
-            descriptions=dict(zip(saved.texts.classes, saved.texts.descriptions, strict=True)),
-            templates=saved.texts.templates,
-            config=saved.config,
+        """Load a fitted model from a run folder or its ``model/``. Raises ModelError, BackboneError or ConfigError."""
+        on_device = choose_device(device)
+        model = read_model(Path(folder), device=on_device, precision=choose_precision(precision, on_device))
+        loaded = cls(
+            model.texts.classes,
+            descriptions=dict(zip(model.texts.classes, model.texts.descriptions, strict=True)),
+            templates=model.texts.templates,
+            backbone=model.inference.backbone,
+            method=model.name,
+            seed=model.inference.seed,
+            device=device,
+            precision=precision,
             ranks=ranks,
         )
-        model.set_aside_, model.history_, model.start_norms_ = [], [], saved.start_norms
-        model._become(saved)
-        return model
+        loaded.set_aside_ = []
+        loaded._become(model)
+        return loaded
 
-    def _become(self, saved: SavedModel) -> None:
-        self._saved = saved
-        self.config_, self.texts_ = saved.config, saved.texts
-        self.backbone_: Backbone = saved.backbone
-        self.method_: Method = saved.method
-        self.text_features_: TextFeatures = saved.text_features
-        self.classes_ = np.array(saved.texts.classes, dtype=object)
-        self._views = _views(saved.config, saved.backbone)
-        # The start is the same texts before anything was learned: their mean a class, by the global score.
-        start = create_method(MethodSettings(name="cupl"), saved.text_features, logit_scale=saved.method.logit_scale)
-        self.start_method_ = start.to(saved.backbone.device)
+    @property
+    def predictor_(self) -> Predictor:
+        """The predictor, which decodes, renders, encodes and scores images for the fitted model."""
+        self._require_fitted()
+        return self._predictor
+
+    @property
+    def score_(self) -> Score:
+        """The score used when no other is asked for: global, las or fused."""
+        self._require_fitted()
+        return self._model.inference.score
+
+    @property
+    def classes_(self) -> NDArray[np.object_]:
+        """The class names, in the order of the columns of ``predict_proba``: (C,)."""
+        return np.array(self.texts_.classes, dtype=object)
+
+    @property
+    def texts_(self) -> Texts:
+        """The class names with all their descriptions and templates."""
+        self._require_fitted()
+        return self._model.texts
+
+    @property
+    def text_features_(self) -> TextFeatures:
+        """The embeddings of the texts."""
+        self._require_fitted()
+        return self._model.text_features
+
+    @property
+    def backbone_(self) -> Backbone:
+        """The backbone, with the weights it was loaded with."""
+        self._require_fitted()
+        return self._model.backbone
+
+    @property
+    def method_(self) -> Method:
+        """The method, with what it has learned."""
+        self._require_fitted()
+        return self._model.method
+
+    @property
+    def norms_(self) -> Mapping[str, Tensor]:
+        """The model's own normalisation parameters by name; empty for a tower without any."""
+        self._require_fitted()
+        return self._model.norms
+
+    @property
+    def start_method_(self) -> Method:
+        """The method of the model before adaptation."""
+        self._require_fitted()
+        return self._predictor.start.method
+
+    @property
+    def start_norms_(self) -> Mapping[str, Tensor]:
+        """The normalisation parameters before adaptation; empty if they did not learn."""
+        self._require_fitted()
+        return self._model.start_norms
+
+    @property
+    def model_(self) -> FittedModel:
+        """The whole fitted model as one record."""
+        self._require_fitted()
+        return self._model
+
+    def _become(self, model: FittedModel) -> None:
+        self._predictor = Predictor(model, self.ranks)
+
+    @property
+    def _model(self) -> FittedModel:
+        return self._predictor.model
 
     @property
     def _ranks(self) -> Ranks:
         return self.ranks or Ranks()
 
     def _require_fitted(self) -> None:
-        if not hasattr(self, "_saved"):
+        if not hasattr(self, "_predictor"):
             raise FinealignError("This FineAlign is not fitted. Call fit(images) first, or FineAlign.load(folder).")
-
-    def load_backbone(self, config: Config, progress: Progress | None = None) -> Backbone:
-        """The configured backbone on the configured device. Raises BackboneError or ConfigError."""
-        device = choose_device(config.device)
-        with (progress or Progress()).stage("loading the backbone", None):
-            return load_backbone(
-                config.backbone, device=device, precision=choose_precision(config.precision, device), seed=config.seed
-            )
-
-    def _decode(self, paths: Sequence[Path], config: Config, progress: Progress) -> Sequence[Pixels]:
-        data = config.data
-        if data.working_size == "auto":
-            raise ValueError("the configuration is not resolved")
-        folder = None if data.cache == "temporary" else Path(data.cache).expanduser()
-        if data.cache == "auto":
-            folder = Path(user_cache_dir("finealign", appauthor=False)) / "pixels"
-        with progress.stage("reading images", len(paths)) as stage:
-            done = 0
-
-            def advance(count: int) -> None:
-                nonlocal done
-                stage.advance(count - done)
-                done = count
-                progress.stop_if_asked()
-
-            failed: FinealignError | None = None
-            with self._ranks.first_of_each_machine():  # which all have to leave, whatever befalls one
-                try:
-                    stored, self.set_aside_ = store_pixels(
-                        paths,
-                        shorter_side=data.working_size,
-                        max_pixels=data.max_pixels,
-                        folder=folder,
-                        max_bytes=int(data.cache_gb * 1e9),
-                        on_progress=advance,
-                    )
-                except FinealignError as error:
-                    failed = error
-        if self._ranks.any(failed is not None):
-            raise failed or StoppedError("Stopped, as another process of the run was.")
-        self.paths_ = stored.paths
-        self._ranks.refuse_different("the images that can be read", [len(stored.paths), _digest(stored.paths)])
-        return stored
-
-    @torch.inference_mode()
-    def _score(
-        self, read: Sequence[Path], features: ImageFeatures, kind: Score, *, at_start: ImageFeatures | None
-    ) -> Iterator[Prediction]:
-        scored = [self._with_probabilities(self.method_, features, kind)]
-        if at_start is not None:
-            scored.append(self._with_probabilities(self.start_method_, at_start, "global"))
-        for index, path in enumerate(read):
-            yield Prediction(path, *(rows[index] for pair in scored for rows in pair))
-
-    def _norms_at_start(self) -> AbstractContextManager[None]:
-        norms = self._saved.start_norms
-        return self.backbone_.with_norms(norms) if norms else nullcontext()
-
-    def _encoded(
-        self, paths: Iterable[Path], looks: Sequence["_Look"]
-    ) -> Generator[tuple[list[Outcome], list[ImageFeatures]], None, None]:
-        """Some images at a time, in order: each path with why it cannot be read, and what each look makes of the rest.
-
-        Each rank reads and encodes every ``count``-th chunk; all get all. Decoded and cut by threads, a chunk ahead.
-        """
-        ranks, kind = self._ranks, "las" if any(look.crops for look in looks) else "global"
-
-        def see(path: Path) -> Rendered:
-            return self._render(
-                np.array(read_image(path, max_pixels=self.config_.data.max_pixels)), crops=kind == "las"
-            )
-
-        everyones, own = tee(paths)
-        mine = (path for place, path in enumerate(own) if place // PREDICTION_CHUNK % ranks.count == ranks.index)
-        with closing(in_order(see, mine, held=2 * PREDICTION_CHUNK)) as seen:
-            chunks = _chunks(seen, PREDICTION_CHUNK)
-            for together in _chunks(everyones, PREDICTION_CHUNK * ranks.count):
-                chunk = [found for _, found in next(chunks, [])]  # none where other ranks take the last ones
-                reasons = [found.reason if isinstance(found, SetAside) else None for found in chunk]
-                of_ranks = [json.loads(text) for text in ranks.texts(json.dumps(reasons))]
-                sizes = [one.count(None) for one in of_ranks]
-                read = [found for found in chunk if not isinstance(found, SetAside)]
-                parts = [self._embed(read, look) for look in looks]
-                features = [
-                    ImageFeatures(weak=ranks.gather(part.weak, sizes), crops=ranks.gather(part.crops, sizes))
-                    for part in parts
-                ]
-                yield list(zip(together, chain.from_iterable(of_ranks), strict=True)), features
-
-    def _render(self, pixels: Pixels, *, crops: bool) -> Rendered:
-        weak = self._views.weak(pixels)
-        if not crops:
-            return weak, weak.new_empty(0, *weak.shape)
-        # Every image gets the same draws, so its scores do not depend on its neighbours or its place in a list.
-        return weak, self._views.crops(pixels, epoch=PREDICTION_EPOCH, image=0)
-
-    @staticmethod
-    def _with_probabilities(
-        method: Method, features: ImageFeatures, kind: Score
-    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        scores = method.score(features, kind)
-        return scores.cpu().numpy(), method.probabilities(scores).cpu().numpy()
-
-    @torch.inference_mode()
-    def _embed(self, seen: Sequence[Rendered], look: "_Look") -> ImageFeatures:
-        """The features of rendered images, of their crops where ``look`` asks for those."""
-        count = self.config_.views.crops if look.crops else 0
-        if not seen:
-            none = self.text_features_.names[:0]
-            return ImageFeatures(weak=none, crops=none[:, None].expand(0, count, -1))
-        gaze = None if look.at_start else method_gaze(self.method_)
-        with self._norms_at_start() if look.at_start else nullcontext():
-            whole = self.backbone_.embed(torch.stack([weak for weak, _ in seen]), gaze)
-            crops = torch.cat([parts for _, parts in seen]) if look.crops else whole[:0]
-            parts = self.backbone_.embed(crops) if look.crops else crops
-        return ImageFeatures(weak=whole, crops=parts.reshape(len(seen), count, whole.shape[1]))
-
-
-@dataclass(frozen=True)
-class _Look:
-    """One way to encode images: with their crops or without, by the backbone as it is or as it was at the start."""
-
-    crops: bool
-    at_start: bool = False
-
-
-def _views(config: Config, backbone: Backbone) -> Views:
-    return Views(
-        config.views, size=backbone.input_size, geometry=backbone.geometry, mean=backbone.mean, seed=config.seed
-    )
-
-
-def _choose_score(method: type[Method], configured: Score | str, asked: Score | None) -> Score:
-    kind = asked or (method.scores[0] if configured == "auto" else configured)
-    for valid in method.scores:
-        if kind == valid:
-            return valid
-    name = method.__module__.rpartition(".")[2].replace("_", "-")
-    raise ConfigError(f"The method {name!r} has no score {kind!r}. Valid: {', '.join(method.scores)}.")
-
-
-def _digest(paths: Iterable[Path]) -> str:
-    found = hashlib.sha256()
-    for path in paths:
-        found.update(display_path(path).encode() + b"\n")
-    return found.hexdigest()
-
-
-def _chunks(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
-    iterator = iter(items)
-    while chunk := list(islice(iterator, size)):
-        yield chunk

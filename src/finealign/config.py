@@ -1,12 +1,10 @@
-"""Settings: strict, typed, one place for every default, and the one place where "auto" is resolved.
+"""The settings: typed, strictly checked, with every default, and the only place where "auto" is resolved.
 
-The fields below feed the YAML file, ``--set section.key=value`` and the documentation. A method's own options live
-beside the method (see ``methods/``) and are checked there; here they pass through as the rest of ``method``.
+The fields below define the YAML file, ``--set section.key=value`` and the documentation. The options of a method are
+defined and checked in the method's own module (see ``methods/``); here they pass through as further keys of ``method``.
 """
 
 import math
-import stat
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -16,25 +14,27 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 from pydantic_core import PydanticCustomError
 
 from finealign.errors import ConfigError, unknown_name
-from finealign.storage import save_text
+from finealign.runtime.atomic import save_text
+from finealign.runtime.strict_yaml import parse_yaml
+from finealign.runtime.textfile import TextFileError, read_text
 
 Auto = Literal["auto"]
 Positive = Annotated[int, Field(ge=1, lt=2**63)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
 
 DEFAULT_BACKBONE = "ViT-B-32-quickgelu/openai"
-# Label passes (fresh weak and crop features) in a run when the refresh is "auto".
+# Label passes in a run (each encodes weak views and crops anew) when `refresh_epochs` is "auto".
 LABEL_PASSES = 2
-# The anchors' learning rate where images are many, and how many a class that takes: with fewer, less in proportion.
+# The anchors' learning rate from IMAGES_A_CLASS images per class on; with fewer images it is lower in proportion.
 ANCHOR_RATE, IMAGES_A_CLASS = 1e-3, 50
-# A file of settings takes a few thousand bytes and some fifty values; far beyond that, it is something else.
-MOST_BYTES, MOST_VALUES = 100_000, 10_000
+ANCHOR_STEPS = 160  # of the anchors alone after each label pass, when `anchor_steps` is "auto"
+MOST_BYTES = 100_000  # most that a settings file may hold; it usually takes a few thousand
 
 
 def without_folder(backbone: str) -> str:
-    """A backbone's name as others may see it: of a folder of this machine only the last part."""
-    place, found, path = backbone.partition("local-dir:")
-    return f"local-dir:{Path(path).name}" if found and not place else backbone
+    """The backbone's name without local folders: of ``local-dir:PATH`` only the last part of the path is kept."""
+    prefix, separator, path = backbone.partition("local-dir:")
+    return f"local-dir:{Path(path).name}" if separator and not prefix else backbone
 
 
 def _is_number(annotation: Any) -> bool:
@@ -42,21 +42,21 @@ def _is_number(annotation: Any) -> bool:
 
 
 class Settings(BaseModel):
-    """A section: unknown keys are errors, and a made section never changes."""
+    """Base class of the sections. Unknown keys are errors, and an instance cannot be changed."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
     @field_validator("*", mode="before")
     @classmethod
     def _refuse_truth_as_number(cls, value: Any, info: ValidationInfo) -> Any:
-        """Python takes true for 1, and YAML takes yes, on and off for true and false."""
+        """Refuse booleans for numbers: Python takes true for 1, and YAML reads yes, no, on and off as booleans."""
         if isinstance(value, bool) and _is_number(cls.model_fields[info.field_name or ""].annotation):
             raise PydanticCustomError("truth", "A number is wanted, not true or false (yes, no, on and off are those)")
         return value
 
 
 class DataSettings(Settings):
-    """How images are read."""
+    """How images are read and cached."""
 
     max_pixels: Positive = Field(200_000_000, description="images with more pixels than this are set aside unread")
     working_size: Positive | Auto = Field(
@@ -74,7 +74,7 @@ class DataSettings(Settings):
 
 
 class ViewSettings(Settings):
-    """The views of one image [R]: step 2 of the method."""
+    """The views that are made of each image [R]: step 2 of the method."""
 
     crops: Positive = Field(8, description="N, square crops per image")
     crop_low: Fraction = Field(0.5, description="alpha: smallest crop side as a share of the shorter side")
@@ -90,18 +90,19 @@ class ViewSettings(Settings):
 
 
 class MethodSettings(BaseModel):
-    """The method's name; its own options stand beside it and are checked by the method."""
+    """The method's name. The method's own options are further keys of this section and are checked by the method."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
     name: str = Field("fair", description="the method, by file name in methods/")
 
     @property
     def options(self) -> dict[str, Any]:
+        """The method's own options, not yet checked."""
         return dict(self.model_extra or {})
 
 
 class TrainingSettings(Settings):
-    """What learns, and at what pace [R]: steps 7 and 8 of the method."""
+    """Which parameters learn, at which learning rates and for how long [R]: steps 7 and 8 of the method."""
 
     encoder: Literal["full", "frozen"] = Field(
         "full", description="full: normalisation and anchors learn; frozen: anchors alone, on features encoded once"
@@ -119,8 +120,10 @@ class TrainingSettings(Settings):
     final_learning_rate: Annotated[float, Field(ge=0)] = Field(2e-6, description="where the cosine schedule ends")
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="of the anchors")
     norm_weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="of the normalisation parameters")
-    anchor_steps: Annotated[int, Field(ge=0)] = Field(
-        160, description="steps of the anchors alone on kept crop features after each label pass"
+    anchor_steps: Annotated[int, Field(ge=0)] | Auto = Field(
+        "auto",
+        description=f"steps of the anchors alone on kept crop features after each label pass; auto: {ANCHOR_STEPS}, "
+        "0 where no features are kept or the anchors do not learn",
     )
     anchor_batch_size: Positive = Field(256, description="images in each of those steps")
     last_label_pass: bool = Field(True, description="another label pass at the end, for the anchors' last steps")
@@ -139,7 +142,7 @@ class PredictionSettings(Settings):
 
 
 class Config(Settings):
-    """Everything that decides a run, apart from the images and the texts."""
+    """All settings of a run. Together with the images and the texts they determine its result."""
 
     backbone: str = Field(DEFAULT_BACKBONE, description="ARCH/PRETRAINED, ARCH/random, hf-hub:NAME or local-dir:PATH")
     seed: Annotated[int, Field(ge=0, lt=2**64)] = Field(0, description="decides every random draw")
@@ -155,9 +158,9 @@ class Config(Settings):
 
 
 def make_config(values: Mapping[str, Any]) -> Config:
-    """A checked configuration from nested plain values.
+    """Check nested plain values and return the configuration they describe.
 
-    Raises ConfigError with one line for every wrong setting; an unknown key is answered with the nearest valid one.
+    Raises ConfigError with one line per wrong setting; for an unknown key the line suggests the nearest valid one.
     """
     try:
         config = Config.model_validate(dict(values))
@@ -173,16 +176,39 @@ def make_config(values: Mapping[str, Any]) -> Config:
             "training.encoder=frozen leaves the normalisation as it is, so training.learn=norms would learn nothing. "
             "Use training.learn=anchors, or training.encoder=full."
         )
+    _refuse_steps_without_features(config)
     return config
+
+
+def _refuse_steps_without_features(config: Config) -> None:
+    """Raise ConfigError where anchor steps are set, but no features are kept for them or the anchors do not learn."""
+    training = config.training
+    if training.anchor_steps in ("auto", 0):
+        return
+    if not _keeps_features(config):
+        raise ConfigError(
+            f"views.refresh_epochs=0 keeps no crop features, on which training.anchor_steps={training.anchor_steps} "
+            "would be taken. Use training.anchor_steps=0, or views.refresh_epochs of at least 1."
+        )
+    if training.learn == "norms":
+        raise ConfigError(
+            f"training.learn=norms leaves the anchors as they are, so training.anchor_steps={training.anchor_steps} "
+            "would move nothing. Use training.anchor_steps=0, or training.learn=norms+anchors."
+        )
+
+
+def _keeps_features(config: Config) -> bool:
+    return config.views.refresh_epochs != 0 or config.training.encoder == "frozen"
 
 
 def read_config(
     path: Path | None = None, overrides: Sequence[str] = (), *, base: Mapping[str, Any] | None = None, **flags: Any
 ) -> Config:
-    """The configuration from a YAML file, then ``section.key=value`` overrides, then the flags that are not None.
+    """Read the configuration from a YAML file, overrides and flags.
 
-    ``base`` lies under them all: a method's preset.
-    Values of overrides are read as YAML, so ``training.epochs=5`` is a number. Raises ConfigError.
+    Later sources take precedence: ``base`` (a method's preset), the file at ``path``, the ``overrides`` as
+    ``section.key=value``, then the ``flags`` that are not None, of which ``section__key`` sets ``section.key``. Values
+    of overrides are parsed as YAML, so ``training.epochs=5`` is a number. Raises ConfigError.
     """
     values: dict[str, Any] = {}
     if path is not None:
@@ -195,49 +221,58 @@ def read_config(
 
 
 def read_overrides(overrides: Sequence[str], below: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Nested settings from ``section.key=value`` texts, over those ``below``; values are YAML. Raises ConfigError."""
+    """Nested settings from ``section.key=value`` texts, which take precedence over those in ``below``.
+
+    Values are parsed as YAML. Raises ConfigError.
+    """
     values = merged({}, below or {})
     for override in overrides:
         key, separator, text = override.partition("=")
         if not separator or not key:
             raise ConfigError(f"--set {override!r} is not a setting. Wanted: section.key=value, as training.epochs=5.")
-        _assign(values, key.split("."), _parse_yaml(text, f"--set {key}"))
+        _assign(values, key.split("."), parse_yaml(text, f"--set {key}"))
     return values
 
 
 def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested settings, those above over those below; neither is changed."""
-    found: dict[str, Any] = {k: merged(v, {}) if isinstance(v, Mapping) else v for k, v in below.items()}
+    """Merge nested settings: those in ``above`` take precedence over those in ``below``. Neither mapping is changed."""
+    result: dict[str, Any] = {
+        key: merged(value, {}) if isinstance(value, Mapping) else value for key, value in below.items()
+    }
     for key, value in above.items():
-        under = found.get(key)
+        lower = result.get(key)
         if isinstance(value, Mapping):
-            value = merged(under if isinstance(under, Mapping) else {}, value)
-        found[key] = value
-    return found
+            value = merged(lower if isinstance(lower, Mapping) else {}, value)
+        result[key] = value
+    return result
 
 
 def write_config(config: Config, path: Path) -> None:
-    """Write every setting as YAML that ``read_config`` takes back. Raises OutputError."""
+    """Write every setting as YAML that ``read_config`` can read. Raises OutputError."""
     values = config.model_dump()
     text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
-    if any(separator in text for separator in "\x85\u2028\u2029"):  # PyYAML loses them unless it escapes them
+    if any(separator in text for separator in "\x85\u2028\u2029"):  # PyYAML loses these unless it escapes them
         text = yaml.safe_dump(values, sort_keys=False)
     save_text(text, path)
 
 
 def resolve(config: Config, *, images: int, classes: int, input_size: int) -> Config:
-    """Replace every "auto" of data, views and training by its value for so many images, classes and this input size.
+    """Replace every "auto" in the data, views and training sections that does not depend on the machine.
 
-    ``input_size`` is the backbone's input side in pixels. Device and precision stay: the machine decides those.
+    ``images`` and ``classes`` are their numbers; ``input_size`` is the backbone's input side in pixels. The device, the
+    precision and the number of workers may stay "auto", as they are chosen for the machine that runs.
     """
     training, views, data = config.training, config.views, config.data
-    steps_an_epoch = math.ceil(images / training.batch_size)
-    enough = min(training.max_epochs, max(1, round(training.steps / steps_an_epoch)))
-    epochs = enough if training.epochs == "auto" else training.epochs
+    steps_per_epoch = math.ceil(images / training.batch_size)
+    auto_epochs = min(training.max_epochs, max(1, round(training.steps / steps_per_epoch)))
+    epochs = auto_epochs if training.epochs == "auto" else training.epochs
     refresh = max(1, math.ceil(epochs / LABEL_PASSES)) if views.refresh_epochs == "auto" else views.refresh_epochs
-    rate = training.anchor_learning_rate
-    if rate == "auto":
-        rate = ANCHOR_RATE * min(1.0, images / classes / IMAGES_A_CLASS)
+    anchor_rate = training.anchor_learning_rate
+    if anchor_rate == "auto":
+        anchor_rate = ANCHOR_RATE * min(1.0, images / classes / IMAGES_A_CLASS)
+    anchor_steps = training.anchor_steps
+    if anchor_steps == "auto":
+        anchor_steps = ANCHOR_STEPS if _keeps_features(config) and training.learn != "norms" else 0
     working_size = data.working_size
     if working_size == "auto":
         working_size = math.ceil(input_size / views.crop_low)
@@ -245,17 +280,23 @@ def resolve(config: Config, *, images: int, classes: int, input_size: int) -> Co
         update={
             "data": data.model_copy(update={"working_size": working_size}),
             "views": views.model_copy(update={"refresh_epochs": refresh}),
-            "training": training.model_copy(update={"epochs": epochs, "anchor_learning_rate": rate}),
+            "training": training.model_copy(
+                update={"epochs": epochs, "anchor_learning_rate": anchor_rate, "anchor_steps": anchor_steps}
+            ),
         }
     )
 
 
 def readable_errors(model: type[BaseModel], error: ValidationError, prefix: str) -> str:
-    """Pydantic's findings as sentences, each setting named in full from ``prefix``."""
+    """Pydantic's errors as text, one per line, each starting with ``prefix`` and the setting's name.
+
+    ``model`` is the section that was being checked.
+    """
     return "\n".join(_readable(model, detail, prefix) for detail in error.errors())
 
 
 def _readable(model: type[BaseModel], detail: Any, prefix: str = "") -> str:
+    """One of Pydantic's errors as a line: the setting's name, the value it was given, and what is valid."""
     location = [str(part) for part in detail["loc"]]
     if detail["type"] == "extra_forbidden":
         section: type[BaseModel] = model
@@ -263,9 +304,9 @@ def _readable(model: type[BaseModel], detail: Any, prefix: str = "") -> str:
             annotation = section.model_fields[part].annotation
             if isinstance(annotation, type) and issubclass(annotation, BaseModel):
                 section = annotation
-        full = prefix + ".".join(location)
-        return f"{full}: " + unknown_name("setting", location[-1], section.model_fields)
-    # Members of a union come back with the member's type as the last part of the place; the user wrote none of it.
+        full_name = prefix + ".".join(location)
+        return f"{full_name}: " + unknown_name("setting", location[-1], section.model_fields)
+    # For a union, Pydantic appends the member's type to the location; the user wrote nothing of the kind.
     fields = [part for part in location if part.replace("_", "").isalnum() and not part[:1].isdigit()]
     known = []
     current: Any = model
@@ -275,25 +316,20 @@ def _readable(model: type[BaseModel], detail: Any, prefix: str = "") -> str:
         known.append(part)
         current = current.model_fields[part].annotation
     choices = [str(choice) for choice in get_args(current) if isinstance(choice, str)]
-    wanted = f" Valid: {', '.join(choices)}." if choices else ""
-    return f"{prefix}{'.'.join(known or location)}: found {_shown(detail['input'])}. {detail['msg']}.{wanted}"
+    hint = f" Valid: {', '.join(choices)}." if choices else ""
+    return f"{prefix}{'.'.join(known or location)}: found {_shown(detail['input'])}. {detail['msg']}.{hint}"
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        status = path.stat()
-        if stat.S_ISREG(status.st_mode) and status.st_size > MOST_BYTES:
-            raise ConfigError(f"{path} holds {status.st_size:,} bytes. Wanted: settings, at most {MOST_BYTES:,} bytes.")
-        if not stat.S_ISREG(status.st_mode):  # to open a pipe can wait for ever, and a device may have no end
-            raise OSError("not a regular file")
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise ConfigError(
-            f"No configuration file at {path}. Wanted: a YAML file, as a run folder's config.yaml."
-        ) from None
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} cannot be read as UTF-8 text: {error}.") from None
-    values = _parse_yaml(text, str(path))
+        text = read_text(path, most_bytes=MOST_BYTES)
+    except TextFileError as error:
+        if error.missing:
+            raise ConfigError(
+                f"No configuration file at {path}. Wanted: a YAML file, as a run folder's config.yaml."
+            ) from None
+        raise ConfigError(f"{path} cannot be read as UTF-8 text: {error}. Wanted: a YAML file.") from None
+    values = parse_yaml(text, str(path))
     if values is None:
         return {}
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
@@ -301,64 +337,10 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
-def _parse_yaml(text: str, where: str) -> Any:
-    try:
-        return yaml.load(text, _Loader)
-    # PyYAML lets through what Python says of a date, a number or a nesting that it cannot construct.
-    except (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
-        raise ConfigError(f"{where} is not YAML: {' '.join(str(error).split())[:300]}.") from None
-
-
-class _Loader(yaml.SafeLoader):
-    """Safe, and strict where YAML is silent or has no bound: keys that stand twice, aliases of aliases, numbers."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__(text)
-        self._sizes: dict[yaml.Node, int] = {}  # values in each node, every alias written out
-
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        alias = self.check_event(yaml.AliasEvent)
-        node = super().compose_node(parent, index)
-        if node is None or node in self._sizes:
-            return node
-        if alias:
-            raise yaml.YAMLError(f"a value holds itself{node.start_mark}")
-        if len(self._sizes) > MOST_VALUES:
-            raise yaml.YAMLError(f"it holds more than {MOST_VALUES:,} values")
-        inner: list[yaml.Node] = []
-        if isinstance(node, yaml.SequenceNode):
-            inner = node.value
-        elif isinstance(node, yaml.MappingNode):
-            inner = [part for pair in node.value for part in pair]
-            keys: set[tuple[str, str]] = set()
-            for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
-                if (key.tag, key.value) in keys:
-                    raise yaml.YAMLError(f"the key {key.value!r:.100} stands twice in one section{key.start_mark}")
-                keys.add((key.tag, key.value))
-        self._sizes[node] = 1 + sum(self._sizes[part] for part in inner)
-        if self._sizes[node] > MOST_VALUES:
-            raise yaml.YAMLError(f"it holds more than {MOST_VALUES:,} values, each alias counted")
-        return node
-
-    def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> Any:
-        value: str = super().construct_scalar(node)
-        value.encode()  # half of a character, as "\\ud800", is no text
-        return value
-
-    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
-        value = super().construct_yaml_int(node)
-        if abs(value) > sys.float_info.max:
-            raise yaml.YAMLError(f"a number of {value.bit_length()} bits is too large{node.start_mark}")
-        return value
-
-
-_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
-
-
 def _shown(value: object) -> str:
     try:
         return f"{value!r:.200}"
-    except ValueError:  # Python writes no integer of more than a few thousand digits
+    except ValueError:  # Python refuses to format an integer of more than a few thousand digits
         return "a very large number"
 
 

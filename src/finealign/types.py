@@ -1,7 +1,7 @@
-"""The records that cross the borders between rooms, each with the shape of every tensor beside it.
+"""The records that the package's modules pass to each other, with the shape of every tensor.
 
-Letters: B images in a batch, N crops per image, K crops kept, C classes, M descriptions in all, J anchors per class,
-D embedding width. All features are L2-normalised float32, so an inner product is a cosine.
+Letters: B images in a batch, N crops per image, K crops kept, C classes, M descriptions of all classes together,
+J anchors per class, D embedding width. All features are L2-normalised float32, so an inner product is a cosine.
 """
 
 from collections.abc import Mapping
@@ -14,12 +14,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 Score = Literal["global", "las", "fused"]
-Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels; the last two lie just outside
+Precision = Literal["fp32", "bf16"]
+WantedPrecision = Literal["auto", "fp32", "bf16"]  # auto: bf16 where the processor computes it faster than fp32
+Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels; right and bottom are exclusive
 
 
 @dataclass(frozen=True)
 class SetAside:
-    """An image that could not be used, and why; the run goes on without it."""
+    """An image that could not be used, and the reason. The run continues without it."""
 
     path: str
     reason: str
@@ -27,9 +29,9 @@ class SetAside:
 
 @dataclass(frozen=True)
 class Texts:
-    """What is known of the classes before any image is seen.
+    """The class names, descriptions and templates, which are known before any image is read.
 
-    ``descriptions`` has one non-empty tuple of sentences a class, in the order of ``classes``; ``templates`` are
+    ``descriptions`` has one non-empty tuple of sentences per class, in the order of ``classes``. ``templates`` are
     prompts with one ``{}`` for the class name.
     """
 
@@ -40,7 +42,7 @@ class Texts:
 
 @dataclass(frozen=True)
 class TextFeatures:
-    """The encoded texts: fixed for a whole run."""
+    """The encoded texts. They do not change during a run."""
 
     names: Tensor  # (C, D) normalised mean over the templates, each filled with the class name
     descriptions: Tensor  # (M, D) every description of every class
@@ -48,20 +50,35 @@ class TextFeatures:
 
     @property
     def num_classes(self) -> int:
+        """C, the number of classes."""
         return self.names.shape[0]
 
 
 @dataclass(frozen=True)
 class ImageFeatures:
-    """One image seen whole and in parts. ``crops`` is (B, 0, D) for methods that look at no crops."""
+    """The features of a batch of images: of each weak view and of its crops.
+
+    ``crops`` is (B, 0, D) for methods that use no crops.
+    """
 
     weak: Tensor  # (B, D)
     crops: Tensor  # (B, N, D)
 
 
+@dataclass(frozen=True, eq=False)
+class Gaze:
+    """How the image tower encodes a whole image, where this differs from its default.
+
+    It can take learned prompts and use salient patches. Towers without tokens (``Backbone.token_width`` 0) ignore both.
+    """
+
+    prompts: Tensor | None = None  # (P, W), P prompts of the token width W, appended to the tokens of every image
+    salient: bool = False  # whether the embedding is half the tower's own and half that of the salient patches
+
+
 @dataclass(frozen=True)
 class PseudoLabels:
-    """What a method believes of a batch; never carries a gradient."""
+    """The pseudo-labels that a method gives to a batch. The tensors never carry a gradient."""
 
     labels: Tensor  # (B,) int64
     weights: Tensor  # (B,) in [0, 1]
@@ -70,7 +87,7 @@ class PseudoLabels:
 
 @dataclass(frozen=True)
 class Loss:
-    """The scalar to minimise and its named parts, for the log."""
+    """The scalar to minimise, and its named parts for the log."""
 
     total: Tensor  # ()
     parts: Mapping[str, Tensor] = field(default_factory=dict)
@@ -78,9 +95,9 @@ class Loss:
 
 @dataclass(frozen=True)
 class Prediction:
-    """The scores of one image: of the adapted model, and of the one it started from where that was asked for.
+    """The scores of one image from the adapted model and, where requested, from the start.
 
-    Scores are cosine-like; probabilities sum to 1.
+    The start is the model before adaptation. Scores are on the scale of cosines; probabilities sum to 1.
     """
 
     path: Path
@@ -92,17 +109,18 @@ class Prediction:
 
 @dataclass(frozen=True, eq=False)
 class Explanation:
-    """What a fitted model looks at in one image, and what it makes of it.
+    """The crops that a fitted model uses in one image, their weights, and the resulting scores.
 
-    Boxes are in pixels of the image as it is shown, its EXIF rotation applied. Scores and probabilities are those the
-    model predicts with by the same score; so are those of the model it started from, where that was asked for.
+    Boxes are in pixels of the image as it is displayed, after its EXIF rotation. Scores and probabilities equal those
+    that the model predicts with the same kind of score. Those of the start (the model before adaptation) are given
+    where they were requested, and equal its predictions likewise.
     """
 
-    width: int  # of the image as it is shown, in pixels
+    width: int  # of the image as it is displayed, in pixels
     height: int
-    score: Score  # what the scores are
-    boxes: tuple[Box, ...]  # N crops; none for "global", which looks at the image as a whole
-    weights: NDArray[np.float32]  # (N,) how much each crop counts, in [0, 1]; they sum to 1
+    score: Score  # the kind of score
+    boxes: tuple[Box, ...]  # N crops; none for "global", which uses the whole image
+    weights: NDArray[np.float32]  # (N,) weight of each crop, in [0, 1]; they sum to 1
     scores: NDArray[np.float32]  # (C,)
     probabilities: NDArray[np.float32]  # (C,)
     start_scores: NDArray[np.float32] | None = None  # (C,)
@@ -111,7 +129,7 @@ class Explanation:
 
 @dataclass(frozen=True)
 class Truth:
-    """Ground truth, read by evaluation alone: image paths and the index of each one's class."""
+    """Ground truth, which only evaluation reads: image paths and the class index of each image."""
 
     paths: tuple[Path, ...]
     labels: tuple[int, ...]

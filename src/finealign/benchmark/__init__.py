@@ -1,5 +1,5 @@
-"""Methods side by side on many data sets: the catalogue, the grid of runs, the table.
+"""Comparing methods on many data sets: the catalogue of sets, the grid of runs, the table of results.
 
-Beside ``evaluate`` this is where ground truth is read, to measure with; the images a method learns from come as bare
-paths.
+This package uses ``evaluate`` to read true labels, for measuring only; a method gets its images as paths without
+labels.
 """

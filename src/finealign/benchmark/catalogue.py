@@ -1,8 +1,9 @@
 """The data sets that papers of this field report on: where each is found on disk, its classes and its texts.
 
-A set is looked for under the data root in three forms, the first that is there: plain class folders
+A set is looked for under the data root in these forms, and the first one present is used: class folders with a split
 (``NAME/train/<label>/*`` and ``NAME/test/<label>/*``), the layout and split file that CoOp published
-(``FOLDER/split_zhou_*.json``), and what torchvision reads or fetches. ``path:DIR`` is a folder of one's own.
+(``FOLDER/split_zhou_*.json``), class folders without a split, and what torchvision reads or downloads. ``path:DIR`` is
+a folder of the user's own.
 """
 
 import json
@@ -17,32 +18,33 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from finealign.backbone import imagenet_names
+from finealign.backbone.load import imagenet_names
 from finealign.errors import FinealignError, ImageInputError, unknown_name
-from finealign.evaluate import read_truth
-from finealign.images import list_images
-from finealign.prompts import DEFAULT_TEMPLATES, make_texts, read_classes, read_descriptions, read_templates
+from finealign.evaluate.truth import read_truth
+from finealign.images.listing import list_images
+from finealign.texts.prompts import DEFAULT_TEMPLATES, make_texts, read_classes, read_descriptions, read_templates
 from finealign.types import Texts, Truth
 
-TEST_SHARE = 1 / 3  # of each class, where a set comes without a split; drawn by SPLIT_SEED
+TEST_SHARE = 1 / 3  # of each class's images, where a set comes without a split; drawn with SPLIT_SEED
 SPLIT_SEED = 0
-NO_CLASS = ("BACKGROUND_Google", "Faces_easy")  # of Caltech-101's folders, in no table
+NO_CLASS = ("BACKGROUND_Google", "Faces_easy")  # folders of Caltech-101 that papers do not count as classes
 
 
 @dataclass(frozen=True)
 class DataSet:
-    """What is known of a set without looking at it."""
+    """An entry of the catalogue: what is known of a data set without reading it."""
 
     name: str
     title: str
     classes: int
-    template: str  # for its kind of image, beside the neutral ones; or nothing
+    template: str  # prompt for its kind of image, used beside the default templates; may be empty
     page: str  # where to get it
-    coop: tuple[str, str, str] | None = None  # folder, split file, and the folder its paths start from
-    torchvision: tuple[str, dict[str, Any], dict[str, Any]] | None = None  # class; arguments for train, for test
-    folders: str = ""  # one folder of class folders without a split, under the root
+    coop: tuple[str, str, str] | None = None  # folder, split file, and the folder that the split's paths start from
+    torchvision: tuple[str, dict[str, Any], dict[str, Any]] | None = None  # class; its arguments for train and for test
+    folders: str = ""  # folder of class folders without a split, under the data root
 
     def as_json(self) -> dict[str, Any]:
+        """The entry as JSON values; ``described`` says whether the package has descriptions for it."""
         kind = self.torchvision[0] if self.torchvision else None
         described = len(self.texts) > 0
         return {
@@ -52,24 +54,24 @@ class DataSet:
 
     @property
     def fetched(self) -> bool:
-        """Whether torchvision still can: the page it had Stanford Cars from is gone."""
+        """Whether torchvision can download the set. Its source of Stanford Cars no longer exists."""
         return self.torchvision is not None and self.name != "stanford_cars"
 
     @property
     def texts(self) -> list[dict[str, Any]]:
-        """Label, name and descriptions of each class where we wrote them, else nothing."""
+        """Label, name and descriptions of each class, as they ship with the package; empty for sets without them."""
         return _texts(self.name)
 
 
 @dataclass(frozen=True)
 class LabelledSet:
-    """A set on disk: images to learn from, without labels; images to measure on, with them; what classes are called."""
+    """A data set on disk: unlabelled images to adapt to, labelled images to measure on, and the classes' texts."""
 
     name: str
     unlabelled: tuple[Path, ...]
     test: Truth
     texts: Texts
-    described: bool  # whether it has descriptions; else templates stand in for them
+    described: bool  # whether it has descriptions; without them, filled-in templates are used
 
 
 _SETS = (
@@ -126,46 +128,48 @@ _SETS = (
             torchvision=("GTSRB", {"split": "train"}, {"split": "test"})),
 )  # fmt: skip
 
-DATA_SETS = {one.name: one for one in _SETS}
-DPA_TABLE = tuple(one.name for one in _SETS[:13])  # the 13 sets of DPA's table, in its order
+DATA_SETS = {data_set.name: data_set for data_set in _SETS}
+DPA_TABLE = tuple(data_set.name for data_set in _SETS[:13])  # the 13 sets of DPA's table, in its order
 
 
 def load_set(name: str, root: Path, *, download: bool = False) -> LabelledSet:
-    """A set by its name in the catalogue, or ``path:DIR`` for a folder of one's own.
+    """Load a data set by its name in the catalogue, or from a folder given as ``path:DIR``.
 
-    DIR holds ``train/<class>/*`` and ``test/<class>/*``, or class folders alone, which are then both learned from
-    (their names unseen) and measured on. ``classes.txt``, ``descriptions.json`` and ``templates.txt`` beside them are
-    taken where present. Raises ImageInputError where the set is not found, saying where to get it and how to lay it
-    out; ConfigError's sentence for an unknown name.
+    DIR holds ``train/<class>/*`` and ``test/<class>/*``, or class folders alone; the images of the latter are used both
+    for adapting, without their labels, and for measuring. ``classes.txt``, ``descriptions.json`` and ``templates.txt``
+    in DIR are used where present. ``download`` lets torchvision download a set that is not under ``root``.
+
+    Raises ImageInputError where the set is not found, with a message that says where to get it and how to lay it out,
+    and FinealignError for an unknown name or where a package that reads the set is missing.
     """
     if name.startswith("path:"):
         return _own_folder(name)
     if name not in DATA_SETS:
         raise FinealignError(unknown_name("data set", name, [*DATA_SETS, "path:DIR"]))
-    found = DATA_SETS[name]
-    labelled = _find(found, root, download=download)
-    if labelled is None:
-        raise ImageInputError(_how_to_get(found, root))
-    unlabelled, test, labels = labelled
-    texts, described = _texts_of(found, labels)
+    data_set = DATA_SETS[name]
+    split = _find(data_set, root, download=download)
+    if split is None:
+        raise ImageInputError(_how_to_get(data_set, root))
+    unlabelled, test, labels = split
+    texts, described = _texts_of(data_set, labels)
     return LabelledSet(name, tuple(unlabelled), test, texts, described)
 
 
 Split = tuple[Sequence[Path], Truth, Sequence[str]]  # images without labels, test images with them, labels in order
 
 
-def _find(found: DataSet, root: Path, *, download: bool) -> Split | None:
+def _find(data_set: DataSet, root: Path, *, download: bool) -> Split | None:
     readers: list[Callable[[], Split | None]] = [
-        lambda: _class_folders(root / found.name),
-        lambda: _coop(found, root),
-        lambda: _one_folder(root / found.folders) if found.folders else None,
-        lambda: _torchvision(found, root, download=download),
+        lambda: _class_folders(root / data_set.name),
+        lambda: _coop(data_set, root),
+        lambda: _one_folder(root / data_set.folders) if data_set.folders else None,
+        lambda: _torchvision(data_set, root, download=download),
     ]
     return next((split for reader in readers if (split := reader()) is not None), None)
 
 
 def _folders(folder: Path) -> list[str]:
-    """The sub-folders that may be classes, as ``list_images`` goes by them: not the hidden ones."""
+    """The names of the sub-folders that may be classes: as in ``list_images``, hidden ones are skipped."""
     return sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
 
 
@@ -177,7 +181,7 @@ def _class_folders(folder: Path, classes: Sequence[str] | None = None) -> Split 
 
 
 def _one_folder(folder: Path) -> Split | None:
-    """Class folders without a split: our own, the same everywhere. ImageNet's train and val are one."""
+    """Class folders without a split, split here the same way everywhere; ImageNet's train and val are its split."""
     if not folder.is_dir():
         return None
     if (folder / "train").is_dir() and (folder / "val").is_dir():
@@ -189,7 +193,10 @@ def _one_folder(folder: Path) -> Split | None:
 
 
 def _split(labelled: Sequence[tuple[Path, int]]) -> tuple[list[Path], Truth]:
-    """A share of each class to measure on, the rest to learn from; drawn by the sorted paths and SPLIT_SEED alone."""
+    """Take TEST_SHARE of each class for measuring and the rest for adapting.
+
+    The draw depends on the sorted paths and SPLIT_SEED alone.
+    """
     rng = np.random.default_rng(SPLIT_SEED)
     unlabelled: list[Path] = []
     test: list[tuple[Path, int]] = []
@@ -202,10 +209,10 @@ def _split(labelled: Sequence[tuple[Path, int]]) -> tuple[list[Path], Truth]:
     return unlabelled, _truth(test)
 
 
-def _coop(found: DataSet, root: Path) -> Split | None:
-    if found.coop is None:
+def _coop(data_set: DataSet, root: Path) -> Split | None:
+    if data_set.coop is None:
         return None
-    folder, name, images = found.coop
+    folder, name, images = data_set.coop
     file = root / folder / name
     if not file.is_file():
         return None
@@ -226,61 +233,68 @@ def _coop(found: DataSet, root: Path) -> Split | None:
     return unlabelled, _truth(test), [names[label] for label in sorted(names)]
 
 
-def _torchvision(found: DataSet, root: Path, *, download: bool) -> Split | None:
-    if found.torchvision is None:
+def _torchvision(data_set: DataSet, root: Path, *, download: bool) -> Split | None:
+    if data_set.torchvision is None:
         return None
     from torchvision import datasets
 
-    name, *arguments = found.torchvision
+    name, *arguments = data_set.torchvision
     kind = getattr(datasets, name)
-    download = download and found.fetched
+    download = download and data_set.fetched
     try:
         train, test = (kind(str(root), **values, **({"download": True} if download else {})) for values in arguments)
-    except RuntimeError:  # "not found or corrupted": where to get it is said by the caller
+    except RuntimeError:  # "not found or corrupted": the caller then says where to get the set
         if download:
-            raise ImageInputError(f"torchvision cannot fetch {found.title}. " + _how_to_get(found, root)) from None
+            raise ImageInputError(
+                f"torchvision cannot fetch {data_set.title}. " + _how_to_get(data_set, root)
+            ) from None
         return None
-    except ModuleNotFoundError as error:  # it reads two sets' labels with scipy
+    except ModuleNotFoundError as error:  # torchvision reads the labels of two sets with scipy
         raise FinealignError(
-            f"{found.title} is read with {error.name}, which is not installed: pip install 'finealign[benchmark]'."
+            f"{data_set.title} is read with {error.name}, which is not installed: pip install 'finealign[benchmark]'."
         ) from error
-    except Exception as error:  # of the network, or of a page that has moved
+    except Exception as error:  # any error of the network, or a download address that has changed
         raise ImageInputError(
-            f"torchvision cannot fetch {found.title} ({type(error).__name__}: {error}). " + _how_to_get(found, root)
+            f"torchvision cannot fetch {data_set.title} ({type(error).__name__}: {error}). "
+            + _how_to_get(data_set, root)
         ) from error
-    labels = list(getattr(train, "classes", None) or [entry["label"] for entry in found.texts])
+    labels = list(getattr(train, "classes", None) or [entry["label"] for entry in data_set.texts])
     if arguments[0] == arguments[1]:
-        return *_split(_samples(train, found, root)), labels
-    return [path for path, _ in _samples(train, found, root)], _truth(_samples(test, found, root)), labels
+        return *_split(_samples(train, data_set, root)), labels
+    return [path for path, _ in _samples(train, data_set, root)], _truth(_samples(test, data_set, root)), labels
 
 
-def _samples(dataset: Any, found: DataSet, root: Path) -> list[tuple[Path, int]]:
-    """The files and labels of a torchvision set, by whichever of its attributes holds them."""
+def _samples(source: Any, data_set: DataSet, root: Path) -> list[tuple[Path, int]]:
+    """The paths and labels of a torchvision set.
+
+    torchvision has no common interface for them, so they are read from the attribute, mostly a private one, in which
+    the set's class keeps them. Sets without files (the CIFARs) are written as PNGs.
+    """
     for attribute in ("_samples", "samples"):
-        if hasattr(dataset, attribute):
-            return [(_decodable(Path(path)), int(label)) for path, label in getattr(dataset, attribute)]
-    for paths in ("_image_files", "_images"):
-        if hasattr(dataset, paths):
+        if hasattr(source, attribute):
+            return [(_decodable(Path(path)), int(label)) for path, label in getattr(source, attribute)]
+    for private in ("_image_files", "_images"):
+        if hasattr(source, private):
             return [
-                (Path(path), int(label)) for path, label in zip(getattr(dataset, paths), dataset._labels, strict=True)
+                (Path(path), int(label)) for path, label in zip(getattr(source, private), source._labels, strict=True)
             ]
-    return _written(dataset, root / f"{found.name}-images" / ("train" if dataset.train else "test"))
+    return _written(source, root / f"{data_set.name}-images" / ("train" if source.train else "test"))
 
 
-def _written(dataset: Any, folder: Path) -> list[tuple[Path, int]]:
-    """A set whose images lie in one array, each written once as a PNG."""
+def _written(source: Any, folder: Path) -> list[tuple[Path, int]]:
+    """Paths and labels of a torchvision set that keeps its images in one array; missing PNGs are written."""
     folder.mkdir(parents=True, exist_ok=True)
-    found = []
-    for index in range(len(dataset)):
+    labelled = []
+    for index in range(len(source)):
         path = folder / f"{index:06d}.png"
         if not path.exists():
-            _save(dataset[index][0], path)
-        found.append((path, int(dataset.targets[index])))
-    return found
+            _save(source[index][0], path)
+        labelled.append((path, int(source.targets[index])))
+    return labelled
 
 
 def _decodable(path: Path) -> Path:
-    """GTSRB comes as PPM, which ``images`` does not decode: the same as a PNG beside it."""
+    """The path, or for PPM (GTSRB), which ``images`` does not decode, that of a PNG copy written beside it."""
     if path.suffix != ".ppm":
         return path
     png = path.with_suffix(".png")
@@ -291,7 +305,7 @@ def _decodable(path: Path) -> Path:
 
 
 def _save(image: Image.Image, path: Path) -> None:
-    """As PNG, whole or not there, whichever processes write it."""
+    """Save as PNG by an atomic write; several processes may write the same file at once."""
     aside = path.with_suffix(f".part{os.getpid()}")
     image.save(aside, "PNG")
     aside.replace(path)
@@ -312,7 +326,7 @@ def _own_folder(name: str) -> LabelledSet:
     unlabelled, test, labels = split
     file = folder / "descriptions.json"
     descriptions = read_descriptions(file) if file.is_file() else None
-    if descriptions and not given:  # written by the folders' names or by the words made of them
+    if descriptions and not given:  # their keys may be folder names, or the class names made of those
         descriptions = {readable(key) if key in labels else key: texts for key, texts in descriptions.items()}
     file = folder / "templates.txt"
     templates = read_templates(file) if file.is_file() else None
@@ -321,17 +335,17 @@ def _own_folder(name: str) -> LabelledSet:
     return LabelledSet(name, tuple(unlabelled), test, texts, descriptions is not None)
 
 
-def _texts_of(found: DataSet, labels: Sequence[str]) -> tuple[Texts, bool]:
-    """Our texts in the order of the labels on disk; names made from the labels where we wrote none."""
-    templates = (*DEFAULT_TEMPLATES, *([found.template] if found.template else []))
-    entries = {_key(entry["label"]): entry for entry in found.texts}
-    entries |= {_key(entry["name"]): entry for entry in found.texts}
-    if found.name == "imagenet":
+def _texts_of(data_set: DataSet, labels: Sequence[str]) -> tuple[Texts, bool]:
+    """The package's texts in the order of the labels on disk, and True; or names made from the labels, and False."""
+    templates = (*DEFAULT_TEMPLATES, *([data_set.template] if data_set.template else []))
+    entries = {_key(entry["label"]): entry for entry in data_set.texts}
+    entries |= {_key(entry["name"]): entry for entry in data_set.texts}
+    if data_set.name == "imagenet":
         names: Iterable[str] = _imagenet_names(len(labels))
     else:
         names = [readable(label) for label in labels]
     matched = [entries.get(_key(label)) for label in labels]
-    if not found.texts or None in matched:
+    if not data_set.texts or None in matched:
         return make_texts(_distinct(names), None, templates), False
     known = [entry for entry in matched if entry]
     descriptions = {entry["name"]: entry["descriptions"] for entry in known}
@@ -339,14 +353,14 @@ def _texts_of(found: DataSet, labels: Sequence[str]) -> tuple[Texts, bool]:
 
 
 def readable(label: str) -> str:
-    """A folder's name as words: ``001.House_Wren`` -> ``House Wren``, ``SeaLake`` -> ``sea lake``."""
+    """A folder name as a class name: ``001.House_Wren`` -> ``House Wren``, ``SeaLake`` -> ``sea lake``."""
     head, dot, rest = label.partition(".")
     words = (rest if dot and head.isdigit() else label).replace("_", " ").replace("/", " ").split()
     return " ".join(_humps(words[0]) if len(words) == 1 else words)
 
 
 def _humps(word: str) -> list[str]:
-    """``SeaLake`` -> sea, lake; a word that is not written in humps stays as it is."""
+    """Split a camel-case word: ``SeaLake`` -> sea, lake; any other word stays as it is."""
     starts = [i for i, letter in enumerate(word) if letter.isupper() and (i == 0 or word[i - 1].islower())]
     if len(starts) < 2 or starts[0] != 0 or not word.isalpha():
         return [word]
@@ -354,17 +368,17 @@ def _humps(word: str) -> list[str]:
 
 
 def _distinct(names: Iterable[str]) -> list[str]:
-    """ImageNet has two classes by each of two names (missile, sunglasses): the second gets a number."""
-    seen: dict[str, int] = {}
-    found = []
+    """The names with a number added to repeated ones: ImageNet has two classes named missile and two sunglasses."""
+    counts: dict[str, int] = {}
+    distinct = []
     for name in names:
-        seen[name.casefold()] = times = seen.get(name.casefold(), 0) + 1
-        found.append(name if times == 1 else f"{name} {times}")
-    return found
+        counts[name.casefold()] = times = counts.get(name.casefold(), 0) + 1
+        distinct.append(name if times == 1 else f"{name} {times}")
+    return distinct
 
 
 def _imagenet_names(count: int) -> list[str]:
-    """Its wnids, sorted, in words."""
+    """The names of ImageNet's classes, in the order of their sorted wnids."""
     names = imagenet_names()
     if count != len(names):
         raise ImageInputError(f"ImageNet has {len(names)} class folders; found {count}.")
@@ -372,7 +386,7 @@ def _imagenet_names(count: int) -> list[str]:
 
 
 def _key(text: str) -> str:
-    """The form under which labels of one class agree across copies of a set."""
+    """The label without case, spaces and punctuation, in which copies of a data set differ."""
     return "".join(character for character in text.casefold() if character.isalnum())
 
 
@@ -380,15 +394,17 @@ def _truth(labelled: Sequence[tuple[Path, int]]) -> Truth:
     return Truth(tuple(path for path, _ in labelled), tuple(label for _, label in labelled))
 
 
-def _how_to_get(found: DataSet, root: Path) -> str:
-    ways = [f"{root / found.name}/{{train,test}}/<class>/<image>"]
-    if found.coop:
-        ways.append(f"{root / found.coop[0] / found.coop[1]} with images in {root / found.coop[0] / found.coop[2]}")
-    if found.folders:
-        ways.append(f"{root / found.folders}/<class>/<image>")
-    fetched = " torchvision can fetch it: --download." if found.fetched else ""
-    return f"{found.title} is not under {root}.{fetched} Else get it from {found.page} and lay it out as " + (
-        ", or ".join(ways) + "."
+def _how_to_get(data_set: DataSet, root: Path) -> str:
+    layouts = [f"{root / data_set.name}/{{train,test}}/<class>/<image>"]
+    if data_set.coop:
+        layouts.append(
+            f"{root / data_set.coop[0] / data_set.coop[1]} with images in {root / data_set.coop[0] / data_set.coop[2]}"
+        )
+    if data_set.folders:
+        layouts.append(f"{root / data_set.folders}/<class>/<image>")
+    hint = " torchvision can fetch it: --download." if data_set.fetched else ""
+    return f"{data_set.title} is not under {root}.{hint} Else get it from {data_set.page} and lay it out as " + (
+        ", or ".join(layouts) + "."
     )
 
 

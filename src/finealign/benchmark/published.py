@@ -1,7 +1,7 @@
-"""What papers report for OpenAI's ViT-B/32: top-1 in percent, each row with its source and what sets it apart.
+"""What papers report for OpenAI's ViT-B/32: top-1 in percent, each row with its source and how its protocol differs.
 
-Their best epoch on the test set and a learning rate for each data set where the source says so; our rows are the last
-epoch and one setting for all.
+Where the source says so, its figures are of the best epoch on the test set, with a learning rate tuned for each data
+set. The rows of the grid are of the last epoch, with the same settings for all sets.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ BACKBONE = "OpenAI CLIP ViT-B/32"
 
 @dataclass(frozen=True)
 class PublishedRow:
-    """A method's figures by the catalogue's name of the set."""
+    """A method's published top-1 in percent, by the data set's name in the catalogue."""
 
     method: str
     source: str

@@ -1,7 +1,8 @@
-"""The grid's cells as one table: Markdown, CSV and JSON, and the published rows above it.
+"""The cells of a grid as one table, in Markdown, CSV and JSON, and beside published results.
 
-Top-1 in percent. A figure is the mean over seeds with the standard deviation; a gain is over zero-shot with the same
-descriptions, with the 95 % interval of the paired difference on the same images. Always the last epoch.
+Top-1 is in percent, after the last epoch, as the mean over seeds with its standard deviation. A gain is the difference
+to the start (the model before adaptation) in points, with the 95 % interval of the paired difference on the same
+images.
 """
 
 import csv
@@ -19,8 +20,8 @@ from numpy.typing import NDArray
 from finealign.benchmark.catalogue import DATA_SETS
 from finealign.benchmark.grid import Cell
 from finealign.benchmark.published import BACKBONE, PUBLISHED
-from finealign.evaluate import Interval, bootstrap_interval
-from finealign.storage import save_text
+from finealign.evaluate.metrics import Interval, bootstrap_interval, bootstrap_mean_of_sets
+from finealign.runtime.atomic import save_text
 
 RESAMPLES = 2000
 START = "start"
@@ -28,69 +29,72 @@ START = "start"
 
 @dataclass(frozen=True)
 class Entry:
-    """A method on a set, over its seeds; all in percent or points."""
+    """The result of a method on a data set over its seeds, in percent; gains in points."""
 
     method: str
     dataset: str
     seeds: tuple[int, ...]
     top1: float
-    deviation: float | None  # over seeds; None for one seed
+    deviation: float | None  # standard deviation over seeds; None for one seed
     gain: Interval
-    seconds: float  # of fit, mean over seeds
+    seconds: float  # of the fit, mean over seeds
 
 
 @dataclass(frozen=True)
 class Row:
-    """A method over all sets it has cells of."""
+    """The results of a method on all data sets that it has cells of; the means are NaN where it lacks a set."""
 
     method: str
-    entries: dict[str, Entry]
+    entries: dict[str, Entry]  # by set
     top1: float  # mean over sets
-    gain: Interval  # of the mean over sets
-    worst: float  # the smallest gain of a set
-    seconds: float  # of fit, summed over sets
+    gain: Interval  # mean over sets
+    worst: float  # the smallest gain on a set
+    seconds: float  # of the fits, summed over sets
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows by method, the start first; columns by set."""
+    """The results of a grid: one row per method, one column per data set, and the start's accuracy."""
 
     datasets: tuple[str, ...]
-    rows: tuple[Row, ...]
-    start: dict[str, float]  # zero-shot with the same descriptions, by set
-    versus: dict[str, Interval]  # the first method's mean over sets less each other's, paired on the same images
-    missing: tuple[str, ...]  # cells that are not done
+    rows: tuple[Row, ...]  # in the order of the methods
+    start: dict[str, float]  # top-1 of the start, by set
+    versus: dict[str, Interval]  # by other method: the first method's mean over sets less its mean, paired by image
+    missing: tuple[str, ...]  # cells that are not finished, as "SET/METHOD-seedN"
 
 
 def make_table(cells: Sequence[Cell], datasets: Sequence[str], methods: Sequence[str], seeds: Sequence[int]) -> Table:
-    """Gather cells. A method that lacks a set has no mean, so that means are over the same sets; so has its row."""
-    by_place = {(cell.dataset, cell.method, cell.seed): cell for cell in cells}
-    found: dict[str, dict[str, list[Cell]]] = {
+    """The table of a grid's finished cells, for these data sets, methods and seeds.
+
+    Means are given only for methods that have cells of all data sets, so that all means are over the same sets.
+    """
+    by_key = {(cell.dataset, cell.method, cell.seed): cell for cell in cells}
+    grouped: dict[str, dict[str, list[Cell]]] = {
         method: {
-            name: cells_there
+            name: of_seeds
             for name in datasets
-            if (cells_there := [by_place[name, method, s] for s in seeds if (name, method, s) in by_place])
+            if (of_seeds := [by_key[name, method, seed] for seed in seeds if (name, method, seed) in by_key])
         }
         for method in methods
     }
     start = {
-        name: 100 * next(cells[name][0].top1[START] for cells in found.values() if name in cells)
+        name: 100 * next(by_set[name][0].top1[START] for by_set in grouped.values() if name in by_set)
         for name in datasets
-        if any(name in cells for cells in found.values())
+        if any(name in by_set for by_set in grouped.values())
     }
-    rows = tuple(_row(method, by_set, datasets) for method, by_set in found.items() if by_set)
+    rows = tuple(_row(method, by_set, datasets) for method, by_set in grouped.items() if by_set)
     first = next(iter(methods))
     versus = {
-        method: _mean_interval([_difference(found[first][name], found[method][name]) for name in datasets])
+        method: bootstrap_mean_of_sets([_difference(grouped[first][name], grouped[method][name]) for name in datasets])
         for method in methods[1:]
-        if all(name in found[first] and name in found[method] for name in datasets)
+        if all(name in grouped[first] and name in grouped[method] for name in datasets)
     }
     missing = tuple(
         f"{name}/{method}-seed{seed}"
         for name in datasets
         for method in methods
         for seed in seeds
-        if (name, method, seed) not in by_place
+        if (name, method, seed) not in by_key
     )
     return Table(tuple(datasets), rows, start, versus, missing)
 
@@ -103,7 +107,7 @@ def _row(method: str, by_set: Mapping[str, Sequence[Cell]], datasets: Sequence[s
         method=method,
         entries=entries,
         top1=mean(entry.top1 for entry in entries.values()) if whole else nothing,
-        gain=_mean_interval([_gain(cells) for cells in by_set.values()])
+        gain=bootstrap_mean_of_sets([_gain(cells) for cells in by_set.values()])
         if whole
         else Interval(nothing, nothing, nothing),
         worst=min(entry.gain.mean for entry in entries.values()),
@@ -125,44 +129,33 @@ def _entry(method: str, cells: Sequence[Cell]) -> Entry:
 
 
 def _right(cells: Sequence[Cell]) -> NDArray[np.float64]:
-    """How often each image is right over the seeds, in percent: (n,)."""
-    found: NDArray[np.float64] = 100 * np.asarray([cell.right for cell in cells], dtype=np.float64).mean(axis=0)
-    return found
+    """The share of seeds by which each image is labelled correctly, in percent: (n,)."""
+    percent: NDArray[np.float64] = 100 * np.asarray([cell.right for cell in cells], dtype=np.float64).mean(axis=0)
+    return percent
 
 
 def _gain(cells: Sequence[Cell]) -> NDArray[np.float64]:
-    found: NDArray[np.float64] = _right(cells) - 100 * cells[0].start_right
-    return found
+    """The gain over the start on each image, in points: (n,)."""
+    points: NDArray[np.float64] = _right(cells) - 100 * cells[0].start_right
+    return points
 
 
 def _difference(first: Sequence[Cell], second: Sequence[Cell]) -> NDArray[np.float64]:
-    found: NDArray[np.float64] = _right(first) - _right(second)
-    return found
-
-
-def _mean_interval(sets: Sequence[NDArray[np.float64]]) -> Interval:
-    """The mean over sets of each set's mean, every set resampled by itself: sets are fixed, images are drawn."""
-    rng = np.random.default_rng(0)
-    means = np.zeros(RESAMPLES)
-    for values in sets:
-        distinct, counts = np.unique(values, return_counts=True)
-        drawn = rng.multinomial(len(values), counts / len(values), size=RESAMPLES)
-        means += drawn @ distinct / len(values) / len(sets)
-    low, high = np.quantile(means, [0.025, 0.975])
-    return Interval(mean(float(values.mean()) for values in sets), float(low), float(high))
+    points: NDArray[np.float64] = _right(first) - _right(second)
+    return points
 
 
 def markdown(table: Table) -> str:
-    """The table for people, with what it leaves out said below it."""
+    """The table as Markdown, followed by the differences between methods and the unfinished cells."""
     heads = [short(name) for name in table.datasets]
     lines = [
         f"| method | {' | '.join(heads)} | mean | gain (95 %) | worst set | minutes |",
         "|---" * (len(heads) + 5) + "|",
     ]
     known = [table.start.get(name) for name in table.datasets]
-    average = "-" if None in known else f"{mean(one for one in known if one is not None):.1f}"
-    cells = ["-" if one is None else f"{one:.1f}" for one in known]
-    lines.append(f"| start: zero-shot, same descriptions | {' | '.join(cells)} | {average} | | | |")
+    average = "-" if None in known else f"{mean(top1 for top1 in known if top1 is not None):.1f}"
+    cells = ["-" if top1 is None else f"{top1:.1f}" for top1 in known]
+    lines.append(f"| start | {' | '.join(cells)} | {average} | | | |")
     for row in table.rows:
         figures = [_figure(row.entries.get(name)) for name in table.datasets]
         whole = len(row.entries) == len(table.datasets)
@@ -175,8 +168,8 @@ def markdown(table: Table) -> str:
         first = table.rows[0].method
         lines += ["", f"{first} less each other method, mean over the sets, paired on the same images:"]
         lines += [
-            f"- {method}: {gap.mean:+.2f} points ({gap.low:+.1f} to {gap.high:+.1f})"
-            for method, gap in table.versus.items()
+            f"- {method}: {difference.mean:+.2f} points ({difference.low:+.1f} to {difference.high:+.1f})"
+            for method, difference in table.versus.items()
         ]
     if table.missing:
         lines += ["", f"Not done: {len(table.missing)} cells, as {', '.join(table.missing[:4])}."]
@@ -184,7 +177,7 @@ def markdown(table: Table) -> str:
 
 
 def gains(table: Table) -> str:
-    """Markdown: the gain of each method on each set with its paired interval."""
+    """A Markdown table of each method's gain on each data set, in points, with its paired interval."""
     heads = [short(name) for name in table.datasets]
     lines = [f"| gain | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
     for row in table.rows:
@@ -198,7 +191,10 @@ def gains(table: Table) -> str:
 
 
 def against_published(table: Table) -> str:
-    """Markdown: our rows under the published ones, on the sets both have."""
+    """A Markdown table of the published rows and, below them, the grid's, on the grid's data sets in the catalogue.
+
+    Where the catalogue has none of the grid's sets, the columns are the 13 sets of DPA's table.
+    """
     shared = [name for name in table.datasets if name in DATA_SETS]
     sets = shared or list(DATA_SETS)[:13]
     lines = [
@@ -210,7 +206,7 @@ def against_published(table: Table) -> str:
     for row in PUBLISHED:
         lines.append(_published(row.method, row.top1, sets))
     for own in table.rows:
-        lines.append(_published(f"**{own.method} (ours)**", {n: own.entries[n].top1 for n in own.entries}, sets))
+        lines.append(_published(f"**{own.method} (ours)**", {key: own.entries[key].top1 for key in own.entries}, sets))
     if not shared:
         lines += ["", "None of the grid's sets is in the published table, so no row of ours stands under it."]
     lines += ["", *(f"- {row.method}: {row.source}" for row in PUBLISHED)]
@@ -220,11 +216,11 @@ def against_published(table: Table) -> str:
 def _published(method: str, top1: Mapping[str, float], sets: Sequence[str]) -> str:
     cells = [f"{top1[name]:.2f}" if name in top1 else "-" for name in sets]
     whole = all(name in top1 for name in sets)
-    return f"| {method} | {' | '.join(cells)} | {f'{mean(top1[n] for n in sets):.2f}' if whole else '-'} |"
+    return f"| {method} | {' | '.join(cells)} | {f'{mean(top1[name] for name in sets):.2f}' if whole else '-'} |"
 
 
 def as_csv(table: Table) -> str:
-    """A line a method and set."""
+    """The table as CSV, one line per method and data set; figures in percent or points, as in ``Entry``."""
     text = io.StringIO()
     rows = csv.writer(text, lineterminator="\n")
     rows.writerow(("method", "dataset", "seeds", "top1", "sd", "gain", "gain_low", "gain_high", "seconds"))
@@ -232,13 +228,13 @@ def as_csv(table: Table) -> str:
         for entry in row.entries.values():
             gain = (f"{value:.3f}" for value in (entry.gain.mean, entry.gain.low, entry.gain.high))
             deviation = "" if entry.deviation is None else f"{entry.deviation:.3f}"
-            place = (entry.method, entry.dataset, " ".join(map(str, entry.seeds)))
-            rows.writerow((*place, f"{entry.top1:.3f}", deviation, *gain, f"{entry.seconds:.1f}"))
+            key = (entry.method, entry.dataset, " ".join(map(str, entry.seeds)))
+            rows.writerow((*key, f"{entry.top1:.3f}", deviation, *gain, f"{entry.seconds:.1f}"))
     return text.getvalue()
 
 
 def as_json(table: Table) -> dict[str, Any]:
-    """Everything in the table, for a program; no NaN."""
+    """The whole table as JSON values; NaN becomes null."""
     return {
         "datasets": list(table.datasets),
         "start": table.start,
@@ -259,20 +255,20 @@ def as_json(table: Table) -> dict[str, Any]:
             }
             for row in table.rows
         ],
-        "versus": {method: _interval(gap) for method, gap in table.versus.items()},
+        "versus": {method: _interval(difference) for method, difference in table.versus.items()},
         "missing": list(table.missing),
     }  # fmt: skip
 
 
 def save_table(table: Table, folder: Path) -> None:
-    """``table.md``, ``table.csv`` and ``table.json`` in the grid's folder, made anew. Raises OutputError."""
+    """Write ``table.md``, ``table.csv`` and ``table.json`` to ``folder``, replacing old ones. Raises OutputError."""
     save_text(f"{markdown(table)}\n{gains(table)}", folder / "table.md")
     save_text(as_csv(table), folder / "table.csv")
     save_text(json.dumps(as_json(table), indent=1) + "\n", folder / "table.json")
 
 
 def short(name: str) -> str:
-    """What a set is called in a table's head."""
+    """A data set's name in the head of a table: its title, or the last part of DIR for ``path:DIR``."""
     if name.startswith("path:"):
         return Path(name.removeprefix("path:")).name
     return DATA_SETS[name].title
@@ -288,5 +284,5 @@ def _number(value: float) -> float | None:
     return None if np.isnan(value) else value
 
 
-def _interval(found: Interval) -> dict[str, float | None]:
-    return {"mean": _number(found.mean), "low": _number(found.low), "high": _number(found.high)}
+def _interval(interval: Interval) -> dict[str, float | None]:
+    return {"mean": _number(interval.mean), "low": _number(interval.low), "high": _number(interval.high)}

@@ -1,1 +1,1 @@
-"""The demo: a small world of drawn birds, a small model that ships with the package, and the methods side by side."""
+"""The demo: a small synthetic world of drawn birds, a small model that ships with the package, all methods compared."""

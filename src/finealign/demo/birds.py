@@ -1,6 +1,6 @@
-"""The anatomy of a drawn bird: from traits and a pose to coloured polygons. How they are painted is a style's business.
+"""The anatomy of a drawn bird: traits and a pose become coloured polygons, which a drawing style then paints.
 
-Units: the body is one long, x points to where the bird looks, y points down, the middle of the body is the origin.
+Lengths are in body lengths. x points to where the bird looks, y points down, the origin is the middle of the body.
 """
 
 import math
@@ -31,7 +31,7 @@ BILLS = ("red", "orange", "yellow", "blue", "black", "grey")
 
 
 class Build(NamedTuple):
-    """Proportions of a silhouette, in body lengths; the tilt in degrees, upwards."""
+    """The proportions of a silhouette in body lengths; the tilt of the body in degrees, upwards."""
 
     height: float
     head: float  # diameter
@@ -61,7 +61,7 @@ LEGS = ("red", "orange", "yellow", "blue", "black", "pink")
 
 @dataclass(frozen=True)
 class Traits:
-    """What tells one bird from another: a value a field from the lists above."""
+    """The traits that distinguish birds; ``VALUES`` lists the values that each field can have."""
 
     silhouette: str
     body: str
@@ -97,7 +97,7 @@ VALUES: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Pose:
-    """How one bird stands: changes to its build, all small."""
+    """How one bird stands: small changes to the proportions of its silhouette."""
 
     tilt: float = 0.0  # degrees, upwards
     neck: float = 0.0  # degrees, forwards
@@ -107,7 +107,7 @@ class Pose:
 
 @dataclass(frozen=True)
 class Part:
-    """One polygon: what it is of, and the name of its colour."""
+    """One polygon: the part of the bird that it shows, the name of its colour, and its corners (n, 2)."""
 
     name: str
     colour: str
@@ -115,12 +115,12 @@ class Part:
 
 
 def random_traits(rng: np.random.Generator) -> Traits:
-    """A bird composed at random: every field drawn by itself."""
+    """Random traits, each drawn independently of the others."""
     return Traits(**{name: str(rng.choice(values)) for name, values in VALUES.items()})
 
 
 def random_pose(rng: np.random.Generator) -> Pose:
-    """A pose within what all silhouettes bear."""
+    """A random pose, within the range that suits every silhouette."""
     stretch = rng.uniform(0.9, 1.1, 4)
     return Pose(
         tilt=float(rng.uniform(-10, 10)),
@@ -131,10 +131,10 @@ def random_pose(rng: np.random.Generator) -> Pose:
 
 
 def anatomy(traits: Traits, pose: Pose) -> list[Part]:
-    """The bird's polygons from back to front."""
+    """The bird's polygons, in the order in which they are painted: from back to front."""
     build = SILHOUETTES[traits.silhouette]
     height, head, neck, leg = (value * factor for value, factor in zip(build[:4], pose.stretch, strict=True))
-    along = _direction(-(build.tilt + pose.tilt))  # of the body, forwards
+    along = _direction(-(build.tilt + pose.tilt))  # unit vector along the body, forwards
     down = np.array([-along[1], along[0]])
     parts = _legs(traits, leg, 0.42 * height * down - 0.04 * along)
     parts += _tail(traits, -0.42 * along, along, down)
@@ -175,8 +175,8 @@ def _wing(traits: Traits, along: Points, down: Points, height: float) -> list[Pa
     parts = [Part("wing", traits.wing, _closed(edge))]
     colour = "black" if traits.wing in ("white", "yellow", "grey") else "white"
     for number in range({"none": 0, "one": 1, "two": 2}[traits.wing_bars]):
-        at = shoulder * (0.72 - 0.3 * number) + tip * (0.28 + 0.3 * number)
-        bar = _spine([at + 0.66 * upper, at - 0.03 * along, at + 0.66 * lower])
+        middle = shoulder * (0.72 - 0.3 * number) + tip * (0.28 + 0.3 * number)
+        bar = _spine([middle + 0.66 * upper, middle - 0.03 * along, middle + 0.66 * lower])
         parts.append(Part("wing bar", colour, _band(bar, 0.06)))
     return parts
 
@@ -291,9 +291,9 @@ def _legs(traits: Traits, leg: float, hip: Points) -> list[Part]:
 
 
 def _against(below: str, around: str) -> str:
-    """Black or white, whichever shows on a colour."""
-    light = sum(sum(COLOURS[name]) for name in (below, around)) / 2
-    return "black" if light > 330 else "white"
+    """Black or white, whichever contrasts with both colours."""
+    brightness = sum(sum(COLOURS[name]) for name in (below, around)) / 2
+    return "black" if brightness > 330 else "white"
 
 
 def _direction(degrees: float) -> Points:
@@ -308,7 +308,7 @@ def _ellipse(centre: Points, width: float, height: float) -> Points:
 
 
 def _egg(centre: Points, along: Points, down: Points, half_length: float, half_height: float) -> Points:
-    """An ellipse along the body that is fuller in front."""
+    """An ellipse along the body that is higher in front."""
     forward, downward = _CIRCLE[:, :1], _CIRCLE[:, 1:]
     return np.asarray(centre + half_length * forward * along + half_height * downward * (1 + 0.16 * forward) * down)
 
@@ -326,9 +326,9 @@ def _spine(knots: list[Points]) -> Points:
     known = np.array(knots)
     if len(known) == 2:
         return known
-    at = np.linspace(0, len(known) - 1, 4 * len(known))
-    # Straight between the knots, then rounded: at these sizes no eye can tell it from a spline.
-    line = np.stack([np.interp(at, range(len(known)), known[:, axis]) for axis in (0, 1)], 1)
+    steps = np.linspace(0, len(known) - 1, 4 * len(known))
+    # Straight between the knots, then smoothed: at these sizes it looks like a spline.
+    line = np.stack([np.interp(steps, range(len(known)), known[:, axis]) for axis in (0, 1)], 1)
     line[1:-1] = (line[:-2] + 2 * line[1:-1] + line[2:]) / 4
     return line
 
@@ -341,7 +341,7 @@ def _band(spine: Points, width: float) -> Points:
 
 
 def _closed(knots: list[Points]) -> Points:
-    """A closed, rounded outline through some points."""
+    """A closed outline near the knots, with its corners rounded."""
     points = np.array(knots)
     for _ in range(2):  # Chaikin's corner cutting
         following = np.roll(points, -1, axis=0)

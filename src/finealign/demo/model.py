@@ -10,16 +10,16 @@ SHA256 = "75283f52b189e7bf04b8247348d046434d11d2b3bdc51a5e1f787bea77125ebe"
 
 
 def demo_model() -> str:
-    """The model as ``load_backbone`` takes it, its checksum verified. Raises ModelError."""
+    """The model's name for ``load_backbone``, after a check of its SHA-256. Raises ModelError."""
     path = WEIGHTS / "open_clip_model.safetensors"
     try:
-        with path.open("rb") as opened:
-            found = hashlib.file_digest(opened, "sha256").hexdigest()
+        with path.open("rb") as file:
+            checksum = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise ModelError(f"The demo's model cannot be read: {error}. Install finealign again.") from None
-    if found != SHA256:
+    if checksum != SHA256:
         raise ModelError(
-            f"The demo's model {path} has the SHA-256 {found}, not the expected {SHA256}: it is damaged or was "
+            f"The demo's model {path} has the SHA-256 {checksum}, not the expected {SHA256}: it is damaged or was "
             "replaced. Install finealign again."
         )
     return f"local-dir:{WEIGHTS}"

@@ -1,7 +1,8 @@
-"""The demo's drawing style: watercolour in a landscape at dusk. The demo's model has never seen it.
+"""The demo's drawing style: watercolour in a landscape at dusk, on which the demo's model was not trained.
 
-Dusk is what there is to learn: it moves every colour away from what the words mean by daylight. The same world by
-daylight left nothing: the crops alone, with nothing learned, scored 81 % where a linear probe on labels reached 80 %.
+The dusk light is what adaptation can learn: it shifts all colours away from those that the descriptions name. In
+daylight nothing was left to learn: the crops alone, without any learning, scored 81 %, and a linear probe trained on
+labels 80 %.
 """
 
 from collections.abc import Callable
@@ -13,19 +14,19 @@ from PIL import Image, ImageDraw, ImageFilter
 from finealign.demo.birds import COLOURS, Points, Traits, anatomy, random_pose
 
 SIZE = 96  # pixels
-_DRAWN = 2 * SIZE  # painted at twice the size, then reduced
+_DRAWN = 2 * SIZE  # pixels; birds are painted at twice the size, then reduced
 
 Floats = NDArray[np.float32]
-# Pigments are duller than the names of their colours, and the paper shines through.
+# Painted colours are less saturated than their names suggest: the paper's colour is mixed into them.
 _PAPER = np.array([236.0, 226.0, 204.0])
 _DULLNESS = 0.22
-_DUSK = np.array([0.55, 0.6, 0.85], np.float32), np.array([0.0, 0.02, 0.1], np.float32)  # of the light, added
+_DUSK = np.array([0.55, 0.6, 0.85], np.float32), np.array([0.0, 0.02, 0.1], np.float32)  # factors, offsets
 _SKIES = ((196, 214, 224), (225, 214, 190), (178, 196, 186), (214, 196, 190), (170, 182, 200))
 _LEAVES = ((92, 112, 70), (120, 126, 74), (74, 94, 84), (132, 108, 76), (106, 122, 108), (150, 140, 96))
 
 
 def paint(traits: Traits, rng: np.random.Generator) -> Image.Image:
-    """One bird of these traits in a pose, place and light of its own: (SIZE, SIZE), RGB."""
+    """Paint one bird with these traits in a random pose, place and light: an RGB image of SIZE by SIZE pixels."""
     canvas = _landscape(rng)
     layer = Image.new("RGBA", (_DRAWN, _DRAWN))
     pen = ImageDraw.Draw(layer)
@@ -48,16 +49,17 @@ def paint(traits: Traits, rng: np.random.Generator) -> Image.Image:
 
 
 def _place(points: Points, rng: np.random.Generator) -> Callable[[Points], Points]:
+    """A random map from body lengths to pixels that keeps all points inside the image."""
     low, high = points.min(0), points.max(0)
     scale = rng.uniform(0.5, 0.88) * _DRAWN / (high - low).max()
     mirror = np.array([1.0 if rng.random() < 0.5 else -1.0, 1.0])
-    room = (_DRAWN - scale * (high - low)) / 2
-    at = _DRAWN / 2 + rng.uniform(-0.7, 0.7, 2) * room
-    return lambda some: (some - (low + high) / 2) * mirror * scale + at
+    margin = (_DRAWN - scale * (high - low)) / 2
+    centre = _DRAWN / 2 + rng.uniform(-0.7, 0.7, 2) * margin
+    return lambda outline: (outline - (low + high) / 2) * mirror * scale + centre
 
 
 def _landscape(rng: np.random.Generator) -> Image.Image:
-    """Sky, foliage out of focus, a branch or the ground."""
+    """The background: sky, land, blurred foliage and a few branches."""
     sky = np.array(_SKIES[rng.integers(len(_SKIES))]) + rng.normal(0, 8, 3)
     land = np.array(_LEAVES[rng.integers(len(_LEAVES))]) + rng.normal(0, 8, 3)
     horizon = rng.uniform(0.3, 1.1)
@@ -69,7 +71,7 @@ def _landscape(rng: np.random.Generator) -> Image.Image:
         x, y = rng.uniform(0, SIZE, 2)
         w, h = rng.uniform(2, 15, 2)
         pen.ellipse((x - w, y - h, x + w, y + h), fill=_shade(_LEAVES[rng.integers(len(_LEAVES))], rng, 18))
-    # Out of focus: painted at half the size, which is a quarter of the work.
+    # The background is blurred anyway, so it is painted at half the size, which is a quarter of the work.
     canvas = canvas.filter(ImageFilter.GaussianBlur(float(rng.uniform(0.8, 2.5))))
     canvas = canvas.resize((_DRAWN, _DRAWN), Image.Resampling.BILINEAR)
     pen = ImageDraw.Draw(canvas)
@@ -80,15 +82,15 @@ def _landscape(rng: np.random.Generator) -> Image.Image:
 
 
 def _washed(layer: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """Edges that wander, pigment that pools, light from one side."""
+    """The bird with irregular edges, uneven pigment and light from one side, as in watercolour."""
     height, width = layer.height, layer.width
     clouds = [_cloud(rng, cells)[:height, :width] for cells in (24, 24, 10, 48)]
     rows, columns = np.indices((height, width), dtype=np.float32)
     wander = float(rng.uniform(0.8, 2.2))
     rows = (rows + wander * clouds[0]).clip(0, height - 1).astype(np.intp)
     columns = (columns + wander * clouds[1]).clip(0, width - 1).astype(np.intp)
-    whole = np.asarray(layer).view(np.uint32).ravel()  # a pixel a number, to be moved in one go
-    pixels = whole[rows * width + columns][..., None].view(np.uint8).astype(np.float32)
+    packed = np.asarray(layer).view(np.uint32).ravel()  # the four bytes of a pixel as one number, which indexes faster
+    pixels = packed[rows * width + columns][..., None].view(np.uint8).astype(np.float32)
     angle = rng.uniform(0, 2 * np.pi)
     down, across = np.linspace(-1, 1, height, dtype=np.float32), np.linspace(-1, 1, width, dtype=np.float32)
     light = np.cos(angle) * across[None, :] + np.sin(angle) * down[:, None]
@@ -104,12 +106,12 @@ def _cloud(rng: np.random.Generator, cells: int, size: int = _DRAWN) -> Floats:
 
 
 def _grass(canvas: Image.Image, rng: np.random.Generator) -> None:
-    """Blades and leaves in front of the bird, more of them below."""
+    """Blades of grass at the lower edge, and leaves, in front of the bird."""
     pen = ImageDraw.Draw(canvas)
     for _ in range(int(rng.integers(0, 9))):
         x, lean = rng.uniform(0, _DRAWN), rng.normal(0, 16)
-        tall = rng.uniform(0.08, 0.4) * _DRAWN
-        blade = [(x - 2.5, _DRAWN), (x + lean, _DRAWN - tall), (x + 2.5, _DRAWN)]
+        height = rng.uniform(0.08, 0.4) * _DRAWN
+        blade = [(x - 2.5, _DRAWN), (x + lean, _DRAWN - height), (x + 2.5, _DRAWN)]
         pen.polygon(blade, fill=_shade(_LEAVES[rng.integers(len(_LEAVES))], rng, 14))
     for _ in range(int(rng.integers(0, 3))):
         x, y = rng.uniform(0, _DRAWN, 2)
@@ -118,7 +120,7 @@ def _grass(canvas: Image.Image, rng: np.random.Generator) -> None:
 
 
 def _lit(canvas: Image.Image, rng: np.random.Generator) -> NDArray[np.uint8]:
-    """The light of the hour, the grain of the paper, and dusk over all."""
+    """The pixels with random brightness and warmth, the grain of paper, and dusk."""
     pixels = np.asarray(canvas, dtype=np.float32) / 255
     warmth = 1 + rng.normal(0, 0.05, 3).astype(np.float32)
     pixels = pixels ** float(rng.uniform(0.8, 1.3)) * warmth + 0.018 * _cloud(rng, SIZE, SIZE)[..., None]

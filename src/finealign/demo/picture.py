@@ -1,7 +1,7 @@
-"""The demo's one picture: how accuracy grew, who was taken for whom before and after, and what the crops look at.
+"""The demo's picture: accuracy by epoch, confusion matrices before and after adaptation, and the crops of some images.
 
-Drawn with matplotlib's objects alone: no pyplot, no figure kept by the process. The colours are Okabe and Ito's, told
-apart by colour-blind eyes; right and wrong differ in sign as well as in colour.
+Drawn with matplotlib's objects alone, without pyplot, so that no figure stays registered in the process. The colours
+are based on Okabe and Ito's palette, which colour-blind readers can tell apart; right and wrong also differ by a sign.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from finealign.images import read_image
+from finealign.images.decoding import read_image
 from finealign.types import Explanation
 
 if TYPE_CHECKING:  # matplotlib takes a moment to import
@@ -22,14 +22,14 @@ if TYPE_CHECKING:  # matplotlib takes a moment to import
     from matplotlib.figure import Figure
 
 WIDTH, HEIGHT, DPI = 16.0, 11.5, 100  # inches, and pixels an inch
-EXAMPLES = 6  # images in the strip
-NAMED_CLASSES = 48  # with more, names beside the matrices would run into one another
-NAME_SHOWN, TICK_SHOWN = 10, 15  # characters of a class name below an image, and beside a matrix
+EXAMPLES = 6  # images in the strip of examples
+NAMED_CLASSES = 48  # with more classes, the names beside the matrices would overlap and are left out
+NAME_SHOWN, TICK_SHOWN = 10, 15  # most characters of a class name below an image, and beside a matrix
 
 BLUE, VERMILION, GREEN, PURPLE, ORANGE = "#0072B2", "#D55E00", "#008560", "#A8487F", "#B57B00"
 INK, FAINT = "#222222", "#6B6B6B"
 RIGHT, WRONG = BLUE, VERMILION
-STYLES: dict[str, tuple[str, str]] = {  # colour and line of each method
+STYLES: dict[str, tuple[str, str]] = {  # colour and line style of each method
     "fair": (BLUE, "-"),
     "self-training": (VERMILION, "-"),
     "wca": (PURPLE, "--"),
@@ -42,7 +42,11 @@ MARKERS = {"fair": "o", "self-training": "s"}
 
 @dataclass(frozen=True, eq=False)
 class Example:
-    """A test image whose label changed, and the crops the adapted model looks at; classes by their index."""
+    """A test image whose label changed.
+
+    ``before``, ``after`` and ``truth`` are class indices: the start's label, the adapted model's, and the true one.
+    ``explanation`` has the adapted model's crops.
+    """
 
     path: Path
     explanation: Explanation
@@ -53,35 +57,35 @@ class Example:
 
 @dataclass(frozen=True, eq=False)
 class Panels:
-    """What is drawn. Accuracies are fractions in [0, 1]; confusions count images, a row a true class."""
+    """What the picture shows. Accuracies are fractions in [0, 1]; confusions count images, one row per true class."""
 
     title: str
     note: str  # a line below the title
     classes: tuple[str, ...]
     curves: Mapping[str, Sequence[float]]  # by method: accuracy after epoch 0 (nothing learned), 1, 2, ...
-    levels: Mapping[str, float]  # by method that learns nothing: its accuracy
-    chance: float
+    levels: Mapping[str, float]  # accuracy of each method that learns nothing
+    chance: float  # accuracy of guessing
     before: NDArray[np.int64]  # (C, C)
     after: NDArray[np.int64]  # (C, C)
     before_name: str
     after_name: str
     examples: Sequence[Example]
-    strip: str  # the line above the images
-    group: int | None = None  # classes that belong together stand side by side, so many at a time
+    strip: str  # the line above the examples
+    group: int | None = None  # size of the groups of similar classes; the classes of a group are adjacent
 
 
 def draw(panels: Panels) -> bytes:
-    """The picture as PNG, ``WIDTH * DPI`` by ``HEIGHT * DPI`` pixels."""
+    """Draw the picture and return it as PNG, of ``WIDTH * DPI`` by ``HEIGHT * DPI`` pixels."""
     canvas: Any = compose(panels).canvas
     canvas.draw()
     png = BytesIO()
-    # Not figure.savefig, whose size a user's matplotlibrc may change.
+    # figure.savefig is not used, because a user's matplotlibrc may change its size.
     Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB").save(png, "PNG", optimize=True)
     return png.getvalue()
 
 
 def compose(panels: Panels) -> "Figure":
-    """The picture as a figure on an Agg canvas."""
+    """The picture as a matplotlib figure on an Agg canvas."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -97,8 +101,8 @@ def compose(panels: Panels) -> "Figure":
         (7.7, panels.before_name, panels.before, True),
         (11.95, panels.after_name, panels.after, False),
     ):
-        right = np.trace(confusion) / max(1, confusion.sum())
-        _heading(figure, left, 1.32, name, f"{right:.1%} right; row: true class, column: label")
+        accuracy = np.trace(confusion) / max(1, confusion.sum())
+        _heading(figure, left, 1.32, name, f"{accuracy:.1%} right; row: true class, column: label")
         _draw_confusion(_axes(figure, left, 1.85, 3.75, 3.75), confusion, panels, names_left=first)
     _legend(figure, 7.7, 6.75, panels.group)
 
@@ -115,9 +119,9 @@ def _axes(figure: "Figure", left: float, top: float, width: float, height: float
 
 
 def _write(figure: "Figure", left: float, top: float, text: str, **style: Any) -> None:
-    # A dollar sign in a class name would start a formula.
-    usual: dict[str, Any] = {"color": INK, "va": "center", "parse_math": False}
-    figure.text(left / WIDTH, 1 - top / HEIGHT, text, **(usual | style))
+    # Without parse_math=False, a dollar sign in a class name would start a formula.
+    defaults: dict[str, Any] = {"color": INK, "va": "center", "parse_math": False}
+    figure.text(left / WIDTH, 1 - top / HEIGHT, text, **(defaults | style))
 
 
 def _heading(figure: "Figure", left: float, top: float, text: str, below: str) -> None:
@@ -162,7 +166,7 @@ def _draw_curves(axes: "Axes", panels: Panels) -> None:
 
 
 def _name_lines(axes: "Axes", ends: Mapping[str, float], highest: float) -> None:
-    """Names right of the lines' ends, moved apart where lines end close together, with a hair to the line."""
+    """Write each name to the right of its line's end and connect them; names that would overlap are moved apart."""
     names = sorted(ends, key=lambda name: ends[name])
     places = spread([ends[name] / highest for name in names], apart=0.052)
     for name, place in zip(names, places, strict=True):
@@ -183,29 +187,32 @@ def _name_lines(axes: "Axes", ends: Mapping[str, float], highest: float) -> None
                 "linewidth": 0.8,
                 "shrinkA": 2,
                 "shrinkB": 0,
-                "relpos": (0, 0.5),  # from the name's left edge, or hairs would cross the names between
+                "relpos": (0, 0.5),  # start at the name's left edge, so that no connector crosses another name
             },
             annotation_clip=False,
         )
 
 
 def spread(places: Sequence[float], *, apart: float) -> list[float]:
-    """Ascending ``places`` moved as little as it takes to stand at least ``apart`` from one another, around each knot's
-    own middle; none below 0."""
-    knots: list[list[float]] = []
+    """Move ascending ``places`` until neighbours are at least ``apart`` from one another, and none is below 0.
+
+    Places that are too close form a group, which is spaced evenly around its mean; the others stay where they are.
+    Returns the new places in the same order.
+    """
+    groups: list[list[float]] = []
     for place in places:
-        knots.append([place])
-        while len(knots) > 1 and _least(knots[-1], apart) < _least(knots[-2], apart) + len(knots[-2]) * apart:
-            knots[-2:] = [knots[-2] + knots[-1]]
-    return [_least(knot, apart) + apart * number for knot in knots for number in range(len(knot))]
+        groups.append([place])
+        while len(groups) > 1 and _least(groups[-1], apart) < _least(groups[-2], apart) + len(groups[-2]) * apart:
+            groups[-2:] = [groups[-2] + groups[-1]]
+    return [_least(group, apart) + apart * number for group in groups for number in range(len(group))]
 
 
-def _least(knot: Sequence[float], apart: float) -> float:
-    """Where the lowest of a knot's evenly spaced places lies."""
-    return max(0.0, sum(knot) / len(knot) - apart * (len(knot) - 1) / 2)
+def _least(group: Sequence[float], apart: float) -> float:
+    """The lowest place of a group after it is spaced evenly around its mean."""
+    return max(0.0, sum(group) / len(group) - apart * (len(group) - 1) / 2)
 
 
-# --- who is taken for whom --------------------------------------------------------------------------------------------
+# --- confusion matrices -----------------------------------------------------------------------------------------------
 
 
 def _draw_confusion(axes: "Axes", confusion: NDArray[np.int64], panels: Panels, *, names_left: bool) -> None:
@@ -213,9 +220,9 @@ def _draw_confusion(axes: "Axes", confusion: NDArray[np.int64], panels: Panels, 
     axes.imshow(tinted(confusion), interpolation="nearest")
     axes.tick_params(colors=INK, labelsize=8, length=0, pad=2)
     named = count <= NAMED_CLASSES
-    shown = [_shortened(name, TICK_SHOWN) for name in panels.classes] if named else []
-    axes.set_yticks(range(count) if names_left and named else [], shown if names_left else [], parse_math=False)
-    axes.set_xticks(range(count) if named else [], shown, rotation=90, parse_math=False)
+    labels = [_shortened(name, TICK_SHOWN) for name in panels.classes] if named else []
+    axes.set_yticks(range(count) if names_left and named else [], labels if names_left else [], parse_math=False)
+    axes.set_xticks(range(count) if named else [], labels, rotation=90, parse_math=False)
     for spine in axes.spines.values():
         spine.set_color("#BBBBBB")
     if panels.group and count % panels.group == 0:
@@ -225,19 +232,22 @@ def _draw_confusion(axes: "Axes", confusion: NDArray[np.int64], panels: Panels, 
 
 
 def tinted(confusion: NDArray[np.int64]) -> NDArray[np.float64]:
-    """(C, C) counts as colours (C, C, 3) in [0, 1]: blue on the diagonal, vermilion beside it, by the row's share."""
+    """The (C, C) counts as RGB colours (C, C, 3) in [0, 1]: blue on the diagonal, vermilion elsewhere.
+
+    The larger a cell's share of its row, the darker its colour.
+    """
     from matplotlib.colors import to_rgb
 
     share = confusion / np.maximum(1, confusion.sum(axis=1, keepdims=True))
-    # Below one, so that the few images of a rare mistake can be seen.
+    # An exponent below 1 keeps rare mistakes visible.
     strength = (share**0.7)[..., None]
     full = np.where(np.eye(len(confusion), dtype=bool)[..., None], to_rgb(RIGHT), to_rgb(WRONG))
     return np.asarray(1 - strength * (1 - full), dtype=np.float64)
 
 
 def _legend(figure: "Figure", left: float, top: float, group: int | None) -> None:
-    together = f"; pale lines part groups of {group} that look alike" if group else ""
-    for offset, colour, text in ((0.0, RIGHT, "right"), (0.85, WRONG, f"wrong; darker: more of its row{together}")):
+    groups = f"; pale lines part groups of {group} that look alike" if group else ""
+    for offset, colour, text in ((0.0, RIGHT, "right"), (0.85, WRONG, f"wrong; darker: more of its row{groups}")):
         _write(figure, left + offset, top, "■", size=12, color=colour)
         _write(figure, left + offset + 0.2, top, text, size=10, color=FAINT)
 
@@ -253,21 +263,21 @@ def _draw_strip(figure: "Figure", panels: Panels) -> None:
         _write(figure, 0.45, 8.2, "None: every test image kept its label.", size=11)
         return
     pitch, side, top = (WIDTH - 0.9) / EXAMPLES, 2.4, 7.95
-    for place, example in enumerate(panels.examples[:EXAMPLES]):
-        seen = example.explanation
-        left = 0.45 + place * pitch
+    for column, example in enumerate(panels.examples[:EXAMPLES]):
+        explanation = example.explanation
+        left = 0.45 + column * pitch
         axes = _axes(figure, left, top, side, side)
         axes.imshow(np.asarray(read_image(example.path)), interpolation="antialiased")
         axes.set_anchor("S")
         axes.set_axis_off()
-        heaviness = relative(seen.weights)
-        for number in np.argsort(heaviness, kind="stable"):
-            (x0, y0, x1, y1), heavy = seen.boxes[number], float(heaviness[number])
-            width, opacity = 0.7 + 1.9 * heavy, 0.35 + 0.65 * heavy
+        weights = relative(explanation.weights)
+        for number in np.argsort(weights, kind="stable"):  # the heaviest crop is drawn last, on top of the others
+            (x0, y0, x1, y1), weight = explanation.boxes[number], float(weights[number])
+            width, opacity = 0.7 + 1.9 * weight, 0.35 + 0.65 * weight
             border = Stroke(linewidth=width + 1.6, foreground="black", alpha=0.5 * opacity)
             axes.add_patch(
                 Rectangle(
-                    (x0 - 0.5, y0 - 0.5),
+                    (x0 - 0.5, y0 - 0.5),  # matplotlib puts the centre of the first pixel at 0
                     x1 - x0,
                     y1 - y0,
                     fill=False,
@@ -281,38 +291,38 @@ def _draw_strip(figure: "Figure", panels: Panels) -> None:
 
 
 def _caption(figure: "Figure", middle: float, top: float, example: Example, classes: Sequence[str]) -> None:
-    """``before → after``, each in the colour of right or wrong, and the truth below."""
+    """Write ``before → after``, each in the colour of right or wrong, and the true class below."""
     from matplotlib.offsetbox import AnnotationBbox, HPacker, TextArea
 
     def part(text: str, colour: str) -> TextArea:
         return TextArea(text, textprops={"color": colour, "size": 10, "parse_math": False})
 
-    def label(given: int) -> TextArea:
-        right = given == example.truth
-        return part(f"{'✓' if right else '✗'} {_shortened(classes[given], NAME_SHOWN)}", RIGHT if right else WRONG)
+    def label(index: int) -> TextArea:
+        right = index == example.truth
+        return part(f"{'✓' if right else '✗'} {_shortened(classes[index], NAME_SHOWN)}", RIGHT if right else WRONG)
 
     packed = HPacker(children=[label(example.before), part("→", FAINT), label(example.after)], pad=0, sep=4)
     place = (middle / WIDTH, 1 - top / HEIGHT)
     figure.add_artist(AnnotationBbox(packed, place, xycoords="figure fraction", frameon=False))
     weights = example.explanation.weights
-    least, most = float(weights.min(initial=1)), float(weights.max(initial=0))
+    lowest, highest = float(weights.min(initial=1)), float(weights.max(initial=0))
     truth = f"truth: {_shortened(classes[example.truth], 2 * NAME_SHOWN)}"
     _write(figure, middle, top + 0.29, f"({truth})", size=10, ha="center")
     if len(weights):
-        counts = f"{len(weights)} crops count {least:.1%} to {most:.1%} each"
+        counts = f"{len(weights)} crops count {lowest:.1%} to {highest:.1%} each"
         _write(figure, middle, top + 0.54, counts, size=9, ha="center", color=FAINT)
 
 
 def relative(weights: NDArray[np.float32]) -> NDArray[np.float32]:
-    """(N,) weights from the image's lightest, 0, to its heaviest, 1; all 1 where they are equal.
+    """An image's crop weights (N,) scaled to [0, 1], from its lowest weight to its highest; all 1 where they are equal.
 
-    A softmax over cosines hardly leaves evenness, so that shares themselves could not be told apart by eye; the
-    caption gives the shares.
+    The weights come from a softmax over cosines and are almost even, so their differences could not be seen unscaled;
+    the caption gives the original weights.
     """
     if not len(weights):
         return weights
-    least, most = weights.min(), weights.max()
-    return np.ones_like(weights) if most <= least else (weights - least) / (most - least)
+    lowest, highest = weights.min(), weights.max()
+    return np.ones_like(weights) if highest <= lowest else (weights - lowest) / (highest - lowest)
 
 
 def _shortened(name: str, most: int) -> str:

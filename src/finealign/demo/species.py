@@ -1,6 +1,7 @@
-"""The 24 species of the demo: eight genera of three siblings, and what a field guide would say of each.
+"""The 24 species of the demo, eight genera of three sibling species, and descriptions as in a field guide.
 
-Siblings share silhouette and plumage and differ in one or two small parts. The names are invented and say nothing.
+Siblings share silhouette and plumage and differ in one or two small parts. The names are invented, so that a model can
+know nothing about them.
 """
 
 from dataclasses import fields, replace
@@ -77,21 +78,24 @@ _GENERA: tuple[tuple[Traits, dict[str, dict[str, str]]], ...] = (
 )  # fmt: skip
 
 SPECIES: tuple[tuple[str, Traits], ...] = tuple(
-    (name, replace(genus, **own)) for genus, siblings in _GENERA for name, own in siblings.items()
+    (name, replace(genus, **changes)) for genus, siblings in _GENERA for name, changes in siblings.items()
 )
 
 
 def telling_traits(index: int) -> tuple[str, ...]:
-    """The traits in which the siblings of a species' genus differ."""
+    """The names of the traits in which the species of a genus differ; ``index`` is that of any of them in SPECIES."""
     first = index - index % GENUS_SIZE
     siblings = [traits for _, traits in SPECIES[first : first + GENUS_SIZE]]
     return tuple(field.name for field in fields(Traits) if len({getattr(bird, field.name) for bird in siblings}) > 1)
 
 
 def describe(index: int) -> tuple[str, ...]:
-    """Eight sentences on a species: its look as a whole, each part, and what tells it from its siblings."""
+    """Eight sentences that describe the species at ``index`` in SPECIES.
+
+    They cover its general look, its parts, and what distinguishes it from its siblings.
+    """
     name, bird = SPECIES[index]
-    # Several traits of one part make one phrase.
+    # Traits of the same part can give the same phrase, which is kept once.
     telling = list(dict.fromkeys(_part(bird, trait) for trait in telling_traits(index)))
     return (
         f"The {name} is {_a(bird.silhouette)} {bird.body} bird with {_a(bird.belly)} belly.",

@@ -1,4 +1,4 @@
-"""What lies beside the weights of an export: the classes, their anchors, and the program that scores with them."""
+"""The files beside the weights of an export: classes, anchors, ``usage.py`` and the model card."""
 
 import json
 from collections.abc import Mapping
@@ -6,14 +6,40 @@ from pathlib import Path
 from typing import Any
 
 from finealign.classifier import FineAlign
-from finealign.export.layout import ANCHORS, CLASSES, USAGE
-from finealign.export.record import Format
-from finealign.storage import save_tensors, save_text
-from finealign.templates import fill
+from finealign.export.checks import Format
+from finealign.model.card import model_card
+from finealign.runtime.atomic import save_tensors, save_text
+from finealign.runtime.render import fill
 from finealign.types import Score
+
+CARD, PARITY, CLASSES, ANCHORS = "README.md", "parity.json", "classes.json", "anchors.safetensors"
+USAGE, GRAPH = "usage.py", "model.onnx"
+USE = """\
+`python usage.py IMAGE...` prints the class of each image. `usage.classify(paths)` gives the scores and probabilities of
+all classes, in the order of `classes.json`. It needs {needs}, and no finealign.
+
+{more}
+
+`parity.json` has how closely the scores agree with finealign's.
+"""
+NEEDS: Mapping[Format, str] = {
+    "open_clip": "open_clip_torch",
+    "hf": "transformers, torch and Pillow",
+    "onnx": "onnxruntime, numpy and Pillow",
+}
+MORE: Mapping[Format, str] = {
+    "open_clip": "The folder is an open_clip model: "
+    '`open_clip.create_model_and_transforms("local-dir:PATH-OF-THIS-FOLDER")`. The class vectors are in '
+    "`anchors.safetensors`.",
+    "hf": 'The folder is a CLIP of transformers: `CLIPModel.from_pretrained("PATH-OF-THIS-FOLDER")`. The class vectors '
+    "are in `anchors.safetensors`.",
+    "onnx": "`model.onnx` takes uint8 pixels as `usage.py` prepares them, and knows its classes: it has no text tower.",
+}
+LIBRARIES: Mapping[Format, str] = {"open_clip": "open_clip", "hf": "transformers", "onnx": "onnx"}
 
 
 def write_classes(saved: FineAlign, kind: Score, folder: Path) -> None:
+    """Write ``classes.json``: all that is needed to score with the anchors."""
     about = {
         "classes": list(saved.texts_.classes),
         "logit_scale": saved.method_.logit_scale,
@@ -24,14 +50,29 @@ def write_classes(saved: FineAlign, kind: Score, folder: Path) -> None:
 
 
 def write_anchors(saved: FineAlign, folder: Path) -> None:
+    """Write ``anchors.safetensors``: the class vectors, (C, J, D)."""
     save_tensors({"anchors": saved.method_.classifier()}, folder / ANCHORS)
 
 
-def write_usage(format: Format, folder: Path, **values: Any) -> None:
-    """``usage.py``; ``values`` are what its template asks for."""
-    save_text(fill(f"usage_{format}.py.j2", values), folder / USAGE)
+def write_usage(saved: FineAlign, format: Format, folder: Path, **values: Any) -> None:
+    """Write ``usage.py``.
+
+    ``values`` are what its template needs in addition to ``working``, the size that photos are reduced to.
+    """
+    values = {"working": saved.model_.inference.working_size, **values}
+    save_text(fill("finealign.export", f"usage_{format}.py.j2", values), folder / USAGE)
 
 
 def resampling(preprocess: Mapping[str, Any]) -> str:
-    """Pillow's name for how a backbone's images are resized."""
-    return "BILINEAR" if preprocess.get("interpolation") == "bilinear" else "BICUBIC"  # as open_clip reads it
+    """Pillow's name of the filter that a backbone's images are resized with."""
+    return "BILINEAR" if preprocess.get("interpolation") == "bilinear" else "BICUBIC"  # open_clip's own rule
+
+
+def export_card(model: FineAlign, format: Format) -> str:
+    """The text of ``README.md`` for the export of a fitted model."""
+    return model_card(
+        model.model_,
+        library=LIBRARIES[format],
+        task="image-classification" if format == "onnx" else "zero-shot-image-classification",
+        use=USE.format(needs=NEEDS[format], more=MORE[format]),
+    )

@@ -1,17 +1,16 @@
-"""An export uploaded to a model hub."""
+"""Upload of an export to a model hub."""
 
 from pathlib import Path
 
-from finealign.errors import OutputError
-from finealign.export.layout import PARITY
-from finealign.export.wording import one_line
+from finealign.errors import OutputError, sentence
+from finealign.export.companions import PARITY
 
 
 def push(folder: Path, repository: str, private: bool) -> str:
-    """Upload an export to a hub's model repository ``ORG/NAME``, made if it is not there: its address.
+    """Upload an export to the hub's model repository ``ORG/NAME``, created if it does not exist, and return its URL.
 
-    The token is the environment's or that of the hub's own login. Raises OutputError, also where ``private`` is wanted
-    and the repository that is there is public.
+    The token is taken from the environment or from the hub's own login. Raises OutputError when the folder is not an
+    export, when the upload fails, and when ``private`` is set but the existing repository is public.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
@@ -36,9 +35,9 @@ def push(folder: Path, repository: str, private: bool) -> str:
         )
     except OutputError:
         raise
-    except Exception as error:  # of many kinds: no network, no token, a wrong name, no right to write
+    except Exception as error:  # of many types: no network, no token, a wrong name, no right to write
         raise OutputError(
-            f"{folder} cannot be uploaded to {repository}: {one_line(str(error) or type(error).__name__)} The export "
+            f"{folder} cannot be uploaded to {repository}: {sentence(error)} The export "
             "itself is whole. `hf auth login` or HF_TOKEN says who you are."
         ) from error
     finally:

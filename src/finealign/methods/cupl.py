@@ -2,15 +2,16 @@
 
 from torch import Tensor
 
-from finealign.alignment import class_means
-from finealign.methods.base import Anchors, Method, MethodOptions
+from finealign.method.alignment import class_means
+from finealign.method.base import Anchors, Method, MethodOptions
 from finealign.types import TextFeatures
 
 
 class Cupl(Method):
-    """score = <g, T_c>, T_c = mean_j t_cj, normalised."""
+    """score = <g, T_c>, where g is the whole image and T_c = mean_j t_cj, normalised, the mean of the descriptions."""
 
-    prototypes: Tensor
+    inference_state = ("prototypes",)
+    prototypes: Tensor  # (C, 1, D)
 
     def __init__(self, options: MethodOptions, texts: TextFeatures, *, logit_scale: float) -> None:
         super().__init__(options, texts, logit_scale=logit_scale)
@@ -18,6 +19,7 @@ class Cupl(Method):
         self.register_buffer("prototypes", means[:, None])
 
     def classifier(self) -> Anchors:
+        """Return the normalised mean of each class's descriptions: (C, 1, D)."""
         return self.prototypes
 
 

@@ -1,6 +1,6 @@
-"""DPA (Ali et al., WACV 2025, arXiv 2408.08855): two prototypes a class, of texts and of images, that label together.
+"""DPA (Ali et al., WACV 2025, arXiv 2408.08855): a text and an image prototype per class label images together.
 
-Written from its equations as METHOD gives them. Only the textual prototypes learn and predict.
+Written from a summary of the paper's equations. Only the text prototypes are trained and used for prediction.
 """
 
 from collections.abc import Mapping
@@ -11,41 +11,39 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from finealign.alignment import class_means, global_score
-from finealign.losses import running_mean
-from finealign.methods.base import (
-    PUBLISHED_DECAY,
-    PUBLISHED_PACE,
-    SelfTrainingMethod,
-    SelfTrainingOptions,
-    Share,
-)
-from finealign.pseudo_labels import agreement_weight, balanced
+from finealign.method.alignment import class_means, global_score
+from finealign.method.base import PUBLISHED_DECAY, PUBLISHED_PACE, SelfTrainingMethod, SelfTrainingOptions, Share
+from finealign.method.losses import running_mean
+from finealign.method.pseudo_labels import agreement_weight, balanced
 from finealign.types import ImageFeatures, Loss, PseudoLabels, TextFeatures
 
 
 class DpaOptions(SelfTrainingOptions):
-    """DPA's choices."""
+    """Options of DPA, besides those of the loss."""
 
     image_share: Share = Field(0.7, description="a, share of the image prototypes' opinion in the label")
     align_weight: float = Field(1.0, ge=0, description="of the term that aligns the two prototypes")
 
 
 class Dpa(SelfTrainingMethod):
-    """y = argmax(a p_v + (1 - a) p_t); omega = (p_v[y] / max p_v)(p_t[y] / max p_t)."""
+    """y = argmax(a p_v + (1 - a) p_t); omega = (p_v[y] / max p_v)(p_t[y] / max p_t).
+
+    p_v and p_t are the class probabilities by the image prototypes P and by the text prototypes T. T are the learned
+    anchors; a is ``image_share``.
+    """
 
     Options = DpaOptions
     options: DpaOptions
     surveys = True
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        # The authors choose the learning rate for each data set, for which one stands here; their a we do not know.
+        # The authors choose the learning rate per data set; this preset has one. Their value of a is not known.
         "published": {
             "training": {**PUBLISHED_PACE, **PUBLISHED_DECAY},
             "method": {"fairness": "batch", "fairness_weight": 1.0, "image_share": 0.5},
         }
     }
-    image_prototypes: Tensor
-    mean_text: Tensor
+    image_prototypes: Tensor  # (C, D)
+    mean_text: Tensor  # (C,), running mean of p_t
 
     def __init__(self, options: DpaOptions, texts: TextFeatures, *, logit_scale: float) -> None:
         means = class_means(texts.descriptions, texts.class_of, texts.num_classes)
@@ -55,9 +53,10 @@ class Dpa(SelfTrainingMethod):
 
     @torch.no_grad()
     def survey(self, weak: Tensor) -> None:
-        """P_c = normalised mean of the images labelled c, before each epoch; a class without any keeps its P_c.
+        """Set P_c to the normalised mean of the weak features, out of (n, D), that are labelled c, before each epoch.
 
-        Before the first survey P is T, so that the first labels are the texts' alone.
+        A class that no image is labelled as keeps its P_c. Before the first call P equals T, so the first labels come
+        from the texts alone.
         """
         by_images, by_texts = self._opinions(weak, by_text_mean=None)
         labels = (self.options.image_share * by_images + (1 - self.options.image_share) * by_texts).argmax(1)
@@ -67,6 +66,7 @@ class Dpa(SelfTrainingMethod):
 
     @torch.no_grad()
     def pseudo_label(self, features: ImageFeatures) -> PseudoLabels:
+        """Label whole images by both prototypes, and weight each label by how far both of them support it."""
         by_images, by_texts = self._opinions(features.weak, by_text_mean=self.mean_text)
         probabilities = self.options.image_share * by_images + (1 - self.options.image_share) * by_texts
         labels = probabilities.argmax(1)
@@ -74,7 +74,11 @@ class Dpa(SelfTrainingMethod):
         return PseudoLabels(labels=labels, weights=weights, probabilities=probabilities)
 
     def _opinions(self, weak: Tensor, *, by_text_mean: Tensor | None) -> tuple[Tensor, Tensor]:
-        """p_v and p_t of whole images, each (B, C); p_t is divided by its mean, the running one where given."""
+        """p_v and p_t of whole images (B, D), each (B, C).
+
+        p_t is divided by its mean: the running mean ``by_text_mean`` (C,), which is updated in place, or that of this
+        batch if it is None.
+        """
         by_images = self.probabilities(weak @ self.image_prototypes.T)
         by_texts = self.probabilities(global_score(weak, self.classifier()))
         mean = by_texts.mean(0)
@@ -84,11 +88,16 @@ class Dpa(SelfTrainingMethod):
         return by_images, balanced(by_texts, mean, 1.0)
 
     def loss(self, strong: Tensor, pseudo: PseudoLabels) -> Loss:
-        """The self-training loss, and CE(s P T', identity): each image prototype nearest its class's text."""
-        found = super().loss(strong, pseudo)
+        """Compute the self-training loss plus ``align_weight`` times CE(s P T', identity).
+
+        The second term makes each image prototype most similar to the text prototype of its own class.
+        """
+        self_training = super().loss(strong, pseudo)
         logits = self.logit_scale * global_score(self.image_prototypes, self.classifier())
         align = cross_entropy(logits, torch.arange(self.num_classes, device=logits.device))
-        return Loss(found.total + self.options.align_weight * align, {**found.parts, "align": align.detach()})
+        return Loss(
+            self_training.total + self.options.align_weight * align, {**self_training.parts, "align": align.detach()}
+        )
 
 
 METHOD = Dpa

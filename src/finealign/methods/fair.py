@@ -1,6 +1,7 @@
 """FAIR (Ali et al., arXiv 2507.09615): learnable Class Description Anchors, LAS pseudo-labels, self-training weights.
 
-The paper's equations are not public: what is marked [R] here and in the rooms this file calls is our reconstruction.
+The paper's equations are not public: what is marked [R] here and in ``finealign.method`` is our reconstruction. Step
+numbers are those of docs/method.md.
 """
 
 from typing import Annotated, ClassVar
@@ -10,15 +11,15 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from finealign.alignment import class_description_anchors, learned_alignment_score
-from finealign.losses import running_mean
-from finealign.methods.base import SelfTrainingMethod, SelfTrainingOptions, Share
-from finealign.pseudo_labels import WeightKind, balanced, confusability, count_pairs, self_training_weight
+from finealign.method.alignment import class_description_anchors, learned_alignment_score
+from finealign.method.base import SelfTrainingMethod, SelfTrainingOptions, Share
+from finealign.method.losses import running_mean
+from finealign.method.pseudo_labels import WeightKind, balanced, confusability, count_pairs, self_training_weight
 from finealign.types import ImageFeatures, PseudoLabels, Score, TextFeatures
 
 
 class FairOptions(SelfTrainingOptions):
-    """FAIR's choices, all [R]."""
+    """Options of FAIR, all [R], besides those of the loss."""
 
     weight: WeightKind = Field("margin*agreement", description="omega, the self-training weight")
     anchors_per_class: Annotated[int, Field(ge=1)] = Field(1, description="J, anchors a class starts with")
@@ -30,24 +31,25 @@ class FairOptions(SelfTrainingOptions):
 
 
 class Fair(SelfTrainingMethod):
-    """Labels come from the crops by LAS on the anchors as they are now."""
+    """Images are labelled by the LAS of their crops with the current anchors, or with a running mean of the anchors."""
 
     Options = FairOptions
     options: FairOptions
+    inference_options = (*SelfTrainingMethod.inference_options, "anchors_per_class")
     uses_crops = True
     settles = True
     scores: ClassVar[tuple[Score, ...]] = ("las", "fused", "global")
-    pair_counts: Tensor
-    fixed: Tensor
-    teacher: Tensor
-    mean_label: Tensor
+    pair_counts: Tensor  # (C, C), sum of ``count_pairs``; (0, 0) where the weight does not use it
+    fixed: Tensor  # (C, J, D), the anchors before training
+    teacher: Tensor  # (C, J, D), running mean of the anchors
+    mean_label: Tensor  # (C,), running mean of the label probabilities
 
     def __init__(self, options: FairOptions, texts: TextFeatures, *, logit_scale: float) -> None:
         anchors = class_description_anchors(
             texts.descriptions, texts.class_of, num_classes=texts.num_classes, per_class=options.anchors_per_class
         )
         super().__init__(options, texts, anchors, logit_scale=logit_scale)
-        # C x C: for many classes neither small nor quick, so only where the weight looks at it.
+        # A C x C matrix is large and slow for many classes, so it is kept only where the weight uses it.
         classes = texts.num_classes if self._by_confusion else 0
         self.register_buffer("pair_counts", anchors.new_zeros(classes, classes))
         self.register_buffer("fixed", anchors.clone())
@@ -60,7 +62,10 @@ class Fair(SelfTrainingMethod):
 
     @torch.no_grad()
     def pseudo_label(self, features: ImageFeatures) -> PseudoLabels:
-        """Steps 3 to 6: q = softmax(s LAS), y its best class, omega the named weight."""
+        """Steps 3 to 6 of the method: q = softmax(s LAS), y = argmax q, omega the weight that the options name.
+
+        Also updates the teacher, the running mean of the probabilities and the pair counts.
+        """
         momentum = self.options.teacher_momentum
         self.teacher.mul_(momentum).add_(self.classifier(), alpha=1 - momentum)
         probabilities = self._balanced(self.probabilities(self._label_score(features)))
@@ -80,7 +85,7 @@ class Fair(SelfTrainingMethod):
         return PseudoLabels(labels=labels, weights=weights, probabilities=probabilities)
 
     def _label_score(self, features: ImageFeatures) -> Tensor:
-        """LAS on the teacher's anchors, mixed with LAS on the descriptions as they were: (B, C). [R: the mixture]"""
+        """LAS with the teacher's anchors, mixed with LAS with the initial anchors: (B, C). [R: the mixture]"""
         weights, share = self.crop_weights(features), self.options.fixed_share
         learned = learned_alignment_score(features.crops, weights, normalize(self.teacher, dim=-1))
         if not share:
@@ -88,7 +93,7 @@ class Fair(SelfTrainingMethod):
         return (1 - share) * learned + share * learned_alignment_score(features.crops, weights, self.fixed)
 
     def _balanced(self, probabilities: Tensor) -> Tensor:
-        """Against collapse into few classes: the probabilities over their running mean, as far as the option says."""
+        """Divide the probabilities by their running mean to the power ``label_balance``, against class collapse."""
         mean = running_mean(self.mean_label, probabilities.mean(0), momentum=self._momentum(len(probabilities)))
         self.mean_label.copy_(mean)
         return balanced(probabilities, mean, self.options.label_balance)

@@ -1,8 +1,8 @@
 """LaFTer (Mirza et al., NeurIPS 2023, arXiv 2305.18287): a classifier learned from texts alone labels the images.
 
-Written from METHOD's summary. First the anchors are trained to tell the descriptions apart; fixed as they are then,
-they label weak views, and anchors, normalisation and visual prompt tokens learn from strong views. A tower without
-tokens has no prompts.
+Written from a summary of the paper. First the anchors are trained to tell the descriptions of the classes apart. Then a
+fixed copy of them labels weak views, while anchors, normalisation parameters and visual prompt tokens learn from strong
+views. A tower without tokens gets no prompts.
 """
 
 from collections.abc import Mapping
@@ -13,13 +13,13 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 
-from finealign.alignment import class_means, global_score
-from finealign.methods.base import PUBLISHED_PACE, SelfTrainingMethod, SelfTrainingOptions
+from finealign.method.alignment import class_means, global_score
+from finealign.method.base import PUBLISHED_PACE, SelfTrainingMethod, SelfTrainingOptions
 from finealign.types import ImageFeatures, PseudoLabels, TextFeatures
 
 
 class LafterOptions(SelfTrainingOptions):
-    """LaFTer's choices."""
+    """Options of LaFTer, besides those of the loss."""
 
     text_steps: Annotated[int, Field(ge=0)] = Field(200, description="steps of the classifier on the texts")
     text_learning_rate: Annotated[float, Field(gt=0)] = Field(3e-5, description="in those steps")
@@ -28,18 +28,20 @@ class LafterOptions(SelfTrainingOptions):
 
 
 class Lafter(SelfTrainingMethod):
-    """y = argmax_c <g_weak, T_c> with T trained on the texts, then fixed; omega = 1."""
+    """y = argmax_c <g_weak, T_c>, where T is trained on the texts and then fixed; omega = 1."""
 
     Options = LafterOptions
     options: LafterOptions
+    inference_options = (*SelfTrainingMethod.inference_options, "prompt_tokens")
+    inference_state = (*SelfTrainingMethod.inference_state, "prompts")
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        # Its loss is the cross-entropy alone.
+        # LaFTer's loss has no fairness term.
         "published": {
             "training": {**PUBLISHED_PACE},
             "method": {"fairness": "off", "text_learning_rate": 1e-3},
         }
     }
-    fixed: Tensor
+    fixed: Tensor  # (C, 1, D), the classifier trained on the texts
 
     def __init__(self, options: LafterOptions, texts: TextFeatures, *, logit_scale: float) -> None:
         means = class_means(texts.descriptions, texts.class_of, texts.num_classes)
@@ -55,6 +57,7 @@ class Lafter(SelfTrainingMethod):
         self.register_buffer("fixed", learned[:, None].clone())
 
     def make_prompts(self, width: int) -> None:
+        """Create ``prompt_tokens`` random prompts of this width, the same in every run; none if the width is 0."""
         if width and self.options.prompt_tokens:
             generator = torch.Generator().manual_seed(0)
             drawn = 0.02 * torch.randn(self.options.prompt_tokens, width, generator=generator)
@@ -62,18 +65,20 @@ class Lafter(SelfTrainingMethod):
 
     @torch.no_grad()
     def pseudo_label(self, features: ImageFeatures) -> PseudoLabels:
-        probabilities = self.probabilities(global_score(features.weak, self.fixed))
-        labels = probabilities.argmax(1)
-        return PseudoLabels(labels=labels, weights=torch.ones_like(probabilities[:, 0]), probabilities=probabilities)
+        """Label each whole image by the classifier trained on the texts, with weight 1."""
+        return self.fully_believed(self.probabilities(global_score(features.weak, self.fixed)))
 
 
 def text_classifier(
     start: Tensor, texts: TextFeatures, *, steps: int, learning_rate: float, smoothing: float, scale: float
 ) -> Tensor:
-    """A linear classifier (C, D), rows of length 1, that tells the descriptions (M, D) apart, from ``start``.
+    """Train a linear classifier to tell the descriptions of the classes apart: (C, D), rows of length 1.
 
-    All descriptions at every step, by AdamW on the smoothed cross-entropy of ``scale`` times the cosines.
+    ``start`` (C, D) is its initial value. Each of the ``steps`` uses all descriptions (M, D): AdamW on the
+    cross-entropy, with label ``smoothing``, of ``scale`` times the cosines.
     """
+    # Works under no_grad and inference_mode too. Encoded texts may be inference tensors, which autograd refuses; clones
+    # of them made here are ordinary tensors.
     with torch.inference_mode(False), torch.enable_grad():
         weight = start.detach().clone().requires_grad_(True)
         optimizer = torch.optim.AdamW([weight], lr=learning_rate, weight_decay=0.0)

@@ -1,7 +1,7 @@
-"""microCLIP (Silva et al., arXiv 2510.02270): salient patches beside the whole image, a fixed and a learned classifier.
+"""microCLIP (Silva et al., arXiv 2510.02270): embeds salient patches too; a fixed and a learned classifier label.
 
-Written from METHOD's summary of its equations. A whole image's embedding is the mean of the tower's own and that of
-its salient patches (``backbone.Gaze``), so it needs a transformer tower.
+Written from a summary of the paper's equations. The embedding of a whole image is the mean of the tower's own and that
+of its salient patches (``finealign.types.Gaze``), so the method needs a transformer tower.
 """
 
 from collections.abc import Mapping
@@ -11,25 +11,23 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from finealign.alignment import class_means, global_score, learned_alignment_score
-from finealign.methods.base import (
-    PUBLISHED_DECAY,
-    PUBLISHED_PACE,
-    SelfTrainingMethod,
-    SelfTrainingOptions,
-    Share,
-)
+from finealign.method.alignment import class_means, global_score, learned_alignment_score
+from finealign.method.base import PUBLISHED_DECAY, PUBLISHED_PACE, SelfTrainingMethod, SelfTrainingOptions, Share
 from finealign.types import ImageFeatures, PseudoLabels, TextFeatures
 
 
 class MicroclipOptions(SelfTrainingOptions):
-    """microCLIP's choices."""
+    """Options of microCLIP, besides those of the loss."""
 
     fixed_share: Share = Field(0.5, description="share of the fixed classifier's score of the crops in the label")
 
 
 class Microclip(SelfTrainingMethod):
-    """y = argmax of half <crops, T> by relevance and half <fused token, A>; omega = 1."""
+    """y = argmax_c(b LAS(crops, T_c) + (1 - b) <g, A_c>); omega = 1.
+
+    T is the fixed mean of the descriptions, A the learned anchors, g the embedding of the whole image fused with that
+    of its salient patches, and b is ``fixed_share``, by default a half.
+    """
 
     Options = MicroclipOptions
     options: MicroclipOptions
@@ -41,7 +39,7 @@ class Microclip(SelfTrainingMethod):
             "method": {"fairness": "batch", "fairness_weight": 1.0},
         }
     }
-    fixed: Tensor
+    fixed: Tensor  # (C, 1, D), the means of the descriptions
 
     def __init__(self, options: MicroclipOptions, texts: TextFeatures, *, logit_scale: float) -> None:
         means = class_means(texts.descriptions, texts.class_of, texts.num_classes)[:, None]
@@ -50,12 +48,11 @@ class Microclip(SelfTrainingMethod):
 
     @torch.no_grad()
     def pseudo_label(self, features: ImageFeatures) -> PseudoLabels:
+        """Label images by the fixed classifier on crops and the learned one on whole images, all with weight 1."""
         by_crops = learned_alignment_score(features.crops, self.crop_weights(features), self.fixed)
         by_token = global_score(features.weak, self.classifier())
         share = self.options.fixed_share
-        probabilities = self.probabilities(share * by_crops + (1 - share) * by_token)
-        labels = probabilities.argmax(1)
-        return PseudoLabels(labels=labels, weights=torch.ones_like(probabilities[:, 0]), probabilities=probabilities)
+        return self.fully_believed(self.probabilities(share * by_crops + (1 - share) * by_token))
 
 
 METHOD = Microclip

@@ -1,18 +1,18 @@
-"""The self-training base: labels from a fixed text classifier on the whole image, every one fully believed."""
+"""The self-training baseline: labels from a fixed text classifier on the whole image, all with weight 1."""
 
 import torch
 from torch import Tensor
 
-from finealign.alignment import class_means, global_score
-from finealign.methods.base import SelfTrainingMethod, SelfTrainingOptions
+from finealign.method.alignment import class_means, global_score
+from finealign.method.base import SelfTrainingMethod, SelfTrainingOptions
 from finealign.types import ImageFeatures, PseudoLabels, TextFeatures
 
 
 class SelfTraining(SelfTrainingMethod):
-    """y = argmax_c <g_weak, T_c> with T_c the mean of the class's descriptions, fixed; omega = 1."""
+    """y = argmax_c <g_weak, T_c>, where T_c is the fixed, normalised mean of the class's descriptions; omega = 1."""
 
     Options = SelfTrainingOptions
-    fixed: Tensor
+    fixed: Tensor  # (C, 1, D), the means of the descriptions
 
     def __init__(self, options: SelfTrainingOptions, texts: TextFeatures, *, logit_scale: float) -> None:
         means = class_means(texts.descriptions, texts.class_of, texts.num_classes)[:, None]
@@ -21,9 +21,8 @@ class SelfTraining(SelfTrainingMethod):
 
     @torch.no_grad()
     def pseudo_label(self, features: ImageFeatures) -> PseudoLabels:
-        probabilities = self.probabilities(global_score(features.weak, self.fixed))
-        labels = probabilities.argmax(1)
-        return PseudoLabels(labels=labels, weights=torch.ones_like(probabilities[:, 0]), probabilities=probabilities)
+        """Label each whole image by the fixed classifier, with weight 1."""
+        return self.fully_believed(self.probabilities(global_score(features.weak, self.fixed)))
 
 
 METHOD = SelfTraining

@@ -1,6 +1,6 @@
 """WCA (Li et al., ICML 2024, arXiv 2406.02915): weighted crops against weighted descriptions; nothing learned.
 
-Its published setting draws 60 crops an image, the preset ``wca@published``.
+The published setting, which draws 60 crops per image, is the preset ``wca@published``.
 """
 
 import math
@@ -10,13 +10,13 @@ from typing import Annotated, Any, ClassVar
 from pydantic import Field
 from torch import Tensor
 
-from finealign.alignment import description_weights, weighted_alignment_score
-from finealign.methods.base import Method, MethodOptions
+from finealign.method.alignment import description_weights, weighted_alignment_score
+from finealign.method.base import Method, MethodOptions
 from finealign.types import ImageFeatures, Score, TextFeatures
 
 
 class WcaOptions(MethodOptions):
-    """WCA's two temperatures, as published."""
+    """WCA's two temperatures; the defaults are the published values."""
 
     crop_temperature: Annotated[float, Field(gt=0)] = Field(math.exp(-4), description="of the softmax over crops")
     description_temperature: Annotated[float, Field(gt=0)] = Field(
@@ -25,15 +25,16 @@ class WcaOptions(MethodOptions):
 
 
 class Wca(Method):
-    """score = sum_ij w_i v_cj <p_i, t_cj>."""
+    """score = sum_ij w_i v_cj <p_i, t_cj>, where w weights the crops p, and v the descriptions t of class c."""
 
     Options = WcaOptions
     options: WcaOptions
     scores: ClassVar[tuple[Score, ...]] = ("las",)
+    inference_state = ("descriptions", "class_of", "description_weight")
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"published": {"views": {"crops": 60}}}
-    descriptions: Tensor
-    class_of: Tensor
-    description_weight: Tensor
+    descriptions: Tensor  # (M, D)
+    class_of: Tensor  # (M,) int64
+    description_weight: Tensor  # (M,), sums to 1 within each class
 
     def __init__(self, options: WcaOptions, texts: TextFeatures, *, logit_scale: float) -> None:
         super().__init__(options, texts, logit_scale=logit_scale)
@@ -45,7 +46,7 @@ class Wca(Method):
         self.register_buffer("description_weight", weights)
 
     def score(self, features: ImageFeatures, kind: Score) -> Tensor:
-        """WCA's one score, whatever kind is asked for: its ``scores`` list names it alone."""
+        """Compute WCA's only score, ``las``: (B, C). ``kind`` is ignored, because ``scores`` lists no other."""
         return weighted_alignment_score(
             features.crops, self.crop_weights(features), self.descriptions, self.description_weight, self.class_of
         )

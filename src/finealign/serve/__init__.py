@@ -1,1 +1,1 @@
-"""A web page and an API that classify images with one fitted model, on this machine."""
+"""A web page and an HTTP API, served from this machine, that classify images with one fitted model."""

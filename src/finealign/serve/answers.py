@@ -1,4 +1,4 @@
-"""What the server answers, as its OpenAPI describes it."""
+"""The JSON objects that the API answers with, as its OpenAPI document describes them."""
 
 from pydantic import BaseModel, Field
 
@@ -11,20 +11,20 @@ class Choice(BaseModel):
 
 
 class Guess(Choice):
-    """The most probable class, and the best ones in order."""
+    """The most probable class, and the ``top_k`` most probable ones in descending order."""
 
     top: list[Choice] = Field(min_length=1)
 
 
 class Crop(BaseModel):
-    """A square the model looks at: left, top, right, bottom in pixels, and how much it counts."""
+    """A square crop that the model scores: left, top, right, bottom in pixels, and its weight in the score."""
 
     box: tuple[int, int, int, int]
     weight: float = Field(ge=0, le=1)
 
 
 class Predicted(Guess):
-    """What the adapted model makes of an image, and what the model it started from does."""
+    """The prediction of the adapted model for an image, and that of the model before adaptation (the start)."""
 
     start: Guess | None
     score: str
@@ -42,7 +42,7 @@ class Health(BaseModel):
 
 
 class Bounds(BaseModel):
-    """What the server takes."""
+    """The limits of the server."""
 
     max_upload_bytes: int
     max_pixels: int
@@ -51,7 +51,7 @@ class Bounds(BaseModel):
 
 
 class About(BaseModel):
-    """The model that answers."""
+    """The model that the server runs, and the limits of the server."""
 
     classes: list[str]
     method: str
@@ -64,7 +64,7 @@ class About(BaseModel):
 
 
 class Refusal(BaseModel):
-    """Why there is no result: a sentence for a person, and a word for a program."""
+    """Why a request was refused: ``error`` is a sentence for people, ``kind`` a word for programs."""
 
     error: str
     kind: str

@@ -1,12 +1,10 @@
-"""The API and the page around one fitted model."""
+"""The web application around one fitted model: the API and the page."""
 
 import asyncio
-import re
-import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from html import escape
 from importlib.resources import files
 from string import Template
@@ -14,46 +12,39 @@ from typing import Annotated, Any, get_args
 
 from fastapi import FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
-from python_multipart.multipart import parse_options_header
-from starlette.datastructures import Headers, UploadFile
 from starlette.exceptions import HTTPException as StarletteHTTPException
-from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect
 from starlette.responses import HTMLResponse
-from starlette.types import Receive
 
 from finealign import __version__
 from finealign.classifier import FineAlign
 from finealign.config import without_folder
-from finealign.images import ImageReadError
-from finealign.predictions import explained
+from finealign.images.files import ImageReadError
+from finealign.model.predictions import explained
+from finealign.runtime.render import base_style
 from finealign.serve.answers import About, Bounds, Health, Predicted, Refusal
 from finealign.serve.batches import Batches, FullError
+from finealign.serve.forms import Limits, RefusedError, most_bytes, read_upload, refuse_declared, require_form
 from finealign.serve.guard import LOOPBACK, Guard, refusal
 from finealign.types import Explanation, Score
 
-FRAME_BYTES = 16_384  # of a form around its file
-MAX_FIELDS = 1  # of a form beside its file; it is not looked at
-MAX_FIELD_BYTES = 512
-BOUNDARY = re.compile(rb"[0-9A-Za-z'()+_,./:=?-]{1,70}")
-CLOSE_SECONDS = 5  # for the threads to end, beyond the time limit of a request
+CLOSE_SECONDS = 5  # for the threads to end, on top of the time limit of a request
 RETRY_AFTER = 1  # seconds
-KNOWN = {
+KNOWN = {  # kind and message of errors that Starlette raises, by status
     404: ("not-found", "There is no such page. The page is at /, and /openapi.json describes the API."),
     405: ("method-not-allowed", "This method is not taken here. /openapi.json describes the API."),
 }
-ASSETS = {
+ASSETS = {  # files of the page and their media types
     "page.css": "text/css",
     "page.js": "text/javascript",
     "icon.svg": "image/svg+xml",
-    "base.css": "text/css",
 }
-EVERYWHERE = {
+EVERYWHERE = {  # error responses of every route, as the OpenAPI document describes them
     403: "A page of another site asks.",
     421: "The Host header is no name of this machine.",
     500: "The server failed.",
 }
-OF_PREDICT = {
+OF_PREDICT = {  # further ones of POST /predict
     400: "The form is malformed.",
     408: "The upload took too long.",
     413: "The upload is too large.",
@@ -64,24 +55,6 @@ OF_PREDICT = {
 }
 
 
-@dataclass(frozen=True)
-class Limits:
-    """What the server takes, so that no request can take it all."""
-
-    max_upload_bytes: int = 20_000_000
-    max_pixels: int = 25_000_000
-    waiting: int = 256  # requests being read, worked on or answered; one more is refused
-    timeout: float = 30.0  # seconds to send an upload in, and seconds to wait for its answer
-
-
-class RefusedError(StarletteHTTPException):
-    """A request that is answered by a sentence and a status."""
-
-    def __init__(self, status: int, kind: str, error: str, headers: dict[str, str] | None = None) -> None:
-        super().__init__(status, error, headers)
-        self.kind = kind
-
-
 def create_app(
     model: FineAlign,
     limits: Limits | None = None,
@@ -89,10 +62,10 @@ def create_app(
     hosts: frozenset[str] | None = LOOPBACK,
     allow_hosts: Sequence[str] = (),
 ) -> FastAPI:
-    """The application around a fitted model.
+    """Create the application around a fitted model.
 
-    ``hosts`` are the names it answers to; any if None. ``allow_hosts`` are further ones, which pages that ask may also
-    come from: those of a proxy before it.
+    ``hosts`` are the host names that it answers to; None means any. ``allow_hosts`` are additional ones, such as the
+    names of a reverse proxy in front of it. Pages from ``allow_hosts`` may also send requests.
     """
     limits = limits or Limits()
     batches = Batches(model, capacity=limits.waiting, max_pixels=limits.max_pixels)
@@ -109,7 +82,7 @@ def create_app(
         title="finealign",
         version=__version__,
         description="Classifies images with one adapted model, beside the model adaptation started from.",
-        docs_url=None,  # they load scripts from elsewhere
+        docs_url=None,  # FastAPI's documentation pages load scripts from another site
         redoc_url=None,
         lifespan=running,
         responses=_documented(EVERYWHERE),
@@ -130,12 +103,12 @@ def create_app(
     ) -> Predicted:
         """Classify one image."""
         kind = _score(score, scores)
-        _require_form(request)
-        _refuse_declared(request, limits)
+        require_form(request)
+        refuse_declared(request, limits)
         try:
-            with batches.place(_most_bytes(request, limits)) as place:
-                upload = await _read_upload(request, limits)
-                found = await _answer(batches.submit(place, upload.file, kind), request, limits.timeout)
+            with batches.place(most_bytes(request, limits)) as place:
+                upload = await read_upload(request, limits)
+                explanation = await _answer(batches.submit(place, upload.file, kind), request, limits.timeout)
         except FullError as full:
             raise RefusedError(
                 503, "full", f"{full}. Ask again in {RETRY_AFTER} s.", {"Retry-After": str(RETRY_AFTER)}
@@ -148,40 +121,47 @@ def create_app(
                 "timeout",
                 f"There was no answer within {limits.timeout:g} s. Ask again when less is waiting.",
             ) from None
-        return Predicted.model_validate(explained(found, classes, top_k))
+        return Predicted.model_validate(explained(explanation, classes, top_k))
+
+    _add_pages(app, batches, about)
+    return app
+
+
+def _add_pages(app: FastAPI, batches: Batches, about: About) -> None:
+    """Add the routes beside POST /predict: health, model description, page and assets."""
 
     @app.get("/healthz", responses={503: {"model": Health, "description": "The server has failed."}})
     async def healthz(response: Response) -> Health:
-        """Whether the server works, and how busy it is."""
+        """Tell whether the server works and how busy it is."""
         works = batches.alive
         response.status_code = 200 if works else 503
         return Health(status="ok" if works else "failed", waiting=batches.waiting, capacity=batches.capacity)
 
     @app.get("/model")
     async def describe() -> About:
-        """What answers, and what it takes."""
+        """Describe the model and the limits of the server."""
         return about
 
     page = _page(about)
 
     @app.get("/", response_class=HTMLResponse)
     async def index() -> HTMLResponse:
-        """The page for people."""
+        """The web page."""
         return HTMLResponse(page)
 
     app.add_api_route("/", index, methods=["HEAD"], include_in_schema=False)
     app.add_api_route("/healthz", healthz, methods=["HEAD"], include_in_schema=False)
     for name, media_type in ASSETS.items():
-        folder = files("finealign") / ("pages" if name == "base.css" else "serve/page")
-        app.add_api_route(f"/{name}", _asset((folder / name).read_bytes(), media_type), include_in_schema=False)
-    return app
+        content = (files("finealign.serve") / "page" / name).read_bytes()
+        app.add_api_route(f"/{name}", _asset(content, media_type), include_in_schema=False)
+    app.add_api_route("/base.css", _asset(base_style().encode(), "text/css"), include_in_schema=False)
 
 
 def _about(model: FineAlign, limits: Limits) -> About:
     return About(
         classes=list(model.texts_.classes),
-        method=model.config_.method.name,
-        backbone=without_folder(model.config_.backbone),
+        method=model.model_.name,
+        backbone=without_folder(model.model_.inference.backbone),
         score=model.score_,
         scores=list(type(model.method_).scores),
         input_size=model.backbone_.input_size,
@@ -191,7 +171,7 @@ def _about(model: FineAlign, limits: Limits) -> About:
 
 
 def _page(about: About) -> str:
-    text = (files("finealign") / "serve/page/index.html").read_text(encoding="utf-8")
+    text = (files("finealign.serve") / "page" / "index.html").read_text(encoding="utf-8")
     return Template(text).substitute(
         classes=len(about.classes), method=escape(about.method), backbone=escape(about.backbone)
     )
@@ -207,142 +187,33 @@ def _asset(content: bytes, media_type: str) -> Callable[[], Awaitable[Response]]
 def _score(score: str, scores: list[str]) -> Score:
     for known in get_args(Score):
         if score == known and score in scores:
-            valid: Score = known
+            valid: Score = known  # taken from the Literal, because mypy does not narrow ``score``
             return valid
     raise RefusedError(422, "invalid", f"The model has no such score. Valid: {', '.join(scores)}.")
 
 
-def _require_form(request: Request) -> None:
-    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if media_type != "multipart/form-data":
-        raise RefusedError(
-            415,
-            "media-type",
-            "Wanted: multipart/form-data with the image as its field 'file'.",
-        )
-
-
-def _refuse_declared(request: Request, limits: Limits) -> None:
-    """What its own Content-Length says is too large need not be read to be refused."""
-    declared = request.headers.get("content-length", "")
-    if declared.isdecimal() and int(declared) > limits.max_upload_bytes + FRAME_BYTES:
-        raise _too_large(limits)
-
-
-def _most_bytes(request: Request, limits: Limits) -> int:
-    """What the body can come to: what it declares, which the server holds it to, or what is taken at most."""
-    declared = request.headers.get("content-length", "")
-    return int(declared) if declared.isdecimal() else limits.max_upload_bytes + FRAME_BYTES
-
-
 async def _answer(future: Future[Explanation], request: Request, seconds: float) -> Explanation:
-    """What a job comes to; it is cancelled when nobody waits any longer.
+    """Wait for the result of a job, which is cancelled if it is not done by the end of the wait.
 
-    Raises TimeoutError: not within so many seconds. ClientDisconnect: the client has left before.
+    Raises TimeoutError when there is no result within ``seconds``, and ClientDisconnect when the client leaves first.
     """
-    waiting = asyncio.wrap_future(future)
-    left = asyncio.create_task(_left(request))
-    either: set[asyncio.Future[Any]] = {waiting, left}
+    answer = asyncio.wrap_future(future)
+    disconnect = asyncio.create_task(_left(request))
+    tasks: set[asyncio.Future[Any]] = {answer, disconnect}
     try:
-        await asyncio.wait(either, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
-        if waiting.done():
-            return waiting.result()
-        raise ClientDisconnect if left.done() else TimeoutError
+        await asyncio.wait(tasks, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        if answer.done():
+            return answer.result()
+        raise ClientDisconnect if disconnect.done() else TimeoutError
     finally:
-        left.cancel()
-        waiting.cancel()
+        disconnect.cancel()
+        answer.cancel()
 
 
 async def _left(request: Request) -> None:
-    """Return when the client of a request that has been read has left."""
+    """Return when the client disconnects. The body of its request must have been read."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
-
-
-def _too_large(limits: Limits) -> RefusedError:
-    return RefusedError(
-        413, "too-large", f"The upload is over the limit of {limits.max_upload_bytes:,} bytes. Send a smaller image."
-    )
-
-
-async def _read_upload(request: Request, limits: Limits) -> UploadFile:
-    """The file of the form, in memory or in a temporary file without a name; to be closed by who gets it."""
-    try:
-        form = await _Form(request, limits).parse()
-    except MultiPartException as error:
-        raise RefusedError(400, "malformed", f"The form cannot be read: {error.message.rstrip('.')}.") from None
-    upload = form.get("file")
-    if isinstance(upload, UploadFile) and 0 < (upload.size or 0) <= limits.max_upload_bytes:
-        return upload
-    await form.close()
-    if not isinstance(upload, UploadFile):
-        raise RefusedError(422, "no-file", "There is no file. Send the image as the form's field 'file'.")
-    if upload.size:
-        raise _too_large(limits)
-    raise RefusedError(422, "unreadable", "The image cannot be read: empty file. Send another.")
-
-
-class _Form(MultiPartParser):
-    """A form that is read within the limits and has to end: what of it came before is closed if it does not.
-
-    It is UTF-8 whatever its client says: to decode other encodings can take very long.
-    """
-
-    def __init__(self, request: Request, limits: Limits) -> None:
-        boundary = parse_options_header(request.headers["content-type"])[1].get(b"boundary", b"")
-        if not BOUNDARY.fullmatch(boundary):
-            raise MultiPartException("it has no boundary, or a malformed one")
-        super().__init__(
-            Headers(raw=[(b"content-type", b'multipart/form-data; charset=utf-8; boundary="%s"' % boundary)]),
-            self._whole(request.receive, limits),
-            max_files=1,
-            max_fields=MAX_FIELDS,
-            max_part_size=MAX_FIELD_BYTES,
-        )
-        self._heads = 0  # bytes
-        self._ended = False
-
-    def on_header_field(self, data: bytes, start: int, end: int) -> None:
-        self._count(end - start)
-        super().on_header_field(data, start, end)
-
-    def on_header_value(self, data: bytes, start: int, end: int) -> None:
-        self._count(end - start)
-        super().on_header_value(data, start, end)
-
-    def _count(self, more: int) -> None:
-        self._heads += more
-        if self._heads > FRAME_BYTES:
-            raise MultiPartException("its headers are too long")
-
-    def on_end(self) -> None:
-        self._ended = True
-
-    async def _whole(self, receive: Receive, limits: Limits) -> AsyncGenerator[bytes, None]:
-        async for chunk in _body(receive, limits):
-            yield chunk
-        if not self._ended:
-            raise MultiPartException("it is cut off")
-
-
-async def _body(receive: Receive, limits: Limits) -> AsyncGenerator[bytes, None]:
-    """The body as it comes in, at most so many bytes of it and for at most so long, whatever its headers say."""
-    end, size, more = time.monotonic() + limits.timeout, 0, True
-    while more:
-        try:
-            async with asyncio.timeout(max(0, end - time.monotonic())):
-                message = await receive()
-        except TimeoutError:
-            raise RefusedError(
-                408, "slow", f"The upload did not arrive within {limits.timeout:g} s. Send it faster, or a smaller one."
-            ) from None
-        if message["type"] == "http.disconnect":
-            raise ClientDisconnect
-        size += len(message.get("body", b""))
-        if size > limits.max_upload_bytes + FRAME_BYTES:
-            raise _too_large(limits)
-        yield message.get("body", b"")
-        more = message.get("more_body", False)
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
@@ -362,12 +233,12 @@ async def _invalid(request: Request, error: Exception) -> Response:
 
 
 def _documented(statuses: dict[int, str]) -> dict[int | str, dict[str, Any]]:
-    found: dict[int | str, dict[str, Any]] = {
+    responses: dict[int | str, dict[str, Any]] = {
         status: {"model": Refusal, "description": text} for status, text in statuses.items()
     }
-    if 503 in found:
-        found[503]["headers"] = {"Retry-After": {"description": "Seconds.", "schema": {"type": "integer"}}}
-    return found
+    if 503 in responses:
+        responses[503]["headers"] = {"Retry-After": {"description": "Seconds.", "schema": {"type": "integer"}}}
+    return responses
 
 
 _UPLOAD: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""What every request passes: who may ask, what every answer carries, one line in the log."""
+"""The outermost layer of the server: which hosts and origins are served, common response headers, request log."""
 
 import asyncio
 import ipaddress
@@ -17,10 +17,10 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 LOG = "finealign.serve"
-LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
-LINGER = 2.0  # seconds that the rest of a refused upload is read for, so that its sender gets to see the answer
+LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})  # names of this machine
+LINGER = 2.0  # seconds for which the rest of a refused upload is read, so that its sender receives the response
 SAFE_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
-SHOWN_PATH = 200  # characters in the log
+SHOWN_PATH = 200  # characters of a path that are logged
 SECURITY_HEADERS = {
     "Content-Security-Policy": (
         "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob:; connect-src 'self'; "
@@ -36,22 +36,23 @@ SECURITY_HEADERS = {
 
 
 def is_loopback(address: str) -> bool:
-    """Whether an address is this machine's own, which nobody else can reach."""
-    found = ipaddress.ip_address(address)
-    return (getattr(found, "ipv4_mapped", None) or found).is_loopback
+    """Whether an IP address is a loopback one, which only this machine can reach. Raises ValueError if malformed."""
+    parsed = ipaddress.ip_address(address)
+    return (getattr(parsed, "ipv4_mapped", None) or parsed).is_loopback
 
 
 def refusal(status: int, kind: str, error: str, headers: Mapping[str, str] | None = None) -> Response:
-    """An error as every one looks here: a sentence for a person and a word for a program."""
+    """An error response: JSON with ``error``, a sentence for people, and ``kind``, a word for programs."""
     return JSONResponse({"error": error, "kind": kind}, status, headers)
 
 
 class Guard:
-    """The outermost layer. ``hosts`` are the names the server answers to; any if None. ``allowed`` are further ones.
+    """The outermost layer. ``hosts`` are the host names that the server answers to (None: any); ``allowed`` adds more.
 
-    The names guard against DNS rebinding: a stranger's page whose name was made to lead to this machine. What a
-    browser says of a request's origin guards against a stranger's page that asks for this machine by its own name. A
-    page of an allowed name may ask by another: its proxy need not pass on the name it was asked by.
+    The check of the Host header protects against DNS rebinding, in which another site's page makes its own name resolve
+    to this machine. The check of the Origin and Sec-Fetch-Site headers protects against another site's page that sends
+    requests to this machine by its own name. A page from an allowed host is accepted even where its origin differs from
+    the Host header, because its proxy need not forward the original header.
     """
 
     def __init__(self, app: ASGIApp, *, hosts: frozenset[str] | None, allowed: frozenset[str] = frozenset()) -> None:
@@ -68,12 +69,14 @@ class Guard:
             answer = self._refuse(passing.headers, scope)
             await (answer or self._app)(scope, passing.receive, passing.send)
         except ClientDisconnect:
-            pass  # nobody is there to be answered
+            pass  # the client has left, so there is nobody to answer
         except Exception:
             logging.getLogger(LOG).exception("%s failed", passing.id)
             if not passing.status:
-                failed = refusal(500, "internal", "The server failed. Its log has the reason, under this request's id.")
-                await failed(scope, passing.receive, passing.send)
+                response = refusal(
+                    500, "internal", "The server failed. Its log has the reason, under this request's id."
+                )
+                await response(scope, passing.receive, passing.send)
         finally:
             path = scope["raw_path"].decode("ascii", "replace")[:SHOWN_PATH]
             milliseconds = 1000 * (time.monotonic() - began)
@@ -81,27 +84,29 @@ class Guard:
             logging.getLogger(LOG).info("%s %s %s %s %.0f ms", passing.id, scope["method"], path, status, milliseconds)
 
     def _refuse(self, headers: Headers, scope: Scope) -> Response | None:
-        named = headers.get("host", "")
-        if self._hosts is not None and _hostname(named) not in self._hosts:
+        host = headers.get("host", "")
+        if self._hosts is not None and _hostname(host) not in self._hosts:
             return refusal(
                 421,
                 "host",
                 "This server answers to the names of this machine alone. Ask for http://127.0.0.1 with its port, or "
                 "start it with --allow-host and the name.",
             )
-        # A link on another page may lead to this one: it shows the page and can read nothing of it.
-        followed = scope["method"] == "GET" and scope["path"] == "/" and headers.get("sec-fetch-mode") == "navigate"
-        strange = headers.get("sec-fetch-site", "none") not in ("none", "same-origin")
+        # A link on another site may lead to the page: the browser shows it, and the other site cannot read it.
+        navigation = scope["method"] == "GET" and scope["path"] == "/" and headers.get("sec-fetch-mode") == "navigate"
+        cross_site = headers.get("sec-fetch-site", "none") not in ("none", "same-origin")
         origin = headers.get("origin")
-        elsewhere = origin is not None and _netloc(origin) != named and _hostname(_netloc(origin)) not in self._allowed
-        if (strange and not followed) or elsewhere:
+        other_origin = (
+            origin is not None and _netloc(origin) != host and _hostname(_netloc(origin)) not in self._allowed
+        )
+        if (cross_site and not navigation) or other_origin:
             return refusal(403, "cross-site", "Another site's page may not ask this server. Use the server's own.")
         return None
 
 
 @dataclass
 class _Passing:
-    """One request on its way: knows whether its body has been read, and answers with what every answer carries."""
+    """One request in progress: tracks whether its body has been read, and adds the common response headers."""
 
     scope: Scope
     inner_receive: Receive
@@ -109,12 +114,12 @@ class _Passing:
     status: int = 0  # 0: not answered yet
     headers: Headers = field(init=False)
     id: str = field(init=False)
-    unread: bool = field(init=False)
+    unread: bool = field(init=False)  # whether part of the body has not been received yet
 
     def __post_init__(self) -> None:
         self.headers = Headers(scope=self.scope)
-        wanted = self.headers.get("x-request-id", "")
-        self.id = wanted if SAFE_ID.fullmatch(wanted) else uuid4().hex
+        request_id = self.headers.get("x-request-id", "")
+        self.id = request_id if SAFE_ID.fullmatch(request_id) else uuid4().hex
         self.unread = "transfer-encoding" in self.headers or self.headers.get("content-length", "0") != "0"
 
     async def receive(self) -> Message:
@@ -132,6 +137,8 @@ class _Passing:
                 headers["Connection"] = "close"
             await self.inner_send(message)
         elif self.unread and not message.get("more_body", False) and "expect" not in self.headers:
+            # Closing a connection with unread data resets it, and the client may lose the response: so the rest of the
+            # upload is read before the response ends. A client that sent Expect waits before it sends the body.
             await self.inner_send({**message, "more_body": True})
             await self._linger()
             await self.inner_send({"type": "http.response.body", "body": b""})

@@ -1,4 +1,4 @@
-"""The server the application runs in: where it listens, how it stops, what it logs."""
+"""The HTTP server that runs the application: listening, stopping, logging."""
 
 import asyncio
 import ipaddress
@@ -18,15 +18,16 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from finealign.classifier import FineAlign
 from finealign.errors import FinealignError
-from finealign.serve.app import Limits, create_app
+from finealign.serve.app import create_app
+from finealign.serve.forms import Limits
 from finealign.serve.guard import LOG, LOOPBACK, is_loopback
 
 MAX_PORT = 65_535
-BACKLOG = 1024  # connections that the system holds until they are taken
-HEAD_SECONDS = 10  # for the line and headers of a request to be sent in
-STOP_SECONDS = 10  # beyond the time limits of a request
-SPARE_CONNECTIONS = 256  # beside those of the requests that have a place
-NAME = re.compile(r"[A-Za-z0-9._-]+|[0-9A-Fa-f:]+")
+BACKLOG = 1024  # connections that the system queues until they are accepted
+HEAD_SECONDS = 10  # for a client to send the request line and headers
+STOP_SECONDS = 10  # on top of the time limits of a request
+SPARE_CONNECTIONS = 256  # in addition to those of the requests that have a place
+NAME = re.compile(r"[A-Za-z0-9._-]+|[0-9A-Fa-f:]+")  # a host name, IPv4 or IPv6 address
 
 
 def serve(
@@ -38,11 +39,12 @@ def serve(
     allow_hosts: Sequence[str] = (),
     on_listening: Callable[[str], None] = lambda address: None,
 ) -> None:
-    """Answer until SIGTERM or Ctrl-C, then finish what was begun. A second Ctrl-C does not wait for that.
+    """Serve until SIGTERM or Ctrl-C, then finish the requests in progress; a second Ctrl-C does not wait for them.
 
-    Port 0 stands for a free one; ``on_listening`` gets the address. On a loopback address only this machine's own
-    names and ``allow_hosts``, the names of a proxy before it, are answered to. Logs a line a request to standard
-    error. Raises FinealignError: the address cannot be had, or what is allowed is no name.
+    Port 0 chooses a free port. ``on_listening`` is called with the URL of the server. On a loopback address the server
+    answers only to names of this machine and to ``allow_hosts``, the names of a reverse proxy in front of it. Writes
+    one log line per request to standard error. Raises FinealignError when the address cannot be used, or when one of
+    ``allow_hosts`` is not a host name.
     """
     server = Listener(model, host, port, limits or Limits(), allow_hosts)
     with _logging():
@@ -50,9 +52,9 @@ def serve(
 
 
 class Listener:
-    """A server that has its address and does not answer yet; ``address`` is the one to open on this machine.
+    """A server that listens on its address but does not answer yet. ``address`` is the URL to open on this machine.
 
-    Raises FinealignError: the address cannot be had, or what is allowed is no name.
+    Raises FinealignError when the address cannot be used, or when one of ``allow_hosts`` is not a host name.
     """
 
     def __init__(self, model: FineAlign, host: str, port: int, limits: Limits, allow_hosts: Sequence[str] = ()) -> None:
@@ -63,10 +65,10 @@ class Listener:
                     "http:// and port."
                 )
         self._bound = _bind(host, port)
-        bound, taken = self._bound.getsockname()[:2]
-        hosts = LOOPBACK | {host.lower(), bound} if is_loopback(bound) else None
+        ip, bound_port = self._bound.getsockname()[:2]
+        hosts = LOOPBACK | {host.lower(), ip} if is_loopback(ip) else None
         app = create_app(model, limits, hosts=hosts, allow_hosts=allow_hosts)
-        self.address = f"http://{_shown(host, bound)}:{taken}"
+        self.address = f"http://{_shown(host, ip)}:{bound_port}"
         self._server = _Server(
             uvicorn.Config(
                 app,
@@ -83,18 +85,18 @@ class Listener:
         )
 
     def run(self, on_listening: Callable[[str], None] = lambda address: None) -> None:
-        """Answer until ``stop`` or, in the main thread, a signal. ``on_listening`` gets the address."""
+        """Serve until ``stop`` or, in the main thread, a signal. ``on_listening`` is called with the URL."""
         self._server.on_listening = partial(on_listening, self.address)
         with self._bound:
             self._server.run(sockets=[self._bound])
 
     def stop(self) -> None:
-        """Have ``run`` finish what was begun and return; from any thread."""
+        """Make ``run`` finish the requests in progress and return. Can be called from any thread."""
         self._server.should_exit = True
 
 
 class _Server(uvicorn.Server):
-    """Tells when it listens, and ends like any program that has done its work when a signal stops it."""
+    """Calls ``on_listening`` once it listens. Unlike uvicorn's class it does not re-raise a signal that stopped it."""
 
     on_listening: Callable[[], None]
 
@@ -103,43 +105,44 @@ class _Server(uvicorn.Server):
         self.on_listening()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Finish the requests in progress, unless ``force_exit`` is set meanwhile, by a second Ctrl-C."""
         ending = asyncio.ensure_future(super().shutdown(sockets))
         while not ending.done() and not self.force_exit:
             await asyncio.wait({ending}, timeout=0.1)
         if ending.done():
             ending.result()
-        else:  # the event loop cancels what else is under way as it ends, each of which would be told as an error
+        else:  # the event loop cancels the requests in progress at its end, and uvicorn would log an error for each
             logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
             ending.cancel()
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        if threading.current_thread() is not threading.main_thread():
+        if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
             yield
             return
-        before = {one: signal.signal(one, self.handle_exit) for one in (signal.SIGINT, signal.SIGTERM)}
+        handlers = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield
         finally:
-            for one, handler in before.items():
-                signal.signal(one, handler)
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
 
 
 class _Protocol(H11Protocol):
-    """A connection that is ended when the head of its next request does not come, or its answer is not read, in time.
+    """A connection that is aborted when its next request's headers are not sent, or its response is not read, in time.
 
-    It is aborted, not closed: to close waits for what was written to be read.
+    It is aborted rather than closed, because closing waits until everything written has been read.
     """
 
     def __init__(self, *arguments: Any, answer_seconds: float, **named: Any) -> None:
         super().__init__(*arguments, **named)
         self._answer_seconds = answer_seconds
-        self._given_up: asyncio.TimerHandle | None = None
+        self._given_up: asyncio.TimerHandle | None = None  # aborts the connection
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        # asyncio sets it only where a socket names its protocol, which an accepted one does not; without it the second
-        # part of every answer waits some 40 ms for the client to acknowledge the first.
+        # asyncio sets TCP_NODELAY only on sockets that name their protocol, which accepted ones do not. Without it the
+        # second part of every response waits some 40 ms for the client to acknowledge the first.
         transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._give_up_in(HEAD_SECONDS)
 
@@ -148,27 +151,27 @@ class _Protocol(H11Protocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        before = self.cycle
+        previous = self.cycle
         super().data_received(data)
-        if self.transport.is_closing():  # after a request that is none
+        if self.transport.is_closing():  # after a malformed request
             self._give_up_in(HEAD_SECONDS)
-        elif self.cycle is not before and not self.cycle.response_complete:
+        elif self.cycle is not previous and not self.cycle.response_complete:
             self._wait_for_answer()
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        if self._given_up is None:  # one timer for the whole answer: not to be put off by reading a little
+        if self._given_up is None:  # one timer for the whole response, which reading a little does not restart
             self._give_up_in(self._answer_seconds)
 
     def on_response_complete(self) -> None:
         self._give_up_in(HEAD_SECONDS)
-        super().on_response_complete()  # may begin with a request that waits already
+        super().on_response_complete()  # may start on a request that is already buffered
         if not self.cycle.response_complete:
             self._wait_for_answer()
 
     def _wait_for_answer(self) -> None:
         self._stop_waiting()
-        if self.flow.write_paused:  # the answer before it has not been read
+        if self.flow.write_paused:  # the previous response has not been read
             self._give_up_in(self._answer_seconds)
 
     def _give_up_in(self, seconds: float) -> None:
@@ -181,10 +184,10 @@ class _Protocol(H11Protocol):
             self._given_up = None
 
 
-def _shown(host: str, bound: str) -> str:
-    """The host of the address to open: a bound one that stands for all of a machine's own cannot be asked for."""
-    if ipaddress.ip_address(bound).is_unspecified:
-        host = "::1" if ":" in bound else "127.0.0.1"
+def _shown(host: str, ip: str) -> str:
+    """The host for the URL to open. An unspecified address, as 0.0.0.0, is replaced by the loopback one."""
+    if ipaddress.ip_address(ip).is_unspecified:
+        host = "::1" if ":" in ip else "127.0.0.1"
     return f"[{host}]" if ":" in host else host
 
 
@@ -196,7 +199,7 @@ def _bind(host: str, port: int) -> socket.socket:
         return socket.create_server((host, port), family=family, backlog=BACKLOG)
     except (OSError, UnicodeError) as error:
         text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        reason = text.partition(" (")[0].lower()  # Python adds the address once more
+        reason = text.partition(" (")[0].lower()  # Python appends the address, which the message has already
         raise FinealignError(
             f"Cannot listen on {host}, port {port}: {reason}. Give another --port (0: a free one), or an address of "
             "this machine as --host."
@@ -205,19 +208,19 @@ def _bind(host: str, port: int) -> socket.socket:
 
 @contextmanager
 def _logging() -> Iterator[None]:
-    """While inside, a line a request goes to standard error, and what the server itself complains of."""
+    """Within the context, the request log and the server's own warnings go to standard error."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     loggers = {logging.getLogger(LOG): logging.INFO, logging.getLogger("uvicorn.error"): logging.WARNING}
-    before = [(logger, logger.level, logger.propagate) for logger in loggers]
+    previous = [(logger, logger.level, logger.propagate) for logger in loggers]
     for logger, level in loggers.items():
         logger.addHandler(handler)
         logger.setLevel(level)
-        logger.propagate = False  # else a root logger that has been set up prints every line again
+        logger.propagate = False  # otherwise a configured root logger prints every line again
     try:
         yield
     finally:
-        for logger, level, propagate in before:
+        for logger, level, propagate in previous:
             logger.removeHandler(handler)
             logger.setLevel(level)
             logger.propagate = propagate

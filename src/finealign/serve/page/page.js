@@ -188,7 +188,7 @@ function show(item) {
 function result(item) {
   const { found } = item;
   const guesses = make("div", { class: "guesses" }, guess("Adapted", found, "bar"));
-  if (found.start) guesses.append(guess("Start (zero-shot)", found.start, "bar start"));
+  if (found.start) guesses.append(guess("Start", found.start, "bar start"));
   return [seen(item), make("div", {}, verdict(found), guesses, crops(found))];
 }
 

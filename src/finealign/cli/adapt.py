@@ -1,0 +1,119 @@
+"""`finealign adapt`: adapt a backbone to unlabelled images."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from finealign.cli.app import app
+from finealign.cli.guards import how_to_resume, print_json, stoppable, tell_set_aside, working
+from finealign.cli.options import AsJson, BackboneName, Classes, Templates
+from finealign.errors import FinealignError
+
+
+@app.command()
+def adapt(
+    images: Annotated[str, typer.Argument(help="A folder, a .txt list, or a .csv with a column path. No labels.")],
+    classes: Classes,
+    descriptions: Annotated[Path | None, typer.Option(help='JSON: {"class": ["a sentence", ...]}.')] = None,
+    templates: Templates = None,
+    backbone: BackboneName = None,
+    method: Annotated[
+        str | None, typer.Option(help="fair or a peer, as dpa, wca@published. `finealign methods` lists them.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="The run folder. Default: runs/IMAGES-METHOD-seedN.")] = None,
+    config: Annotated[Path | None, typer.Option(help="Settings in YAML, as a run folder's config.yaml.")] = None,
+    settings: Annotated[list[str] | None, typer.Option("--set", help="section.key=value, as often as wanted.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Decides every random draw.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or mps.")] = None,
+    precision: Annotated[str | None, typer.Option(help="auto, fp32 or bf16.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in --out.")] = False,
+    keep_adapted: Annotated[
+        bool, typer.Option("--keep-adapted", help="Save the adapted model even if the verdict is that it hurt.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, train and write nothing.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Adapt a backbone to unlabelled images of the named classes."""
+    with working(as_json):
+        from finealign.classifier import FineAlign
+        from finealign.cli.bars import Bars
+        from finealign.config import read_config
+        from finealign.method.registry import method_settings
+        from finealign.run.adapt import adapt_into, default_folder, plan
+        from finealign.run.contract import RUN
+        from finealign.runtime.distributed import Ranks
+        from finealign.texts.prompts import read_classes, read_descriptions, read_templates
+
+        base = method_settings(method) if method else {}
+        name = method.partition("@")[0] if method else None
+        flags = {"backbone": backbone, "method__name": name, "seed": seed, "device": device, "precision": precision}
+        chosen = read_config(config, settings or (), base=base, **flags)
+        ranks = Ranks.launched(chosen.device)
+        model = FineAlign(
+            read_classes(classes),
+            descriptions=read_descriptions(descriptions) if descriptions else None,
+            templates=read_templates(templates) if templates else None,
+            config=chosen,
+            ranks=ranks,
+        )
+        if resume and overwrite:
+            raise FinealignError("--resume continues what is there and --overwrite removes it. Give one of them.")
+        folder = out or default_folder(images, chosen)
+        if dry_run:
+            planned = plan(folder, model.prepare(images), resume=resume, overwrite=overwrite)
+            if ranks.first:
+                _show_plan(planned, as_json)
+            ranks.leave()
+            return
+
+        def go_on() -> str:
+            begun = (folder / RUN).is_file()
+            return f"What was done is in {folder}. {how_to_resume()}" if begun else "Nothing was begun yet."
+
+        with stoppable(Bars(drawn=ranks.first), go_on=go_on) as progress:
+            summary = adapt_into(
+                folder, model, images, resume=resume, overwrite=overwrite, keep_adapted=keep_adapted, progress=progress
+            )
+        if ranks.first:
+            _show_summary(summary.as_json(), as_json)
+        ranks.leave()
+
+
+def _show_plan(plan: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print_json(plan)
+        return
+    typer.echo(
+        f"{plan['images']} images, {len(plan['classes'])} classes, {plan['descriptions']} descriptions, "
+        f"{plan['epochs']} epochs of {plan['steps_an_epoch']} steps. Would write {plan['out']}. Settings:\n"
+    )
+    typer.echo(plan["settings"].rstrip())
+
+
+def _show_summary(summary: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print_json(summary)
+        return
+    from finealign.cli.tables import verdict_lines
+
+    screen = Console()
+    screen.print(
+        f"Adapted [bold]{escape(summary['backbone'])}[/] to {len(summary['classes'])} classes on {summary['images']} "
+        f"images by {summary['method']} in {summary['seconds']:.0f} s ({summary['stopped']}).",
+        highlight=False,
+    )
+    if summary["verdict"]:
+        verdict_lines(summary["verdict"], summary["kept"], screen)
+    tell_set_aside(summary["set_aside"], Console(stderr=True))
+    folder = escape(summary["out"])
+    screen.print(f"Run folder: [bold]{folder}[/]", soft_wrap=True, highlight=False)
+    if summary["report"]:
+        screen.print(f"Report: [bold]{escape(summary['report'])}[/]", soft_wrap=True, highlight=False)
+    else:
+        warning = f"[yellow]No report:[/] {escape(summary['report_problem'])}"
+        Console(stderr=True).print(warning, soft_wrap=True, highlight=False)
+    screen.print(f"Next: finealign predict {folder} IMAGES, or finealign evaluate {folder} LABELLED", soft_wrap=True)

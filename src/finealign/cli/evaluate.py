@@ -1,0 +1,67 @@
+"""`finealign evaluate`: measure a model on labelled images."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from finealign.cli.app import app
+from finealign.cli.guards import print_json, tell_set_aside, working
+from finealign.cli.options import AsJson, Device, Model, Precision, ScoreKind
+
+if TYPE_CHECKING:  # they import torch, which is slow
+    from finealign.classifier import FineAlign
+    from finealign.types import Score, SetAside
+
+
+@app.command()
+def evaluate(
+    model: Model,
+    labelled: Annotated[Path, typer.Argument(help="A folder of class folders, or a CSV with columns path and label.")],
+    score: ScoreKind = None,
+    device: Device = "auto",
+    precision: Precision = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Measure an adapted model, and the one it started from, on labelled images."""
+    with working(as_json):
+        from finealign.classifier import FineAlign
+        from finealign.cli.tables import evaluation_tables
+        from finealign.runtime.distributed import Ranks
+
+        ranks = Ranks.launched(device)
+        loaded = FineAlign.load(model, device=device, precision=precision, ranks=ranks)
+        figures, set_aside = measured(loaded, labelled, score)
+        ranks.leave()
+        if not ranks.first:
+            return
+        if as_json:
+            print_json(figures)
+            return
+        evaluation_tables(figures, Console())
+        tell_set_aside([asdict(row) for row in set_aside], Console(stderr=True))
+
+
+def measured(
+    model: "FineAlign", labelled: Path, score: "Score | None", *, in_full: bool = False
+) -> "tuple[dict[str, object], list[SetAside]]":
+    """Evaluate a model and the start (the model before adaptation) on labelled images.
+
+    Returns the summary of ``evaluate_predictions``, which ``in_full`` extends by what a report draws, and the labelled
+    images that could not be read.
+    """
+    from finealign.cli.bars import Bars
+    from finealign.evaluate.summary import evaluate_predictions
+    from finealign.evaluate.truth import read_truth
+    from finealign.model.inference import readable
+
+    names = model.texts_.classes
+    truth = read_truth(labelled, names)
+    set_aside: list[SetAside] = []
+    with Bars().stage("evaluating", len(truth.paths)) as stage:
+        outcomes = model.iter_predictions(truth.paths, score=score, with_start=True)
+        predictions = list(readable(outcomes, set_aside, stage.advance))
+    figures = evaluate_predictions(predictions, truth, names, set_aside=len(set_aside), in_full=in_full)
+    return figures, set_aside

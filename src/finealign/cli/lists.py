@@ -1,0 +1,49 @@
+"""`finealign methods` and `finealign models`: lists of the methods and the backbones."""
+
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from finealign.cli.app import app
+from finealign.cli.guards import guarded, print_json
+from finealign.cli.options import AsJson
+
+
+@app.command()
+def methods(as_json: AsJson = False) -> None:
+    """List the methods, with their presets and what each is."""
+    with guarded(as_json):
+        from finealign.method.registry import describe_methods
+
+        rows = describe_methods()
+        if as_json:
+            print_json({"methods": rows})
+            return
+        table = Table(box=None)
+        for name in ("method", "presets", "trains", "what it is"):
+            table.add_column(name)
+        for row in rows:
+            presets = " ".join(f"@{preset}" for preset in row["presets"])
+            table.add_row(row["name"], presets, "yes" if row["trains"] else "no", escape(row["about"]))
+        Console().print(table)
+
+
+@app.command()
+def models(
+    containing: Annotated[str, typer.Argument(help="Only names that contain this.")] = "",
+    as_json: AsJson = False,
+) -> None:
+    """List the backbones that can be named as ARCH/PRETRAINED."""
+    with guarded(as_json):
+        from finealign.backbone.load import list_backbones
+        from finealign.config import DEFAULT_BACKBONE
+
+        names = [name for name in list_backbones() if containing.casefold() in name.casefold()]
+        if as_json:
+            print_json({"default": DEFAULT_BACKBONE, "models": names})
+            return
+        for name in names:
+            typer.echo(f"{name}  (default)" if name == DEFAULT_BACKBONE else name)

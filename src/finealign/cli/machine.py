@@ -1,0 +1,71 @@
+"""What this machine has: versions, device, suitable precision, cached weights, and whether it reaches the hub."""
+
+import os
+import socket
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+import torch
+
+from finealign.run.folder import versions
+from finealign.runtime.devices import CPU_BF16_CHECKS, choose_device, choose_precision
+
+HUB_TIMEOUT = 3.0  # seconds
+
+
+def examine() -> dict[str, Any]:
+    """The facts about this machine as a JSON object. Nothing is downloaded."""
+    device = choose_device("auto")
+    return {
+        "versions": versions(),
+        "device": device.type,
+        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        "threads": torch.get_num_threads(),
+        "precision": choose_precision("auto", device),
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "cpu_bf16": {  # the checks are private functions of torch, which a version may lack
+            name.removeprefix("_is_").removesuffix("_supported"): bool(getattr(torch.cpu, name, lambda: False)())
+            for name in CPU_BF16_CHECKS
+        },
+        "hub": hub(),
+        "cache": cached_models(),
+    }
+
+
+def hub() -> dict[str, Any]:
+    """The hub's address, and whether a connection to it opens (None: unknown)."""
+    from huggingface_hub import constants
+
+    endpoint = constants.ENDPOINT
+    if constants.HF_HUB_OFFLINE:
+        return {"endpoint": endpoint, "reachable": False, "reason": "HF_HUB_OFFLINE is set"}
+    address = urlparse(endpoint)
+    port = address.port or (443 if address.scheme == "https" else 80)
+    if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
+        return {"endpoint": endpoint, "reachable": None, "reason": "behind a proxy: only a download would tell"}
+    try:
+        socket.create_connection((address.hostname, port), timeout=HUB_TIMEOUT).close()
+    except OSError as error:
+        return {"endpoint": endpoint, "reachable": False, "reason": str(error)}
+    return {"endpoint": endpoint, "reachable": True, "reason": ""}
+
+
+def cached_models() -> dict[str, Any]:
+    """The folder of the hub's cache on this machine, and the models in it."""
+    from huggingface_hub import CacheNotFound, constants, scan_cache_dir
+
+    folder = Path(constants.HF_HUB_CACHE)
+    try:
+        repos = scan_cache_dir(folder).repos
+    except CacheNotFound:
+        return {"folder": str(folder), "models": []}
+    return {"folder": str(folder), "models": sorted(repo.repo_id for repo in repos if repo.repo_type == "model")}
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return "cpu"
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "cpu")

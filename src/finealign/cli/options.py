@@ -1,0 +1,18 @@
+"""Options that several commands share."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")]
+Precision = Annotated[Literal["auto", "fp32", "bf16"], typer.Option(help="auto: bf16 where it is fast.")]
+ScoreKind = Annotated[
+    Literal["global", "las", "fused"] | None,
+    typer.Option("--score", help="global: one pass; las: crops; fused: their mean. Default: the method's."),
+]
+Model = Annotated[Path, typer.Argument(help="A run folder, or its model/.")]
+Classes = Annotated[str, typer.Option(help="A file with one class name a line, or names with commas between.")]
+Templates = Annotated[Path | None, typer.Option(help="A file with one template a line, {} for the name.")]
+BackboneName = Annotated[str | None, typer.Option(help="ARCH/PRETRAINED, hf-hub:NAME or local-dir:PATH.")]

@@ -1,0 +1,85 @@
+"""`finealign predict`: classify images with an adapted model."""
+
+import sys
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from finealign.cli.app import app
+from finealign.cli.guards import print_json, stoppable, tell_set_aside, working
+from finealign.cli.options import AsJson, Device, Model, Precision, ScoreKind
+
+
+@app.command()
+def predict(
+    model: Model,
+    images: Annotated[str, typer.Argument(help="A folder, an image, a .txt list or a .csv with a column path.")],
+    out: Annotated[Path | None, typer.Option(help="FILE.csv, .jsonl or .parquet. Default: CSV to the screen.")] = None,
+    top_k: Annotated[int, typer.Option(min=1, help="Classes a row.")] = 1,
+    score: ScoreKind = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace --out if it is there.")] = False,
+    device: Device = "auto",
+    precision: Precision = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Classify images with an adapted model."""
+    with working(as_json):
+        from finealign.classifier import FineAlign
+        from finealign.cli.bars import Bars
+        from finealign.images.listing import list_images
+        from finealign.images.tables import set_aside_csv
+        from finealign.model.inference import readable
+        from finealign.model.predictions import Row, beside, best_rows, check_destination, write_csv, write_predictions
+        from finealign.runtime.distributed import Ranks
+        from finealign.types import SetAside
+
+        ranks = Ranks.launched(device)
+
+        if out:
+            check_destination(out, overwrite=overwrite)
+            check_destination(beside(out), overwrite=overwrite)
+        paths = list_images(images)
+        loaded = FineAlign.load(model, device=device, precision=precision, ranks=ranks)
+        names = loaded.texts_.classes
+        set_aside: list[SetAside] = []
+        rows: list[Row] = []
+
+        def go_on() -> str:
+            return "No file was written; the same command starts again."
+
+        with (
+            stoppable(Bars(drawn=ranks.first), go_on=go_on) as progress,
+            progress.stage("predicting", len(paths)) as stage,
+        ):
+            outcomes = loaded.iter_predictions(paths, score=score)
+            predictions = readable(outcomes, set_aside, progress.between(stage, ranks))
+            if not ranks.first:
+                count = sum(1 for _ in predictions)
+            elif out:
+                count = write_predictions(predictions, names, out, top_k=top_k)
+            elif as_json:
+                rows = list(best_rows(predictions, names, top_k))
+                count = len(rows)
+            else:
+                count = write_csv(best_rows(predictions, names, top_k), sys.stdout, min(top_k, len(names)))
+        ranks.leave()
+        if not ranks.first:
+            return
+        if out and set_aside:
+            set_aside_csv(set_aside, beside(out))
+        elif out:
+            with suppress(OSError):
+                beside(out).unlink(missing_ok=True)  # left by an earlier run that is replaced
+        if as_json:
+            result: dict[str, Any] = {"images": count, "set_aside": [asdict(row) for row in set_aside]}
+            print_json(result | ({"out": str(out)} if out else {"predictions": [row.as_json() for row in rows]}))
+            return
+        notes = Console(stderr=True)
+        if out:
+            notes.print(f"{count} predictions in {escape(str(out))}.")
+        tell_set_aside([asdict(row) for row in set_aside], notes)

@@ -1,1 +1,0 @@
-"""Descriptions of classes, asked of a chat endpoint, checked text by text, and recorded."""

@@ -1,0 +1,1 @@
+"""Images: listing, decoding, the pixel cache, prefetching and views."""

@@ -1,0 +1,84 @@
+"""Open image files, on their own or in a shard, after checking that they can be read; else give the reason."""
+
+import io
+import os
+import stat
+from pathlib import Path
+
+from PIL import (
+    Image,
+)
+
+from finealign.errors import ImageInputError
+from finealign.images.shards import SUFFIX, ShardError, find_shard, member_size, open_member, read_shard
+
+
+class ImageReadError(ImageInputError):
+    """One image cannot be read. The message is the reason alone, without the path."""
+
+
+def open_regular(path: Path) -> io.BufferedReader:
+    """Open the file or the shard member at ``path`` for reading bytes.
+
+    Raises:
+        ImageReadError: it cannot be opened, is not a regular file, is empty, or is a damaged shard. The message is the
+            reason alone.
+    """
+    shard = find_shard(path)
+    if shard is not None:
+        try:
+            return open_member(shard, path)
+        except ShardError as exc:
+            raise ImageReadError(str(exc)) from exc
+        except OSError as exc:
+            raise ImageReadError(reason_of(exc)) from exc
+    # Checked before opening, because opening a pipe or a device can block for ever.
+    status = stat_of(path)
+    if not stat.S_ISREG(status.st_mode):
+        raise ImageReadError("not a regular file")
+    if status.st_size == 0:
+        raise ImageReadError("empty file")
+    try:
+        # A damaged shard is itself listed as an image, so that its damage is reported like that of an image.
+        if path.suffix.lower() == SUFFIX and (damage := read_shard(path).damage):
+            raise ImageReadError(damage)
+        return path.open("rb")
+    except OSError as exc:
+        raise ImageReadError(reason_of(exc)) from exc
+
+
+def file_size(path: Path) -> int:
+    """The size of a file or a shard member in bytes; -1 where it is unknown, and reading will set the image aside."""
+    try:
+        shard = find_shard(path)
+        return path.stat().st_size if shard is None else member_size(shard, path)
+    except (OSError, ValueError):
+        return -1
+
+
+def reason_of(exc: Exception) -> str:
+    """A short reason why a file cannot be read or written, from the exception that reading or writing it raised."""
+    match exc:
+        case FileNotFoundError():
+            return "no such file"
+        case PermissionError():
+            return "permission denied"
+        case MemoryError():
+            return "not enough memory to decode it"
+        case Image.DecompressionBombError():
+            return "more pixels than Pillow allows"
+        case OSError(strerror=str(text)):
+            return text.lower()
+    if "MAX_TEXT_" in str(exc):  # part of the names of Pillow's limits
+        return "a text or colour profile in it is larger than Pillow allows"
+    return "truncated file" if "truncated" in str(exc).lower() else "damaged or truncated file"
+
+
+def stat_of(path: Path) -> os.stat_result:
+    """The status of the file at ``path``. Raises ImageReadError where there is none or it cannot be read."""
+    try:
+        return path.stat()
+    except ValueError as exc:  # a null byte, or characters the file system cannot encode
+        raise ImageReadError("not a usable file name") from exc
+    except OSError as exc:
+        raise ImageReadError(reason_of(exc)) from exc

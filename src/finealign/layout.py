@@ -1,8 +1,0 @@
-"""What lies where in a run folder."""
-
-RUN, CONFIG, METRICS = "run.json", "config.yaml", "metrics.jsonl"
-PREDICTIONS, SET_ASIDE, MODEL, CHECKPOINTS = "predictions.csv", "set_aside.csv", "model", "checkpoints"
-EXAMPLES, EVALUATION, REPORT = "examples", "evaluation.json", "report.html"
-CONTENTS = (RUN, CONFIG, METRICS, PREDICTIONS, SET_ASIDE, EXAMPLES, MODEL, CHECKPOINTS, EVALUATION, REPORT)
-
-EXAMPLES_LIST = "examples.json"  # in EXAMPLES, beside the pictures it names

@@ -1,0 +1,202 @@
+"""The base class of all methods, and the base class of all self-training methods. Step numbers: docs/method.md."""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+from pydantic import BeforeValidator, Field
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from finealign.config import Auto, Settings
+from finealign.method.alignment import crop_relevance, crop_weights, global_score, learned_alignment_score
+from finealign.method.losses import fairness, running_mean, weighted_cross_entropy
+from finealign.types import Gaze, ImageFeatures, Loss, PseudoLabels, Score, TextFeatures
+
+Anchors = Tensor  # (C, J, D), rows of length 1
+# Training settings that the authors of DPA, LaFTer and microCLIP report alike. PUBLISHED_DECAY: DPA and microCLIP.
+PUBLISHED_PACE = {"epochs": 15, "batch_size": 64, "learning_rate": 1e-4, "anchor_learning_rate": 1e-4}
+PUBLISHED_DECAY = {"weight_decay": 0.1, "norm_weight_decay": 0.1}
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class MethodOptions(Settings):
+    """Options of every method: how cosines become probabilities, and how crops are weighted (step 3 of the method)."""
+
+    logit_scale: Annotated[float, Field(gt=0)] | Auto = Field(
+        "auto", description="factor on the cosines before a softmax; auto: the backbone's own"
+    )
+    crops_kept: Annotated[int, Field(ge=1)] | Literal["all"] = Field(
+        "all", description="K, the crops of largest relevance that count"
+    )
+    crop_temperature: Annotated[float, Field(gt=0)] = Field(1.0, description="tau of the softmax over kept crops")
+
+
+class Method(nn.Module):
+    """A way to score images and, if it trains, to label them and to learn from the labels.
+
+    Parameters hold what the method learns besides the backbone, buffers hold what it remembers. Together they are its
+    whole state, so saving, loading and resuming work for every method without special cases.
+
+    A method is made from its checked options, the encoded texts, and the backbone's logit scale, which is used unless
+    ``options.logit_scale`` is a number.
+    """
+
+    Options: ClassVar[type[MethodOptions]] = MethodOptions
+    trains: ClassVar[bool] = False  # whether it has a loss to be trained with
+    uses_crops: ClassVar[bool] = False  # whether training needs crop features
+    settles: ClassVar[bool] = False  # whether its anchors are also trained alone, on kept crop features
+    surveys: ClassVar[bool] = False  # whether it processes all images at once, in ``survey``
+    scores: ClassVar[tuple[Score, ...]] = ("global", "las", "fused")  # that it can compute; the first is the default
+    salient: ClassVar[bool] = False  # whether the embedding of a whole image is half that of its salient patches
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}  # settings by name of the preset, such as "published"
+    # What a saved model needs to classify: names of options, and names of parameters and buffers.
+    inference_options: ClassVar[tuple[str, ...]] = ("crops_kept", "crop_temperature")
+    inference_state: ClassVar[tuple[str, ...]] = ()
+    prompts: nn.Parameter | None  # (P, W) learned tokens, appended to those of strong views and images to classify
+
+    def __init__(self, options: MethodOptions, texts: TextFeatures, *, logit_scale: float) -> None:
+        super().__init__()
+        self.options = options
+        self.logit_scale = logit_scale if options.logit_scale == "auto" else options.logit_scale
+        self.num_classes = texts.num_classes
+        self.register_parameter("prompts", None)
+
+    def classifier(self) -> Anchors:
+        """Return the class vectors that images are scored against: (C, J, D), rows of length 1.
+
+        Subclasses implement this unless they override ``score``.
+        """
+        raise NotImplementedError
+
+    @property
+    def gaze(self) -> Gaze | None:
+        """How the image tower encodes strong views and images to classify; None: without prompts or pooled patches."""
+        if self.salient or self.prompts is not None:
+            return Gaze(self.prompts, self.salient)
+        return None
+
+    def inference_tensors(self) -> dict[str, Tensor]:
+        """Return the parameters and buffers that scoring needs, by name. A saved model stores these of the method."""
+        return {name: value for name, value in self.state_dict().items() if name in self.inference_state}
+
+    def load_inference_tensors(self, values: Mapping[str, Tensor]) -> None:
+        """Load what ``inference_tensors`` returned.
+
+        Raises ValueError if the names, or RuntimeError if the shapes, are not those of this method.
+        """
+        expected = self.inference_tensors()
+        if expected.keys() != values.keys():
+            raise ValueError(f"the method's tensors are {sorted(values)}, wanted {sorted(expected)}")
+        self.load_state_dict({**self.state_dict(), **values})
+
+    def make_prompts(self, width: int) -> None:
+        """Create ``prompts`` (P, width) if the method learns prompts. Width 0 means that the tower has no tokens."""
+
+    def survey(self, weak: Tensor) -> None:
+        """Process the weak features of all images, (n, D), as the backbone encodes them at this moment.
+
+        Called if ``surveys`` is true: before each epoch, or once for a method that does not train.
+        """
+
+    def crop_weights(self, features: ImageFeatures) -> Tensor:
+        """Compute the weight of each crop: (B, N) in [0, 1], rows sum to 1. Step 3 of the method [R]."""
+        keep = None if self.options.crops_kept == "all" else self.options.crops_kept
+        relevance = crop_relevance(features.weak, features.crops)
+        return crop_weights(relevance, keep=keep, temperature=self.options.crop_temperature)
+
+    def score(self, features: ImageFeatures, kind: Score) -> Tensor:
+        """Compute the score of every class, which is on the scale of a cosine: (B, C). Step 9 of the method [R].
+
+        ``kind`` is ``global`` for the whole image, ``las`` for the crops, or ``fused`` for the mean of the two. ``las``
+        and ``fused`` need crop features.
+        """
+        anchors = self.classifier()
+        if kind == "global":
+            return global_score(features.weak, anchors)
+        las = learned_alignment_score(features.crops, self.crop_weights(features), anchors)
+        return las if kind == "las" else (las + global_score(features.weak, anchors)) / 2
+
+    def probabilities(self, score: Tensor) -> Tensor:
+        """Compute softmax(s * score), with s the logit scale: (B, C) -> (B, C), rows sum to 1."""
+        return torch.softmax(self.logit_scale * score, dim=1)
+
+    def pseudo_label(self, features: ImageFeatures) -> PseudoLabels:
+        """Label a batch and weight its labels, without gradient. Methods that train implement this."""
+        raise NotImplementedError
+
+    def loss(self, strong: Tensor, pseudo: PseudoLabels) -> Loss:
+        """Compute the loss of strong views (B, D) given their pseudo-labels. Methods that train implement this."""
+        raise NotImplementedError
+
+
+class SelfTrainingOptions(MethodOptions):
+    """Options of the loss: step 7 of the method [R]."""
+
+    # YAML reads an unquoted off as false.
+    fairness: Annotated[Literal["running", "batch", "off"], BeforeValidator(lambda v: "off" if v is False else v)] = (
+        Field("running", description="mean prediction the term judges")
+    )
+    fairness_weight: Annotated[float, Field(ge=0)] = Field(2.0, description="lambda")
+    fairness_temperature: Annotated[float, Field(gt=0)] = Field(
+        1.0, description="divides the logits the fairness term looks at; above 1 it also hears of second choices"
+    )
+    fairness_window: Annotated[int, Field(ge=1)] | Auto = Field(
+        "auto", description="images the running mean looks back on; auto: 8 a class"
+    )
+
+
+class SelfTrainingMethod(Method):
+    """Learnable anchors, trained with weighted cross-entropy on strong views and a fairness term.
+
+    Steps 7 and 8 of the method. Subclasses implement ``pseudo_label``, which labels images and weights the labels. The
+    constructor takes the initial anchors (C, J, D).
+    """
+
+    Options: ClassVar[type[MethodOptions]] = SelfTrainingOptions
+    options: SelfTrainingOptions
+    trains = True
+    inference_state: ClassVar[tuple[str, ...]] = ("anchors",)
+    mean_prediction: Tensor  # (C,), running mean over strong views; updated only where ``fairness`` is running
+
+    def __init__(
+        self, options: SelfTrainingOptions, texts: TextFeatures, anchors: Anchors, *, logit_scale: float
+    ) -> None:
+        super().__init__(options, texts, logit_scale=logit_scale)
+        self.anchors = nn.Parameter(anchors.clone())
+        self.register_buffer("mean_prediction", anchors.new_full((self.num_classes,), 1 / self.num_classes))
+
+    def classifier(self) -> Anchors:
+        """Return the learned anchors, normalised: (C, J, D)."""
+        return normalize(self.anchors, dim=-1)
+
+    def loss(self, strong: Tensor, pseudo: PseudoLabels) -> Loss:
+        """Compute the weighted cross-entropy plus ``fairness_weight`` times the fairness term, of strong views (B, D).
+
+        Also updates the running mean prediction if the fairness term uses it.
+        """
+        logits = self.logit_scale * global_score(strong, self.classifier())
+        cross_entropy = weighted_cross_entropy(logits, pseudo.labels, pseudo.weights)
+        if self.options.fairness == "off":
+            return Loss(cross_entropy, {"cross_entropy": cross_entropy.detach()})
+        mean = torch.softmax(logits / self.options.fairness_temperature, dim=1).mean(0)
+        if self.options.fairness == "running":
+            mean = running_mean(self.mean_prediction, mean, momentum=self._momentum(strong.shape[0]))
+            self.mean_prediction.copy_(mean.detach())
+        balance = fairness(mean)
+        total = cross_entropy + self.options.fairness_weight * balance
+        return Loss(total, {"cross_entropy": cross_entropy.detach(), "fairness": balance.detach()})
+
+    @staticmethod
+    def fully_believed(probabilities: Tensor) -> PseudoLabels:
+        """Label each image with its most probable class, every label with weight 1. probabilities: (B, C)."""
+        return PseudoLabels(
+            labels=probabilities.argmax(1),
+            weights=torch.ones_like(probabilities[:, 0]),
+            probabilities=probabilities,
+        )
+
+    def _momentum(self, batch: int) -> float:
+        """The momentum with which a running mean looks back on about ``fairness_window`` images."""
+        window = 8 * self.num_classes if self.options.fairness_window == "auto" else self.options.fairness_window
+        return max(0.0, 1 - batch / window)

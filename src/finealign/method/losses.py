@@ -1,0 +1,36 @@
+"""The two terms of the loss, weighted cross-entropy and fairness: pure tensor functions in the dtype of their inputs.
+
+Step numbers are those of docs/method.md.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+
+def weighted_cross_entropy(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+    """Compute mean_x omega(x) * CE(logits(x), y(x)), divided by the number of images and not by the sum of weights.
+
+    logits (B, C), labels (B,) int64, weights (B,) in [0, 1] -> scalar, at least 0. Step 7 of the method [R].
+    """
+    return (weights * cross_entropy(logits, labels, reduction="none")).mean()
+
+
+def fairness(mean_prediction: Tensor) -> Tensor:
+    """Compute -(1/C) sum_c log pbar_c. Its minimum, log C, is reached if all classes are predicted equally often.
+
+    mean_prediction (C,) summing to 1 -> scalar. A probability of 0 is replaced by the smallest normal float, so the
+    term stays finite. Step 7 of the method [R]; MUST (arXiv 2206.02967) and DPA use this term.
+    """
+    return -mean_prediction.clamp_min(torch.finfo(mean_prediction.dtype).tiny).log().mean()
+
+
+def running_mean(previous: Tensor, current: Tensor, *, momentum: float) -> Tensor:
+    """Update the running mean prediction. The result has the gradient of the current batch's mean.
+
+    previous (C,), current (C,) -> (C,) = m * previous + (1 - m) * current, where m is ``momentum``. The derivative with
+    respect to ``current`` is 1 and not 1 - m: the fairness term then judges the balance over more than one batch, with
+    a gradient as large as that of the batch mean. [R]
+    """
+    value = momentum * previous.detach() + (1 - momentum) * current.detach()
+    return value + (current - current.detach())

@@ -1,0 +1,68 @@
+"""The ``README.md`` of a saved model: a model card in the format of the Hugging Face hub."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from finealign import __version__
+from finealign.config import without_folder
+from finealign.model.fitted import FittedModel
+from finealign.runtime.render import fill
+
+CLASSES_SHOWN = 50
+TAGS = "finealign", "clip", "fine-grained", "unsupervised-adaptation"
+
+
+def model_card(
+    model: FittedModel,
+    run: Mapping[str, Any] | None = None,
+    *,
+    library: str = "open_clip",
+    task: str = "zero-shot-image-classification",
+    use: str | None = None,
+) -> str:
+    """Return the model card of a saved model, as Markdown.
+
+    ``run`` is the content of ``run.json``, if the model was made by a run. For an export, ``library`` and ``task`` are
+    the hub's names of the library that opens it and of its task, and ``use`` is the text of the card's section on use.
+    """
+    from huggingface_hub import ModelCardData
+
+    origin = (run or {}).get("origin") or model.backbone.origin
+    data = ModelCardData(
+        library_name=library,
+        pipeline_tag=task,
+        tags=list(TAGS),
+        base_model=origin.get("repository"),
+        ignore_metadata_errors=False,
+    )
+    classes = model.texts.classes
+    values = {
+        "metadata": data.to_yaml(),
+        "version": __version__,
+        "method": model.name,
+        "backbone": without_folder(model.inference.backbone),
+        "origin": origin,
+        "images": run["images"] - run.get("set_aside", 0) if run else None,
+        "classes": [_plain(name) for name in classes[:CLASSES_SHOWN]],
+        "total": len(classes),
+        "texts": sum(len(group) for group in model.texts.descriptions),
+        "learned": model.learned,
+        "run": run,
+        "use": use,
+    }
+    return fill("finealign.model", "model_card.md.j2", values)
+
+
+def is_card(path: Path) -> bool:
+    """Return whether a README.md is a model card written by finealign, which may be replaced."""
+    try:
+        head = path.read_text(encoding="utf-8")[:1000]
+    except (OSError, ValueError):
+        return False
+    return head.startswith("---\n") and f"- {TAGS[0]}\n" in head
+
+
+def _plain(text: str) -> str:
+    """The text with Markdown's special characters escaped, so that it is shown literally."""
+    return "".join(f"\\{letter}" if letter in "\\`*_{}[]()<>#+-.!|&~" else letter for letter in text)

@@ -1,0 +1,96 @@
+"""The record of a fitted model, and the settings that it needs to classify an image."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Annotated, Any
+
+from pydantic import Field
+from torch import Tensor
+
+from finealign.backbone.base import Backbone
+from finealign.config import Config, Fraction, MethodSettings, Positive, Settings
+from finealign.method.base import Method
+from finealign.method.registry import choose_score, create_method, inference_method
+from finealign.types import Score, TextFeatures, Texts
+
+
+class InferenceSettings(Settings):
+    """What a fitted model needs to classify an image, besides its texts and tensors. No value is "auto"."""
+
+    backbone: str = Field(description="identifier of the backbone that was adapted")
+    method: MethodSettings = Field(description="the method's name, and those of its options that scoring needs")
+    score: Score = Field(description="score used when none is asked for")
+    crops: Positive = Field(description="N, square crops per image")
+    crop_low: Fraction = Field(description="smallest crop side as a share of the shorter side")
+    crop_high: Fraction = Field(description="largest crop side as a share of the shorter side")
+    seed: Annotated[int, Field(ge=0, lt=2**64)] = Field(description="decides where the crops lie")
+    working_size: Positive | None = Field(description="shorter side that images are reduced to; null: not at all")
+    max_pixels: Positive = Field(description="images with more pixels than this are set aside unread")
+
+
+def inference_settings(config: Config) -> InferenceSettings:
+    """Return the part of a resolved configuration that a fitted model needs.
+
+    Raises ConfigError for a score that the method does not have, and ValueError if the configuration is not resolved.
+    """
+    if config.data.working_size == "auto":
+        raise ValueError("the configuration is not resolved")
+    return InferenceSettings(
+        backbone=config.backbone,
+        method=inference_method(config.method),
+        score=choose_score(config.method.name, config.prediction.score),
+        crops=config.views.crops,
+        crop_low=config.views.crop_low,
+        crop_high=config.views.crop_high,
+        seed=config.seed,
+        working_size=config.data.working_size,
+        max_pixels=config.data.max_pixels,
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class FittedModel:
+    """Everything that makes up a fitted model, in memory and on disk."""
+
+    inference: InferenceSettings
+    texts: Texts
+    text_features: TextFeatures
+    backbone: Backbone  # with the weights it was loaded with
+    method: Method
+    norms: Mapping[str, Tensor]  # the model's own normalisation parameters, lent to the backbone while it encodes
+    start_norms: Mapping[str, Tensor]  # their values before adaptation; empty if they did not learn
+    learned: str  # what differs from the model before adaptation, in words
+    training: Mapping[str, Any]  # the settings it was trained with, kept as a record and not used
+
+    @property
+    def name(self) -> str:
+        """The method's name."""
+        return self.inference.method.name
+
+    def start(self) -> "FittedModel":
+        """Return the model before adaptation: it scores the whole image by the mean of each class's descriptions."""
+        method = create_method(MethodSettings(name="cupl"), self.text_features, logit_scale=self.method.logit_scale)
+        return replace(
+            self,
+            inference=self.inference.model_copy(update={"method": MethodSettings(name="cupl"), "score": "global"}),
+            method=method.to(self.backbone.device),
+            norms=self.start_norms or self.norms,
+            start_norms={},
+            learned="nothing",
+        )
+
+
+def what_learned(method: Method, training: Mapping[str, Any]) -> str:
+    """Describe what differs from the model before adaptation. ``training`` holds the settings it was trained with."""
+    if not method.trains:
+        return "a vector for each class, from all images at once" if method.surveys else "nothing"
+    settings = training["training"]
+    if settings["encoder"] == "frozen" or settings["learn"] == "anchors":
+        parts = ["a vector for each class"]
+    else:
+        parts = ["scale and shift of the image tower's normalisation layers"]
+        if settings["learn"] == "norms+anchors":
+            parts.append("a vector for each class")
+    if method.prompts is not None:
+        parts.append("tokens shown with each image")
+    return " and ".join(parts)

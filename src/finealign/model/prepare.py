@@ -1,0 +1,82 @@
+"""Prepare a fit: check the settings and encode the texts, once."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from finealign.backbone.base import Backbone
+from finealign.config import DEFAULT_BACKBONE, Config, MethodSettings, make_config, resolve
+from finealign.errors import ConfigError
+from finealign.method.registry import choose_score, method_options, method_settings
+from finealign.types import TextFeatures, Texts
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """What a fit needs, checked, loaded and encoded. ``FineAlign.prepare`` makes it."""
+
+    texts: Texts
+    text_features: TextFeatures
+    config: Config  # resolved for these images, classes and backbone
+    paths: Sequence[Path]  # of the images to adapt to; none has been opened yet
+    backbone: Backbone
+
+
+def prepare(
+    texts: Texts,
+    config: Config,
+    paths: Sequence[Path],
+    backbone: Backbone,
+    *,
+    text_features: TextFeatures | None = None,
+) -> Prepared:
+    """Encode the texts, unless ``text_features`` are given, and resolve the settings. Raises BackboneError."""
+    if text_features is None:
+        text_features = backbone.encode_texts(texts)
+    resolved = resolve(config, images=max(1, len(paths)), classes=len(texts.classes), input_size=backbone.input_size)
+    return Prepared(texts=texts, text_features=text_features, config=resolved, paths=paths, backbone=backbone)
+
+
+def check_settings(config: Config | None, arguments: Mapping[str, Any]) -> Config:
+    """Return the checked settings of ``config``, or of the arguments if it is None, with all options of the method.
+
+    ``arguments`` are backbone, method, seed, device and precision, each None if it was not given. Raises ConfigError if
+    settings are wrong or contradict each other.
+    """
+    if config is None:
+        config = _from_arguments(arguments)
+    else:
+        _refuse_contradictions(config, arguments)
+    # With all options written out, the record of a run stays right when a later version changes a default.
+    options = method_options(config.method).model_dump()
+    config = config.model_copy(update={"method": MethodSettings(name=config.method.name, **options)})
+    choose_score(config.method.name, config.prediction.score)
+    _refuse_missing_crops(config, options["crops_kept"])
+    return config
+
+
+def _from_arguments(arguments: Mapping[str, Any]) -> Config:
+    given = {name: value for name, value in arguments.items() if value is not None}
+    method = method_settings(given.pop("method", "fair"))
+    return make_config({"backbone": DEFAULT_BACKBONE, **method, **given})
+
+
+def _refuse_contradictions(config: Config, arguments: Mapping[str, Any]) -> None:
+    """Raise ConfigError for an argument that differs from the configuration."""
+    configured = {**config.model_dump(include=set(arguments) - {"method"}), "method": config.method.name}
+    for name, argument in arguments.items():
+        if argument is not None and argument != configured[name]:
+            raise ConfigError(
+                f"{name}={argument!r} contradicts config, which has {configured[name]!r}. Give one of them, or the "
+                "same in both."
+            )
+
+
+def _refuse_missing_crops(config: Config, keep: int | str) -> None:
+    """Raise ConfigError if more crops are to be kept than are drawn."""
+    if isinstance(keep, int) and keep > config.views.crops:
+        raise ConfigError(
+            f"method.crops_kept={keep} is more than the {config.views.crops} crops of an image (views.crops). Use "
+            "method.crops_kept=all, or raise views.crops."
+        )

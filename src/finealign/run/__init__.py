@@ -1,0 +1,1 @@
+"""One adaptation run: writing its folder, judging its result without labels, and its HTML report."""

@@ -1,0 +1,8 @@
+"""The names of the files and folders in a run folder."""
+
+RUN, CONFIG, METRICS = "run.json", "config.yaml", "metrics.jsonl"
+PREDICTIONS, SET_ASIDE, MODEL, CHECKPOINTS = "predictions.csv", "set_aside.csv", "model", "checkpoints"
+EXAMPLES, EVALUATION, REPORT = "examples", "evaluation.json", "report.html"
+CONTENTS = (RUN, CONFIG, METRICS, PREDICTIONS, SET_ASIDE, EXAMPLES, MODEL, CHECKPOINTS, EVALUATION, REPORT)
+
+EXAMPLES_LIST = "examples.json"  # in the folder EXAMPLES, beside the pictures it lists

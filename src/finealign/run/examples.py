@@ -1,0 +1,98 @@
+"""Example images for the report: those whose label adaptation changed and those the model is least sure of."""
+
+import heapq
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from finealign.classifier import FineAlign
+from finealign.errors import display_path
+from finealign.images.decoding import read_image
+from finealign.images.files import ImageReadError
+from finealign.model.predictions import explained
+from finealign.run.contract import EXAMPLES_LIST
+from finealign.runtime.atomic import make_folder, save_bytes, save_text
+from finealign.types import Prediction
+
+EACH = 12  # most images of each kind
+SIDE = 360  # pixels on the longer side of a saved picture
+QUALITY = 82  # JPEG quality of a saved picture
+TOP = 3  # classes listed for an image
+
+
+@dataclass
+class Watch:
+    """Selects example images from a stream of predictions, at most EACH of each kind.
+
+    ``changed`` are images whose label differs from the start's, ranked by half the sum of the absolute changes in
+    probability, largest first. ``unsure`` are those whose two most probable classes are closest in probability.
+    """
+
+    _changed: list[tuple[float, int, Path]] = field(default_factory=list)
+    _unsure: list[tuple[float, int, Path]] = field(default_factory=list)
+
+    def over(self, predictions: Iterable[Prediction]) -> Iterator[Prediction]:
+        """Record the predictions while passing them on unchanged.
+
+        Without the start's probabilities in them, no image counts as changed.
+        """
+        for index, prediction in enumerate(predictions):
+            now, before = prediction.probabilities, prediction.start_probabilities
+            if before is not None and now.argmax() != before.argmax():
+                self._keep(self._changed, float(np.abs(now - before).sum()) / 2, index, prediction.path)
+            second, first = np.partition(now, -2)[-2:]
+            self._keep(self._unsure, float(second - first), index, prediction.path)
+            yield prediction
+
+    @staticmethod
+    def _keep(heap: list[tuple[float, int, Path]], value: float, index: int, path: Path) -> None:
+        heapq.heappush(heap, (value, -index, path))  # negative: of equal values the earlier image is kept
+        if len(heap) > EACH:
+            heapq.heappop(heap)
+
+    @property
+    def chosen(self) -> dict[str, list[Path]]:
+        """The selected paths by kind, "changed" and "unsure": the largest change and the least sure image first."""
+        kinds = {"changed": self._changed, "unsure": self._unsure}
+        return {kind: [path for _, _, path in sorted(heap, reverse=True)] for kind, heap in kinds.items()}
+
+
+def write_examples(model: FineAlign, chosen: dict[str, list[Path]], folder: Path) -> None:
+    """Write a small picture of each chosen image, and ``examples.json`` with its crops, their weights and its classes.
+
+    ``chosen`` has the paths by kind, as ``Watch.chosen`` gives them. An image that can no longer be read is left out.
+    Raises OutputError.
+    """
+    make_folder(folder)
+    for old in folder.glob("[0-9][0-9].jpg"):  # left by an earlier attempt at this run
+        old.unlink(missing_ok=True)
+    pictures: dict[Path, dict[str, Any] | None] = {}
+    for path in (path for paths in chosen.values() for path in paths):
+        if path not in pictures:
+            pictures[path] = _example(model, path, folder / f"{len(pictures):02d}.jpg")
+    listed = {kind: _there([pictures[path] for path in paths]) for kind, paths in chosen.items()}
+    save_text(json.dumps(listed, indent=1, ensure_ascii=False) + "\n", folder / EXAMPLES_LIST)
+
+
+def _example(model: FineAlign, path: Path, picture: Path) -> dict[str, Any] | None:
+    try:
+        image = read_image(path, max_pixels=model.model_.inference.max_pixels)
+    except ImageReadError:
+        return None
+    predictor = model.predictor_
+    (explanation,) = predictor.explain([predictor.to_photo(image)], with_start=True)
+    image.thumbnail((SIDE, SIDE), Image.Resampling.BICUBIC, reducing_gap=3.0)
+    encoded = BytesIO()
+    image.save(encoded, "JPEG", quality=QUALITY)
+    save_bytes(encoded.getvalue(), picture)
+    return {"path": display_path(path), "picture": picture.name, **explained(explanation, model.texts_.classes, TOP)}
+
+
+def _there(examples: Sequence[dict[str, Any] | None]) -> list[dict[str, Any]]:
+    return [example for example in examples if example is not None]

@@ -1,0 +1,146 @@
+"""The files of a run folder: which may be replaced, and what must be unchanged for a run to be resumed.
+
+``contract.py`` lists the files.
+"""
+
+import hashlib
+import json
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from finealign.errors import OutputError, display_path
+from finealign.images.files import file_size
+from finealign.model.prepare import Prepared
+from finealign.run.contract import CONTENTS, RUN
+from finealign.runtime.atomic import require_folder, save_text
+from finealign.runtime.replace import require_replaceable
+from finealign.training.state import EpochRecord
+
+
+def versions() -> dict[str, str]:
+    """The versions that a result depends on: of Python, and of each package by its name."""
+    packages = ("finealign", "torch", "torchvision", "open_clip_torch", "timm", "accelerate", "pillow", "numpy")
+    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
+
+
+def identity_of(prepared: Prepared) -> dict[str, str]:
+    """Checksums of what must be unchanged for a run to be resumed: settings, texts, images and weights.
+
+    Settings that do not affect the result are left out: device, pixel cache, workers and time between checkpoints.
+    """
+    unimportant: Any = {"device": True, "data": {"cache", "cache_gb", "workers"}, "training": {"checkpoint_minutes"}}
+    settings = prepared.config.model_dump(exclude=unimportant)
+    images = hashlib.sha256()  # updated path by path: there may be millions
+    for path in prepared.paths:
+        images.update(f"{json.dumps([display_path(path), file_size(path)])}\n".encode())
+    return {
+        "settings": _digest(settings),
+        "texts": _digest(asdict(prepared.texts)),
+        "images": images.hexdigest(),
+        "weights": prepared.backbone.checksum,
+    }
+
+
+def _digest(values: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def check_room(folder: Path, identity: Mapping[str, str], *, resume: bool, overwrite: bool) -> list[Path]:
+    """Check that a run may begin in ``folder`` and return the paths to remove first; none when resuming.
+
+    Raises OutputError where it may not begin: the folder holds something other than a run, it holds a run and neither
+    ``resume`` nor ``overwrite`` is given, or the run to resume is missing or differs in ``identity``.
+    """
+
+    def foreign(names: set[str]) -> str:
+        if RUN in names:
+            return ""
+        return f"holds {len(names)} things and is not a run folder ({RUN} is missing)"
+
+    names = require_replaceable(
+        folder,
+        kind="run",
+        foreign=foreign,
+        overwrite=overwrite or resume,
+        ignored=[Path(RUN).with_suffix(".part").name],  # left by a run killed while it wrote its first file
+        choices="Use --resume to continue it, --overwrite to replace it, or another --out.",
+    )
+    if resume:
+        _refuse_another_run(folder, names, identity)
+        return []
+    # run.json is not removed but overwritten, so that a folder left by a killed run is still recognised as a run's.
+    return [folder / name for name in CONTENTS if name in names and name != RUN]
+
+
+def _refuse_another_run(folder: Path, names: set[str], identity: Mapping[str, str]) -> None:
+    """Raise OutputError where there is no run to resume, or one of other images, texts, settings or weights."""
+    if not names:
+        raise OutputError(f"Nothing to resume: {folder} holds no run. Leave --resume out to start one.")
+    before = read_identity(folder / RUN)
+    differing = [name for name, value in identity.items() if before.get(name) != value]
+    if differing:
+        raise OutputError(
+            f"The run in {folder} had other {' and '.join(differing)}, so it cannot be resumed with these. "
+            "Give the same ones, or choose another folder with --out."
+        )
+
+
+def read_identity(path: Path) -> dict[str, Any]:
+    """The checksums of ``identity_of`` that a ``run.json`` records; empty if they are not a JSON object.
+
+    Raises OutputError when the file cannot be read or records none.
+    """
+    try:
+        identity = json.loads(path.read_text(encoding="utf-8"))["identity"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise OutputError(f"{path} cannot be read ({error}), so the run cannot be resumed. Use --overwrite.") from error
+    return identity if isinstance(identity, dict) else {}
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Write a JSON object by an atomic write. Raises OutputError."""
+    save_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n", path)
+
+
+class Metrics:
+    """``metrics.jsonl``: one JSON object per line, one line per epoch.
+
+    When a resumed run repeats an epoch, the lines of that epoch and of later ones are dropped.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def add(self, record: EpochRecord) -> None:
+        """Append the record of an epoch. Raises OutputError, also where the run folder has been removed."""
+        require_folder(self.path.parent)
+        earlier = [row for row in self.records() if row["epoch"] < record.epoch]
+        save_text("".join(f"{json.dumps(row)}\n" for row in [*earlier, asdict(record)]), self.path)
+
+    def records(self) -> list[dict[str, Any]]:
+        """The records written so far, as ``read_metrics`` returns them."""
+        return read_metrics(self.path)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The records of ``metrics.jsonl``, one per epoch; an empty list where the file does not exist.
+
+    Reading stops at a line that is incomplete, as an interruption may leave it: the checkpoint of that epoch was not
+    written either.
+    """
+    if not path.exists():
+        return []
+    records = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            break
+        if not isinstance(record, dict) or type(record.get("epoch")) is not int:
+            break
+        records.append(record)
+    return records

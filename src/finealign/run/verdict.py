@@ -1,0 +1,183 @@
+"""Estimate without labels whether adaptation helped, from features and predictions before and after it.
+
+Each piece of evidence is a number that correlated with the change in accuracy over the successful and failed runs of
+``benchmarks/verdict.py``; the weights were fitted there. The verdict is an estimate; ``finealign evaluate`` measures
+the change on labelled images.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from finealign.classifier import FineAlign
+from finealign.runtime.progress import Progress
+from finealign.types import ImageFeatures
+
+Floats = NDArray[np.floating[Any]]
+Ints = NDArray[np.integer[Any]]
+Call = Literal["helped", "unclear", "hurt"]
+
+SAMPLE = 256  # most images to judge by; where there are more, a sample is drawn with the model's seed
+MANY_A_CLASS = 100.0  # images per class above which the evidence "images_a_class" grows no more
+
+# Fitted by benchmarks/verdict.py to changes of accuracy in points, clipped to 8: the score of a run is the weighted sum
+# of the evidence plus the constant. docs/ABLATION.md reports how often its sign is right.
+WEIGHTS = {"structure": 11.978, "images_a_class": 2.011, "confidence": 11.214, "anchors_kept": 11.846}
+CONSTANT = -22.499
+HELPED, HURT = 5.05, 0.0  # scores above the first are called "helped", below the second "hurt"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The estimate of whether adaptation helped.
+
+    The change in accuracy itself is not estimated: nine in ten scores lay within 4.7 points of the true change, which
+    tells no more than "helped". The bound ``most`` is exact.
+    """
+
+    call: Call
+    score: float  # weighted sum of the evidence; positive where adaptation seems to help
+    most: float  # percent of the judged images with a new label; their accuracy cannot have changed by more points
+    advice: str
+    evidence: dict[str, float]  # by name, as ``gather`` returns it
+    images: int  # number of images judged by
+
+
+def judge_model(
+    model: FineAlign, images: Sequence[Path], *, start: ImageFeatures | None = None, progress: Progress | None = None
+) -> Verdict:
+    """Judge a fitted model on the images it was adapted to, or on a sample of them. No true label is read.
+
+    ``start`` is what ``start_features`` returned for the same seed and backbone; it saves encoding the images with the
+    backbone as it was before adaptation. Raises ImageInputError when none of the images can be read.
+    """
+    paths = sample(images, seed=model.model_.inference.seed)
+    with (progress or Progress()).stage("judging without labels", None):
+        before = start or start_features(model, images)
+        after, _ = model.features(paths, crops=model.score_ != "global")
+    method, first = model.method_, model.start_method_
+    scores = method.score(after, model.score_)
+    evidence = gather(
+        crops=before.crops.mean(1).cpu().numpy(),
+        start=first.score(before, "global").cpu().numpy(),
+        end=scores.detach().cpu().numpy(),
+        end_probabilities=method.probabilities(scores).detach().cpu().numpy(),
+        start_anchors=first.classifier().mean(1).cpu().numpy(),
+        end_anchors=method.classifier().mean(1).detach().cpu().numpy(),
+        images=len(images),
+    )
+    return judge(evidence, images=len(paths))
+
+
+def start_features(model: FineAlign, images: Sequence[Path]) -> ImageFeatures:
+    """The features before adaptation that ``judge_model`` uses: the same for all models of one seed and backbone.
+
+    Raises ImageInputError when none of the images can be read.
+    """
+    features, _ = model.features(sample(images, seed=model.model_.inference.seed), at_start=True)
+    return features
+
+
+def sample(images: Sequence[Path], *, seed: int) -> list[Path]:
+    """All images, or SAMPLE of them drawn with the seed, in the order given."""
+    if len(images) <= SAMPLE:
+        return list(images)
+    chosen = np.random.default_rng(seed).choice(len(images), SAMPLE, replace=False)
+    return [images[i] for i in sorted(chosen)]
+
+
+def gather(
+    *,
+    crops: Floats,
+    start: Floats,
+    end: Floats,
+    end_probabilities: Floats,
+    start_anchors: Floats,
+    end_anchors: Floats,
+    images: int,
+) -> dict[str, float]:
+    """The evidence by name, for n judged images, C classes and embedding width D.
+
+    Args:
+        crops: (n, D) the mean of each image's crops before adaptation.
+        start: (n, C) the start's scores of the whole images.
+        end: (n, C) the adapted model's scores, by its own score.
+        end_probabilities: (n, C) the adapted model's probabilities; rows sum to 1.
+        start_anchors: (C, D) one vector per class before adaptation.
+        end_anchors: (C, D) one vector per class after it.
+        images: how many images the model was adapted to.
+
+    Returns:
+        - structure: relative increase in the variance of ``crops`` that the labels explain, from old to new labels;
+        - images_a_class: natural logarithm of the images per class, of at most MANY_A_CLASS;
+        - confidence: mean probability of the new label;
+        - anchors_kept: mean cosine of each class's vectors before and after, each less the mean of the classes;
+        - relabelled: share of images whose label differs from the start's. It has no weight; it bounds the change.
+    """
+    before, after = start.argmax(1), end.argmax(1)
+    old, new = explained_variance(crops, before), explained_variance(crops, after)
+    return {
+        "structure": (new - old) / max(old, 0.01),
+        "images_a_class": float(np.log(min(images / start.shape[1], MANY_A_CLASS))),
+        "confidence": float(end_probabilities.max(1).mean()),
+        "anchors_kept": anchors_kept(start_anchors, end_anchors),
+        "relabelled": float((after != before).mean()),
+    }
+
+
+def explained_variance(features: Floats, labels: Ints) -> float:
+    """The share of the features' variance that lies between classes, in [0, 1]; 0 for one class.
+
+    features: (n, D). labels: (n,) the class of each image, from 0.
+    """
+    centred = features - features.mean(0)
+    total = float((centred**2).sum())
+    if total <= 0:
+        return 0.0
+    sums = np.zeros((int(labels.max()) + 1, features.shape[1]))
+    np.add.at(sums, labels, centred)
+    counts = np.bincount(labels, minlength=len(sums))
+    between = float(((sums**2).sum(1) / np.maximum(counts, 1)).sum())
+    return between / total
+
+
+def anchors_kept(before: Floats, after: Floats) -> float:
+    """Mean over classes of the cosine between a class's vectors before and after adaptation, in [-1, 1].
+
+    ``before`` and ``after`` are (C, D); the mean of the classes is subtracted from each first, because CLIP's text
+    embeddings lie in a narrow cone and differ only in what remains without that mean.
+    """
+    old, new = before - before.mean(0), after - after.mean(0)
+    lengths = np.linalg.norm(old, axis=1) * np.linalg.norm(new, axis=1)
+    return float(((old * new).sum(1) / np.maximum(lengths, 1e-12)).mean())
+
+
+def judge(evidence: dict[str, float], *, images: int) -> Verdict:
+    """The verdict from the evidence of ``gather``; ``images`` is the number of images judged by."""
+    score = CONSTANT + sum(weight * evidence[name] for name, weight in WEIGHTS.items())
+    call: Call = "helped" if score > HELPED else "hurt" if score < HURT else "unclear"
+    if not evidence["relabelled"]:
+        call = "unclear"  # without a changed label, accuracy cannot have changed
+    return Verdict(
+        call=call,
+        score=round(score, 3),
+        most=round(100 * evidence["relabelled"], 2),
+        advice=_advice(call, evidence),
+        evidence={name: round(value, 5) for name, value in evidence.items()},
+        images=images,
+    )
+
+
+def _advice(call: Call, evidence: dict[str, float]) -> str:
+    if call == "helped":
+        return "Use the adapted model; a few dozen labelled images and `finealign evaluate` would measure by how much."
+    few = evidence["images_a_class"] < np.log(10)
+    if call == "unclear":
+        more = "More images a class would tell, and help" if few else "More descriptions of each class may help"
+        return f"Measure on some labelled images with `finealign evaluate` before you rely on it. {more}."
+    cause = "there are few images a class: add some" if few else "check class names and descriptions against the images"
+    return f"Do not use the adapted model as it is: {cause}, or lower training.anchor_learning_rate."

@@ -1,0 +1,1 @@
+"""The text side of the classes: names, prompt templates and descriptions."""

@@ -1,0 +1,1 @@
+"""Class descriptions written by a chat endpoint, checked one by one and against those of other classes."""

@@ -1,0 +1,321 @@
+"""Sources of image features for the training loop: encoded at every step, kept for some epochs, or encoded once.
+
+Label features are those of the weak views and of the crops, by which images are labelled. With several ranks, each
+encodes a share of the images, and all ranks get the features of all of them.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from finealign.backbone.base import Backbone
+from finealign.errors import ModelError, OutputError
+from finealign.images.decoding import Pixels
+from finealign.images.prefetch import prefetch
+from finealign.images.views import Views, cut_and_resize
+from finealign.runtime.atomic import make_folder
+from finealign.runtime.distributed import Ranks
+from finealign.runtime.progress import Progress
+from finealign.training.memmap import MemmapTensors, read_memmap
+from finealign.types import Box, Gaze, ImageFeatures
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+Uncut = tuple[Tensor, list[Box]]  # an image (3, H, W) uint8 and the boxes of its crops
+
+RENDER_CHUNK = 32  # images per chunk of a label pass; their views are in memory together
+
+
+class ImageSource(Protocol):
+    """Provides the features of images for training. A batch is a tensor (B,) int64 of positions in the data set."""
+
+    def start_epoch(self, epoch: int) -> bool:
+        """Encode the kept label features anew if that is due. Returns whether new ones were encoded and kept."""
+
+    def renew(self, epoch: int) -> bool:
+        """Encode the kept label features anew, due or not. Returns whether any are kept that this can change."""
+
+    def label_features(self, batch: Tensor, epoch: int) -> ImageFeatures:
+        """Return the weak and crop features of a batch, without gradient."""
+
+    def whole_images(self, epoch: int) -> Tensor:
+        """Return the weak features of all images, (n, D): the kept ones, or else encoded now."""
+
+    def strong_features(self, epoch: int, batches: Sequence[Tensor]) -> Iterator[Tensor]:
+        """Yield the features (B, D) of the strong views of each batch, with gradient where the encoder learns."""
+
+
+@dataclass(frozen=True)
+class EncodingPlan:
+    """How the images of a run are encoded, and for how long their label features are kept."""
+
+    refresh: int  # epochs that weak and crop features are kept for; 0: they are encoded at every step
+    crops: bool  # whether the method needs crop features
+    workers: int = 0  # processes that make views; 0: one thread
+    weakly: Gaze | None = None  # prompts and pooling for weak views; None: the tower alone
+    strongly: Gaze | None = None  # prompts and pooling for strong views; None: the tower alone
+
+
+class FeatureBank:
+    """The feature bank of a run: label features are kept on disk for ``refresh`` epochs, then encoded anew.
+
+    If ``refresh`` in the plan is 0, none are kept: label features are encoded at every step.
+    """
+
+    def __init__(
+        self,
+        images: Sequence[Pixels],
+        views: Views,
+        backbone: Backbone,
+        plan: EncodingPlan,
+        *,
+        folder: Path,
+        progress: Progress,
+        ranks: Ranks | None = None,
+    ) -> None:
+        """``folder``, the same on all ranks, stores the kept features. Raises OutputError if it cannot be made."""
+        self.images, self.views, self.backbone, self.progress = images, views, backbone, progress
+        self.plan, self.folder = plan, folder
+        make_folder(folder)
+        self.ranks = ranks or Ranks()
+        # See ``strong_features``.
+        self.halved = self.ranks.count == 1 and backbone.device.type == "cpu"
+        self.cut_late = backbone.device.type == "cuda"  # a GPU cuts crops in next to no time
+        self.bank: dict[str, Tensor] = {}  # "weak" (n, D) and "crops" (n, N, D), memory-mapped
+        self.bank_file = ""  # the name of the file that ``bank`` is mapped from
+
+    def start_epoch(self, epoch: int) -> bool:
+        """Run a label pass every ``refresh`` epochs, or if no features are kept yet. Returns whether it ran."""
+        due = self.plan.refresh > 0 and (not self.bank or epoch % self.plan.refresh == 0)
+        if due:
+            self.label_pass(epoch)
+        return due
+
+    def renew(self, epoch: int) -> bool:
+        """Run a label pass if the plan keeps features. Returns whether it does."""
+        if self.plan.refresh:
+            self.label_pass(epoch)
+        return self.plan.refresh > 0
+
+    def label_pass(self, epoch: int) -> None:
+        """Encode the weak view and the crops of every image with the backbone as it is now, and keep the features.
+
+        Raises OutputError or StoppedError.
+        """
+        name = f"features-{epoch:04d}.safetensors"
+        count = len(self.images)
+        with self.progress.stage("label pass", count) as stage:
+            parts = (
+                {"weak": part.weak, "crops": part.crops}
+                for part in self._encode(range(count), epoch, crops=self.plan.crops)
+            )
+            self.bank = keep(self.folder / name, count, parts, self.ranks, self.progress.between(stage, self.ranks))
+        self.bank_file = name
+        files = sorted(self.folder.glob("features-*.safetensors"), key=lambda path: int(path.stem.partition("-")[2]))
+        # The last two checkpoints need the last two files at most.
+        for old in files[:-2] if self.ranks.first else ():
+            with suppress(OSError):  # a file too many does no harm
+                old.unlink()
+
+    def take_up(self, name: str) -> None:
+        """Use the features that an earlier process kept in the file ``name``. Raises ModelError if it is not valid."""
+        try:
+            self.bank, self.bank_file = read_memmap(self.folder / name), name
+        except (OSError, ValueError, KeyError) as error:
+            raise ModelError(
+                f"{self.folder / name}, which the checkpoint beside it needs, cannot be read: {error}. "
+                "Start afresh with --overwrite."
+            ) from error
+
+    def label_features(self, batch: Tensor, epoch: int) -> ImageFeatures:
+        """Return the weak and crop features of a batch: the kept ones, or else encoded now, without gradient."""
+        if self.bank:
+            return ImageFeatures(weak=self._on_device("weak", batch), crops=self._on_device("crops", batch))
+        parts = list(self._encode(batch.tolist(), epoch, crops=self.plan.crops))
+        return ImageFeatures(
+            weak=torch.cat([part.weak for part in parts]), crops=torch.cat([part.crops for part in parts])
+        )
+
+    def whole_images(self, epoch: int) -> Tensor:
+        """Return the weak features of all images, (n, D): the kept ones, or else encoded now."""
+        if self.bank:
+            return self._on_device("weak", torch.arange(len(self.images)))
+        parts = []
+        with self.progress.stage("encoding all images", len(self.images)) as stage:
+            after_part = self.progress.between(stage, self.ranks)
+            for part in self._encode(range(len(self.images)), epoch, crops=False):
+                parts.append(part.weak)
+                after_part(len(part.weak))
+        return torch.cat(parts)
+
+    def _on_device(self, name: str, batch: Tensor) -> Tensor:
+        rows = self.bank[name][batch]
+        if self.backbone.device.type == "cuda":
+            rows = rows.pin_memory()  # only copies from pinned memory can run in the background
+        return rows.to(self.backbone.device, non_blocking=True)
+
+    def strong_features(self, epoch: int, batches: Sequence[Tensor]) -> Iterator[Tensor]:
+        """Yield the features (B, D) of the strong views of each batch, with gradient where the encoder learns."""
+        shares = [self.ranks.share(batch) for batch in batches]
+        strong = self._prefetch(_StrongViews(self.images, self.views, epoch), shares)
+        for batch, views in zip(batches, strong, strict=True):
+            # On a CPU, a single process encodes a batch in the two halves that two ranks would encode. Both then round
+            # alike and their runs are the same bit for bit; the optimiser would amplify a difference in rounding.
+            halves = views.tensor_split(2) if self.halved and len(views) > 1 else [views]
+            part = torch.cat([self.backbone.encode_images(half, self.plan.strongly) for half in halves])
+            yield self.ranks.gather(part, self.ranks.sizes(len(batch)))
+
+    def _prefetch(self, work: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]:
+        return prefetch(work, items, workers=self.plan.workers, pinned=self.backbone.device.type == "cuda")
+
+    def _encode(self, indices: Sequence[int], epoch: int, *, crops: bool) -> Iterator[ImageFeatures]:
+        """Encode the weak views and, with ``crops``, the crops of these images, one part after the other.
+
+        Only the views of the current part and of the next one are in memory. Each rank encodes whole chunks, the same
+        as a single process would, so the features do not depend on the number of ranks.
+        """
+        chunks = [indices[start : start + RENDER_CHUNK] for start in range(0, len(indices), RENDER_CHUNK)]
+        index, count = self.ranks.index, self.ranks.count
+        rounds = [chunks[start : start + count] for start in range(0, len(chunks), count)]
+        # The last round may have fewer chunks than there are ranks: the others encode an image that ``gather`` drops.
+        own = [chunks[index] if index < len(chunks) else chunks[0][:1] for chunks in rounds]
+        views = self._prefetch(_LabelViews(self.images, self.views, epoch, crops, self.cut_late), own)
+        for round_chunks, (weak_views, crop_views) in zip(rounds, views, strict=True):
+            weak = self.backbone.embed(weak_views, self.plan.weakly)
+            pixels = crop_views if isinstance(crop_views, Tensor) else self._cut(crop_views)
+            crop_features = self.backbone.embed(pixels) if crops else weak.new_zeros(0, weak.shape[1])
+            crop_features = crop_features.reshape(len(weak), -1, weak.shape[1])
+            sizes = [len(chunk) for chunk in round_chunks] + [0] * (count - len(round_chunks))
+            yield ImageFeatures(weak=self.ranks.gather(weak, sizes), crops=self.ranks.gather(crop_features, sizes))
+
+    def _cut(self, uncut: "list[Uncut]") -> Tensor:
+        """The crops of these images, cut on the backbone's device: (B * N, 3, S, S)."""
+        device = self.backbone.device
+        return torch.cat(
+            [cut_and_resize(pixels.to(device, non_blocking=True), boxes, self.views.size) for pixels, boxes in uncut]
+        )
+
+
+@dataclass(frozen=True)
+class _StrongViews:
+    """Makes the strong views of a batch in one epoch: (B, 3, S, S) uint8. Picklable, for worker processes."""
+
+    images: Sequence[Pixels]
+    views: Views
+    epoch: int
+
+    def __call__(self, batch: Tensor) -> Tensor:
+        return torch.stack([self.views.strong(self.images[i], epoch=self.epoch, image=i) for i in batch.tolist()])
+
+
+@dataclass(frozen=True)
+class _LabelViews:
+    """Makes the views for label features, uint8: weak views (B, 3, S, S) and crops (B * N, 3, S, S). Picklable.
+
+    Without ``crops`` the second tensor is (0, 3, S, S). With ``cut_late`` the crops are left to be cut on the device:
+    the second value is then each image (3, H, W) with the boxes of its crops.
+    """
+
+    images: Sequence[Pixels]
+    views: Views
+    epoch: int
+    crops: bool
+    cut_late: bool
+
+    def __call__(self, chunk: Sequence[int]) -> tuple[Tensor, Tensor | list[Uncut]]:
+        decoded = [(i, self.images[i]) for i in chunk]
+        weak = torch.stack([self.views.weak(pixels) for _, pixels in decoded])
+        if not self.crops:
+            return weak, weak[:0]
+        if self.cut_late:
+            return weak, [(torch.from_numpy(pixels).permute(2, 0, 1), self._boxes(i, pixels)) for i, pixels in decoded]
+        return weak, torch.cat([self.views.crops(pixels, epoch=self.epoch, image=i) for i, pixels in decoded])
+
+    def _boxes(self, image: int, pixels: Pixels) -> list[Box]:
+        return self.views.crop_boxes(*pixels.shape[:2], epoch=self.epoch, image=image)
+
+
+class FrozenBank:
+    """A feature bank for a frozen encoder: all views are encoded once, so an epoch costs next to nothing."""
+
+    def __init__(self, images: FeatureBank, *, strong_views: int) -> None:
+        """Encode the label features of ``images``, unless they are kept, and ``strong_views`` strong views per image.
+
+        Raises OutputError or StoppedError.
+        """
+        self.images = images
+        if not images.bank:
+            images.label_pass(0)
+        positions = torch.arange(len(images.images))
+        # Checkpoints do not name this file: a resumed run encodes the strong views again, and gets the same features.
+        path, count = images.folder / "strong.safetensors", len(positions) * strong_views
+        with images.progress.stage("strong views", count) as stage, torch.no_grad():
+            parts = (
+                {"strong": features}
+                for epoch in range(strong_views)
+                for features in images.strong_features(epoch, torch.split(positions, RENDER_CHUNK))
+            )
+            strong = keep(path, count, parts, images.ranks, images.progress.between(stage, images.ranks))["strong"]
+        self.strong = strong.reshape(strong_views, len(positions), -1)  # memory-mapped
+
+    def start_epoch(self, epoch: int) -> bool:
+        """Return whether this is the first epoch, whose label features were encoded before it."""
+        return epoch == 0
+
+    def renew(self, epoch: int) -> bool:
+        """Return False: a frozen encoder would give the same features again."""
+        return False
+
+    def label_features(self, batch: Tensor, epoch: int) -> ImageFeatures:
+        """Return the kept weak and crop features of a batch."""
+        return self.images.label_features(batch, epoch)
+
+    def whole_images(self, epoch: int) -> Tensor:
+        """Return the kept weak features of all images: (n, D)."""
+        return self.images.whole_images(epoch)
+
+    def strong_features(self, epoch: int, batches: Sequence[Tensor]) -> Iterator[Tensor]:
+        """Yield the features (B, D) of one strong view per image of each batch; every epoch takes the next view."""
+        for batch in batches:
+            yield self.strong[epoch % len(self.strong), batch].to(self.images.backbone.device)
+
+
+def keep(
+    path: Path, rows: int, parts: Iterator[Mapping[str, Tensor]], ranks: Ranks, after_part: Callable[[int], None]
+) -> dict[str, Tensor]:
+    """Write tensors of ``rows`` rows, which come part by part, into one file, and return them memory-mapped by name.
+
+    Every rank passes the same parts. The first rank writes the file, and the others map it. ``after_part`` is called
+    with the number of rows of each part. Raises OutputError if the file cannot be written, or if another rank's machine
+    cannot read it, and ValueError if the parts do not add up to ``rows``.
+    """
+    file: MemmapTensors | None = None
+    done = 0
+    for part in parts:
+        size = len(next(iter(part.values())))
+        if ranks.first:
+            if file is None:
+                file = MemmapTensors(path, {name: (rows, *value.shape[1:]) for name, value in part.items()})
+            for name, value in part.items():
+                file.tensors[name][done : done + size] = value
+        done += size
+        after_part(size)
+    if done != rows:
+        raise ValueError(f"{done} rows came, {rows} were announced")
+    tensors = file.finish() if file else {}
+    ranks.wait()  # until the file is complete
+    if ranks.first:
+        return tensors
+    try:
+        return read_memmap(path)
+    except (OSError, ValueError) as error:
+        raise OutputError(
+            f"Process {ranks.index} cannot read {path}, which the first process has written: {error}. "
+            "Put the run folder where every machine of the run sees it."
+        ) from error

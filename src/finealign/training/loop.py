@@ -1,0 +1,312 @@
+"""The training loop: label passes, steps, checkpoints and exact resumption. It has no access to ground truth."""
+
+import math
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from finealign.backbone.base import Backbone
+from finealign.config import Config
+from finealign.errors import StoppedError
+from finealign.images.decoding import Pixels
+from finealign.images.views import Views
+from finealign.method.base import Method
+from finealign.runtime.devices import choose_workers
+from finealign.runtime.distributed import Ranks
+from finealign.runtime.progress import Progress
+from finealign.training.features import EncodingPlan, FeatureBank, FrozenBank, ImageSource
+from finealign.training.state import EpochRecord, State, begin
+from finealign.types import Gaze, ImageFeatures, Loss, PseudoLabels
+
+# Numbers that, with (seed, epoch), seed two random generators: one shuffles an epoch, one draws for the steps of the
+# anchors alone. Those of the views are in images/views.py.
+_ORDER, _SETTLING = 2, 3
+# Steps between two checks for values that are not finite and for a request to stop. A check makes a GPU wait; on a CPU
+# it costs nothing.
+_LOOK_EVERY = {"cpu": 1}
+_LOOK_SELDOM = 8
+
+
+@dataclass(frozen=True)
+class Learner:
+    """What is trained, and the settings for it."""
+
+    backbone: Backbone
+    method: Method
+    views: Views
+    config: Config  # resolved
+
+
+def adapt(
+    images: Sequence[Pixels],
+    learner: Learner,
+    *,
+    progress: Progress,
+    checkpoints: Path | None = None,
+    on_epoch: Callable[[EpochRecord], None] = lambda record: None,
+    name_of: Callable[[int], str] = lambda image: f"number {image}",
+    ranks: Ranks | None = None,
+) -> list[EpochRecord]:
+    """Train the method, and the backbone's parameters that learn, in place. Returns the records of the epochs run here.
+
+    ``checkpoints`` is a folder. Training continues from the last valid checkpoint in it, and writes one after each
+    epoch, every ``training.checkpoint_minutes``, and when it is asked to stop. ``on_epoch`` is called with the record
+    of each epoch as the epoch ends. ``name_of`` gives the name of an image from its position. ``ranks`` share the
+    encoding, and all get the same result. A method that does not train only processes the features of all images, in
+    ``survey``, and no record is returned.
+
+    Raises StoppedError when asked to stop, and NotFiniteError, which names the images of the batch, if the loss or a
+    parameter is no longer finite; the last checkpoint before it is kept. Raises ValueError if the configuration is not
+    resolved.
+    """
+    backbone, method, config = learner.backbone, learner.method, learner.config
+    epochs = config.training.epochs
+    if epochs == "auto":
+        raise ValueError("adapt() needs a resolved configuration")
+    ranks = ranks or Ranks()
+    with _folder_of_all(checkpoints, ranks) as folder:
+        plan = _encoding_plan(learner)
+        source = FeatureBank(images, learner.views, backbone, plan, folder=folder, progress=progress, ranks=ranks)
+        if not method.trains:
+            method.survey(source.whole_images(0))
+            return []
+        state = begin(backbone, method, config, images=len(images), ranks=ranks)
+        if checkpoints:
+            state.restore(checkpoints, source)
+        frozen = config.training.encoder == "frozen" and state.epoch < epochs
+        encoded = FrozenBank(source, strong_views=config.training.strong_views) if frozen else source
+        keeper = _Keeper(state, source, checkpoints, progress, config)
+        records = []
+        for record in run_epochs(
+            state,
+            encoded,
+            config,
+            range(state.epoch, epochs),
+            progress,
+            after_step=keeper.after_step,
+            before_last_pass=keeper.save,
+            name_of=name_of,
+        ):
+            records.append(record)
+            on_epoch(record)
+            keeper.save(record)
+        ranks.wait()  # before the first rank deletes a temporary folder that the others still read
+        return records
+
+
+@contextmanager
+def _folder_of_all(checkpoints: Path | None, ranks: Ranks) -> Iterator[Path]:
+    """The folder for kept features, the same on all ranks: that of the checkpoints, or a temporary one."""
+    with ExitStack() as stack:
+        if checkpoints is not None:
+            yield checkpoints
+            return
+        temporary = stack.enter_context(tempfile.TemporaryDirectory(prefix="finealign-")) if ranks.first else ""
+        yield Path(ranks.texts(temporary)[0])
+
+
+def _encoding_plan(learner: Learner) -> EncodingPlan:
+    method, config = learner.method, learner.config
+    refresh = config.views.refresh_epochs
+    if refresh == "auto":
+        raise ValueError("adapt() needs a resolved configuration")
+    return EncodingPlan(
+        refresh=refresh,
+        crops=method.uses_crops,
+        workers=choose_workers(config.data.workers, learner.backbone.device),
+        weakly=Gaze(salient=True) if method.salient else None,
+        strongly=method.gaze,
+    )
+
+
+class _Keeper:
+    """Writes checkpoints: when told to, every ``checkpoint_minutes``, and when the run is asked to stop."""
+
+    def __init__(
+        self, state: State, source: FeatureBank, folder: Path | None, progress: Progress, config: Config
+    ) -> None:
+        self.state, self.source, self.folder, self.progress = state, source, folder, progress
+        self.config = config
+        self.saved = time.monotonic()
+
+    def save(self, record: EpochRecord | None = None) -> None:
+        """Write a checkpoint, on the first rank only. ``record`` is that of an epoch that has just ended."""
+        if self.folder and self.state.ranks.first:
+            self.state.save(self.folder, self.source, record)
+        self.saved = time.monotonic()
+
+    def after_step(self) -> None:
+        """Save if it is time to, or if any rank was asked to stop; then raises StoppedError, on all ranks."""
+        training, state = self.config.training, self.state
+        stopping = state.ranks.any(self.progress.asked_to_stop)
+        if stopping or time.monotonic() - self.saved > 60 * training.checkpoint_minutes:
+            self.save()
+        if stopping:
+            raise StoppedError(f"Stopped after step {state.step} of epoch {state.epoch + 1} of {training.epochs}.")
+
+
+def run_epochs(
+    state: State,
+    source: ImageSource,
+    config: Config,
+    epochs: range,
+    progress: Progress,
+    *,
+    after_step: Callable[[], None] = lambda: None,
+    before_last_pass: Callable[[], None] = lambda: None,
+    name_of: Callable[[int], str] = lambda image: f"number {image}",
+) -> Iterator[EpochRecord]:
+    """Run these epochs and yield the record of each as it ends. ``state`` changes in place.
+
+    The learning rates follow a schedule over ``epochs.stop`` epochs. The first of them may have begun earlier:
+    ``state.step`` of its steps are done. ``after_step`` is called after a check that all values are finite, which on a
+    GPU is not after every step. ``before_last_pass`` is called after the last step, before the last label pass and the
+    anchors' last steps. ``name_of`` gives the name of an image from its position. Raises NotFiniteError.
+    """
+    training, images = config.training, len(state.labels)
+    batches_an_epoch = math.ceil(images / training.batch_size)
+
+    def set_rates(epoch: int, step: int) -> float:
+        share_done = (epoch * batches_an_epoch + step) / (epochs.stop * batches_an_epoch)
+        _set_learning_rates(state.optimizer, share_done, final=training.final_learning_rate)
+        return float(state.optimizer.param_groups[0]["lr"])
+
+    with progress.stage("adapting", len(epochs) * images) as stage:
+        for epoch in epochs:
+            began = time.perf_counter()
+            state.ranks.follow(state.tensors().values())  # rounding may have made the ranks differ
+            if not state.step:
+                _refresh_labels(state, source, config, epoch, name_of)
+            batches = _batches(images, batches_an_epoch, seed=config.seed, epoch=epoch)
+            images_left = sum(map(len, batches[state.step :]))
+            if state.step:
+                stage.advance(images - images_left)
+            for batch in _steps(state, source, batches, partial(set_rates, epoch)):
+                stage.advance(len(batch))
+                unchecked = _due(state, len(batches))
+                if unchecked is not None:
+                    state.refuse_not_finite(batches[unchecked], state.meter.losses[unchecked], config, name_of)
+                    after_step()
+            # Set again: a resumed epoch may have taken its last step before it was stopped.
+            rate = set_rates(epoch, len(batches) - 1)
+            last = epoch + 1 == epochs.stop and training.last_label_pass and _settles(state.method, config)
+            if last:
+                before_last_pass()
+            if last and source.renew(epoch + 1):
+                settle_anchors(state, source, config, epoch + 1, name_of=name_of)
+            record = state.finish_epoch(rate, images_left, began)
+            stage.note(f"epoch {epoch + 1}/{epochs.stop} loss {record.loss:.3f} changed {record.changed:.1%}")
+            yield record
+
+
+def _refresh_labels(
+    state: State, source: ImageSource, config: Config, epoch: int, name_of: Callable[[int], str]
+) -> None:
+    """Before the first step of an epoch: encode label features anew if due, call ``survey``, settle the anchors."""
+    fresh = source.start_epoch(epoch)
+    if state.method.surveys:
+        state.method.survey(source.whole_images(epoch))
+    if fresh:
+        settle_anchors(state, source, config, epoch, name_of=name_of)
+
+
+def _steps(
+    state: State, source: ImageSource, batches: Sequence[Tensor], set_rates: Callable[[int], object]
+) -> Iterator[Tensor]:
+    """Take the remaining steps of an epoch, and yield the batch of each step after it is taken."""
+    epoch, remaining = state.epoch, batches[state.step :]
+    for batch, strong in zip(remaining, source.strong_features(epoch, remaining), strict=True):
+        set_rates(state.step)
+        state.meter.add(batch, *step(state, source.label_features(batch, epoch), strong))
+        state.step += 1
+        yield batch
+
+
+def _due(state: State, steps: int) -> slice | None:
+    """The steps since the last check that all values are finite, if the next check is due; otherwise None."""
+    check_every = _LOOK_EVERY.get(state.device.type, _LOOK_SELDOM)
+    if state.step % check_every and state.step != steps:
+        return None
+    return slice(max(0, state.step - check_every), state.step)
+
+
+def settle_anchors(
+    state: State,
+    source: ImageSource,
+    config: Config,
+    epoch: int,
+    *,
+    name_of: Callable[[int], str] = lambda image: f"number {image}",
+) -> None:
+    """Train the anchors alone, on kept crop features. No image is encoded, so this costs next to nothing.
+
+    In place of an image's strong view, each step takes one of its crops, drawn at random. This is ours and not part of
+    the paper. Does nothing if the method or the settings do not ask for it. Raises NotFiniteError.
+    """
+    training = config.training
+    if not _settles(state.method, config) or training.anchor_steps == "auto":
+        return
+    images = len(state.labels)
+    batch_count = max(1, round(images / training.anchor_batch_size))
+    rng = np.random.default_rng((config.seed, epoch, _SETTLING))
+    step_batches, losses = [], []
+    for number in range(training.anchor_steps):
+        if number % batch_count == 0:
+            batches = _shuffled(images, batch_count, rng)
+        batch = batches[number % batch_count]
+        features = source.label_features(batch, epoch)
+        chosen = torch.from_numpy(rng.integers(features.crops.shape[1], size=len(batch))).to(features.crops.device)
+        _set_learning_rates(state.optimizer, number / training.anchor_steps, final=training.final_learning_rate)
+        loss, _ = step(state, features, features.crops[torch.arange(len(batch)), chosen])
+        step_batches.append(batch)
+        losses.append(loss.total.detach())
+    state.refuse_not_finite(step_batches, losses, config, name_of)
+
+
+def _settles(method: Method, config: Config) -> bool:
+    """Whether ``settle_anchors`` has anything to do."""
+    training = config.training
+    if training.anchor_steps == "auto":
+        raise ValueError("the configuration is not resolved")
+    return method.settles and training.anchor_steps > 0 and training.learn != "norms"
+
+
+def step(state: State, features: ImageFeatures, strong: Tensor) -> tuple[Loss, PseudoLabels]:
+    """Take one step of the optimiser, and return the loss and the pseudo-labels of the batch.
+
+    The batch is labelled by its weak and crop ``features``; the loss is that of its strong features (B, D).
+    """
+    pseudo = state.method.pseudo_label(features)
+    loss = state.method.loss(strong, pseudo)
+    state.optimizer.zero_grad(set_to_none=True)
+    torch.autograd.backward(loss.total)
+    # All ranks compute the same loss, so only gradients through images that a single rank encoded have to be summed.
+    state.ranks.add_gradients(state.encoders())
+    state.optimizer.step()
+    return loss, pseudo
+
+
+def _set_learning_rates(optimizer: torch.optim.Optimizer, share_done: float, *, final: float) -> None:
+    """A cosine schedule from each group's initial rate, at a share of 0, to ``final``, at 1.
+
+    The rates depend on the step alone, so resuming needs no state of the schedule.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = final + (group["start"] - final) * (1 + math.cos(math.pi * share_done)) / 2
+
+
+def _batches(images: int, count: int, *, seed: int, epoch: int) -> list[Tensor]:
+    """All images, shuffled into ``count`` batches whose sizes differ by at most one, so no batch is much smaller."""
+    return _shuffled(images, count, np.random.default_rng((seed, epoch, _ORDER)))
+
+
+def _shuffled(images: int, count: int, rng: np.random.Generator) -> list[Tensor]:
+    return [torch.from_numpy(part) for part in np.array_split(rng.permutation(images), count)]
