@@ -118,6 +118,11 @@ def tiny_config(backbone: str, **overrides: Any) -> Any:
     return read_config(None, (), **(values | overrides))
 
 
+def on_every_core() -> dict[str, str]:
+    """The environment of a process that has real work to do: all threads, which sleep while other tests compute."""
+    return os.environ | {"OMP_NUM_THREADS": str(os.cpu_count() or 1), "OMP_WAIT_POLICY": "PASSIVE"}
+
+
 def predictions(model: Any, paths: Iterable[Path], **how: Any) -> list[Any]:
     """The predictions of the images that can be read."""
     from finealign.types import Prediction

@@ -5,10 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+from conftest import on_every_core
+
 
 def test_demo__quick_shows_the_methods_in_their_order(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "finealign", "demo", "--quick", "--out", str(tmp_path / "demo"), "--json"]
-    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    run = subprocess.run(command, env=on_every_core(), capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout + run.stderr
     found = json.loads(run.stdout)
     top1 = {row["method"]: row["top1"] for row in found["results"]}

@@ -9,14 +9,15 @@ from typing import Any
 
 import pytest
 
+from conftest import on_every_core
+
 CLASSES_USED = 10
 TRAIN_EACH, TEST_EACH = 24, 20
 
 
 def finealign(*arguments: str) -> dict[str, Any]:
-    done = subprocess.run(
-        [sys.executable, "-m", "finealign", *arguments, "--json"], capture_output=True, text=True, check=False
-    )
+    command = [sys.executable, "-m", "finealign", *arguments, "--json"]
+    done = subprocess.run(command, env=on_every_core(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     found: dict[str, Any] = json.loads(done.stdout)
     return found
