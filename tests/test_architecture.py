@@ -252,7 +252,7 @@ def test_order__no_import_hides_in_a_text(room: str) -> None:
 
 @rooms
 def test_truth__only_evaluation_knows_it(room: str) -> None:
-    """That no label reaches what is learned, whatever they are, test_cli shows by running: see its class folders."""
+    """That labels change nothing of what is learned is shown by running: in test_prepare and test_demo_run."""
     if not room or stage(room) in MAY_READ_TRUTH:
         return
     assert "evaluate" not in {stage(other) for other in imported_rooms(room)}
