@@ -3,7 +3,6 @@
 import signal
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, Task, TaskID, TextColumn, TimeRemainingColumn
@@ -12,8 +11,6 @@ from rich.text import Text
 
 from finealign.runtime.progress import Progress, Stage
 
-if TYPE_CHECKING:
-    pass
 SHOWN_AFTER = 2.0  # seconds; a shorter stage draws no bar
 
 

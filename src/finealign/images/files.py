@@ -5,9 +5,7 @@ import os
 import stat
 from pathlib import Path
 
-from PIL import (
-    Image,
-)
+from PIL import Image
 
 from finealign.errors import ImageInputError
 from finealign.images.shards import SUFFIX, ShardError, find_shard, member_size, open_member, read_shard

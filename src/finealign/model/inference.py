@@ -6,7 +6,7 @@ same kind as those that it learned from.
 
 import json
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, closing
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import chain, islice, tee
 from pathlib import Path
@@ -111,15 +111,11 @@ class Predictor:
         if not rendered:
             empty = model.text_features.names[:0]
             return ImageFeatures(weak=empty, crops=empty[:, None].expand(0, count, -1))
-        with self._lent(model):
+        with model.backbone.lend(model.norms):
             weak = model.backbone.embed(torch.stack([view for view, _ in rendered]), model.method.gaze)
             crop_views = torch.cat([views for _, views in rendered]) if look.crops else weak[:0]
             crops = model.backbone.embed(crop_views) if look.crops else crop_views
         return ImageFeatures(weak=weak, crops=crops.reshape(len(rendered), count, weak.shape[1]))
-
-    @staticmethod
-    def _lent(model: FittedModel) -> AbstractContextManager[None]:
-        return model.backbone.lend(model.norms)
 
     @staticmethod
     def scored(model: FittedModel, features: ImageFeatures, score: Score) -> tuple[Rows, Rows]:
