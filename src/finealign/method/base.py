@@ -157,6 +157,7 @@ class SelfTrainingMethod(Method):
     options: SelfTrainingOptions
     trains = True
     inference_state: ClassVar[tuple[str, ...]] = ("anchors",)
+    class_prior: Tensor  # (C,), the share of the images that each class is expected to have; even until ``expect``
     mean_prediction: Tensor  # (C,), running mean over strong views; updated only where ``fairness`` is running
 
     def __init__(
@@ -164,7 +165,9 @@ class SelfTrainingMethod(Method):
     ) -> None:
         super().__init__(options, texts, logit_scale=logit_scale)
         self.anchors = nn.Parameter(anchors.clone())
-        self.register_buffer("mean_prediction", anchors.new_full((self.num_classes,), 1 / self.num_classes))
+        even = anchors.new_full((self.num_classes,), 1 / self.num_classes)
+        self.register_buffer("class_prior", even)
+        self.register_buffer("mean_prediction", even.clone())
 
     def classifier(self) -> Anchors:
         """Return the learned anchors, normalised: (C, J, D)."""
@@ -183,7 +186,7 @@ class SelfTrainingMethod(Method):
         if self.options.fairness == "running":
             mean = running_mean(self.mean_prediction, mean, momentum=self._momentum(strong.shape[0]))
             self.mean_prediction.copy_(mean.detach())
-        balance = fairness(mean)
+        balance = fairness(mean, self.class_prior)
         total = cross_entropy + self.options.fairness_weight * balance
         return Loss(total, {"cross_entropy": cross_entropy.detach(), "fairness": balance.detach()})
 

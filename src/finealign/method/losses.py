@@ -16,13 +16,14 @@ def weighted_cross_entropy(logits: Tensor, labels: Tensor, weights: Tensor) -> T
     return (weights * cross_entropy(logits, labels, reduction="none")).mean()
 
 
-def fairness(mean_prediction: Tensor) -> Tensor:
-    """Compute -(1/C) sum_c log pbar_c. Its minimum, log C, is reached if all classes are predicted equally often.
+def fairness(mean_prediction: Tensor, class_prior: Tensor) -> Tensor:
+    """Compute -sum_c pi_c log pbar_c. Its minimum is reached if class c is predicted for the share pi_c of the images.
 
-    mean_prediction (C,) summing to 1 -> scalar. A probability of 0 is replaced by the smallest normal float, so the
-    term stays finite. Step 7 of the method [R]; MUST (arXiv 2206.02967) and DPA use this term.
+    mean_prediction pbar (C,) and class_prior pi (C,), both summing to 1 -> scalar. A probability of 0 is replaced by
+    the smallest normal float, so the term stays finite. Step 7 of the method [R]. With the even prior, pi_c = 1/C, it is
+    the term of MUST (arXiv 2206.02967) and DPA; the use of other priors is ours.
     """
-    return -mean_prediction.clamp_min(torch.finfo(mean_prediction.dtype).tiny).log().mean()
+    return -(class_prior * mean_prediction.clamp_min(torch.finfo(mean_prediction.dtype).tiny).log()).sum()
 
 
 def running_mean(previous: Tensor, current: Tensor, *, momentum: float) -> Tensor:

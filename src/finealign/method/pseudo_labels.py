@@ -65,17 +65,18 @@ def confusion_weight(probabilities: Tensor, confusable: Tensor) -> Tensor:
     return 1 - confusable[first, second] * top.values[:, 1] / top.values[:, 0]
 
 
-def balanced(probabilities: Tensor, mean: Tensor, strength: float) -> Tensor:
-    """Compute q_c / pbar_c^beta, scaled to sum to 1: lowers the probability of classes that are predicted too often.
+def balanced(probabilities: Tensor, mean: Tensor, class_prior: Tensor, strength: float) -> Tensor:
+    """Compute q_c (pi_c / pbar_c)^beta, scaled to sum to 1: lowers classes that are predicted more often than expected.
 
-    probabilities (B, C), mean (C,) pbar, the mean prediction, strength beta in [0, 1] -> (B, C), rows sum to 1. At beta
-    1 this is distribution alignment (ReMixMatch, arXiv 1911.09785) to a uniform marginal, which DPA uses; at beta 0
-    nothing changes. Its use here is [R].
+    probabilities q (B, C), mean (C,) pbar, the mean prediction, class_prior (C,) pi, strength beta in [0, 1] -> (B, C),
+    rows sum to 1. At beta 1 this is distribution alignment (ReMixMatch, arXiv 1911.09785), which DPA uses with an even
+    prior; at beta 0 nothing changes. Its use here is [R].
     """
     if not strength:
         return probabilities
-    weighted = probabilities / mean.clamp_min(torch.finfo(mean.dtype).tiny) ** strength
-    return weighted / weighted.sum(1, keepdim=True)
+    tiny = torch.finfo(mean.dtype).tiny
+    weighted = probabilities * (class_prior.clamp_min(tiny) / mean.clamp_min(tiny)) ** strength
+    return weighted / weighted.sum(1, keepdim=True).clamp_min(tiny)
 
 
 def count_pairs(probabilities: Tensor) -> Tensor:

@@ -85,7 +85,7 @@ class Dpa(SelfTrainingMethod):
         if by_text_mean is not None:
             mean = running_mean(by_text_mean, mean, momentum=self._momentum(len(weak)))
             by_text_mean.copy_(mean)
-        return by_images, balanced(by_texts, mean, 1.0)
+        return by_images, balanced(by_texts, mean, self.class_prior, 1.0)
 
     def loss(self, strong: Tensor, pseudo: PseudoLabels) -> Loss:
         """Compute the self-training loss plus ``align_weight`` times CE(s P T', identity).

@@ -96,7 +96,7 @@ class Fair(SelfTrainingMethod):
         """Divide the probabilities by their running mean to the power ``label_balance``, against class collapse."""
         mean = running_mean(self.mean_label, probabilities.mean(0), momentum=self._momentum(len(probabilities)))
         self.mean_label.copy_(mean)
-        return balanced(probabilities, mean, self.options.label_balance)
+        return balanced(probabilities, mean, self.class_prior, self.options.label_balance)
 
 
 METHOD = Fair
