@@ -30,7 +30,7 @@ class TransductiveMethod(Method):
     k nearest images j of i, and over those that have i among their nearest; w_ij is the cosine of the two.
 
     The papers label only the images that a method is fitted on. Other images are scored by one assignment step in which
-    everything fitted is held fixed. For the images fitted on, that is one more step than the papers take.
+    everything fitted is held fixed. So are the images fitted on, once more: that step gives the authors' figures.
 
     Subclasses say where means and variances start, in ``begin``, and how they follow the assignments, in ``refit``.
     """
