@@ -25,7 +25,7 @@ from task import finealign, real
 
 FULL_SETS = ("flowers12", "ucmerced")
 FROZEN_SET = "flowers12"
-FROZEN_METHODS = ("fair", "dpa", "transclip", "wca", "self-training", "cupl", "zero-shot", "lafter")
+FROZEN_METHODS = ("fair", "dpa", "transclip", "stata", "wca", "self-training", "cupl", "zero-shot", "lafter")
 TRANSFORMER = "ViT-B-32/random"
 TRANSFORMER_METHODS = ("microclip", "lafter", "fair")
 TRANSFORMER_IMAGES = 24

@@ -21,7 +21,7 @@ HOUSE = Path(finealign.__file__).parent
 
 TABLE = Path(__file__).parents[1] / "docs" / "ARCHITECTURE.md"
 ORDER = re.findall(r"^\| `(\w+)(?:\.py|/)` \|", TABLE.read_text(encoding="utf-8"), flags=re.MULTILINE)
-PURE_MATHS = ["method.alignment", "method.pseudo_labels", "method.losses"]
+PURE_MATHS = ["method.alignment", "method.pseudo_labels", "method.losses", "method.mixture"]
 MAY_READ_TRUTH = {"evaluate", "cli", "demo", "benchmark"}  # stages
 PICKLES = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
 NETWORK = {

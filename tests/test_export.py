@@ -364,7 +364,12 @@ def test_onnx__the_demos_model_by_the_crops_it_keeps_and_the_whole(some_photos: 
 
 @pytest.mark.parametrize(
     ("method", "why"),
-    [("lafter", "prompts it has learned"), ("microclip", "salient patches"), ("transclip", "all those it was fitted")],
+    [
+        ("lafter", "prompts it has learned"),
+        ("microclip", "salient patches"),
+        ("stata", "all those it was fitted"),
+        ("transclip", "all those it was fitted"),
+    ],
 )
 def test_refused__methods_that_see_otherwise(method: str, why: str, tiny_backbone: Tiny, tmp_path: Path) -> None:
     model = unlearned(tiny_backbone("transformer"), method__name=method)

@@ -731,11 +731,12 @@ def test_adapt__last_label_pass_is_for_the_anchors_last_steps(
 # --- methods that survey ----------------------------------------------------------------------------------------------
 
 
-def test_fit__transclip_labels_the_images_together_and_trains_nothing(
-    photos: Path, tiny_backbone: Tiny, tmp_path: Path
+@pytest.mark.parametrize("name", ["stata", "transclip"])
+def test_fit__labels_the_images_together_and_trains_nothing(
+    name: str, photos: Path, tiny_backbone: Tiny, tmp_path: Path
 ) -> None:
     before = fit(photos, tiny_backbone("transformer"), method__name="cupl")
-    model = fit(photos, tiny_backbone("transformer"), method__name="transclip")
+    model = fit(photos, tiny_backbone("transformer"), method__name=name)
     kept = model.method_.state_dict()
     assert model.history_ == []
     weak = model.features(model.paths_, crops=False)[0].weak
