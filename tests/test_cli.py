@@ -374,7 +374,7 @@ def test_predict__more_than_there_are_classes(made: Made) -> None:
 def test_predict__json_is_the_csv(made: Made) -> None:
     found = only_json(command("predict", made.run, made.photos, *PRECISE, "--top-k", "2", "--json"))
     rows = table(command("predict", made.run, made.photos, *PRECISE, "--top-k", "2").stdout)
-    assert set(found) == {"images", "set_aside", "predictions"}
+    assert set(found) == {"use", "images", "set_aside", "predictions"}
     assert (found["images"], found["set_aside"]) == (24, [])
     for row, entry in zip(rows, found["predictions"], strict=True):
         assert (entry["path"], entry["label"], str(entry["confidence"])) == tuple(list(row.values())[:3])

@@ -87,7 +87,9 @@ def predict(
             return
         notes = Console(stderr=True)
         if out:
-            notes.print(f"{count} predictions by {CALLED[loaded.use_]} in {escape(str(out))}.")
+            notes.print(f"{count} predictions in {escape(str(out))}, by {CALLED[loaded.use_]}.", soft_wrap=True)
         elif loaded.use_ == "start":
-            notes.print(f"These are predictions by {CALLED['start']}; --use adapted takes the adapted one.")
+            notes.print(
+                f"These are predictions by {CALLED['start']}; --use adapted takes the adapted one.", soft_wrap=True
+            )
         tell_set_aside([asdict(row) for row in set_aside], notes)
