@@ -397,6 +397,7 @@ def test_predict__out_in_each_format(made: Made, tmp_path: Path, ending: str) ->
     assert [(row["path"], row["label"]) for row in rows] == [(row["path"], row["label"]) for row in printed]
     assert [path.name for path in tmp_path.iterdir()] == [out.name]
     assert only_json(command("predict", made.run, made.photos, *PRECISE, "--out", out, "--overwrite", "--json")) == {
+        "use": "adapted",
         "images": 24,
         "set_aside": [],
         "out": str(out),
