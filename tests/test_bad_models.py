@@ -325,6 +325,16 @@ def tensors(**changes: Any) -> Change:
     return change
 
 
+def start_used(**changes: Any) -> Change:
+    """As ``tensors``, in a model whose start is in use."""
+
+    def change(folder: Path) -> None:
+        FineAlign.load(folder, use="start", device="cpu").save(folder)
+        tensors(**changes)(folder)
+
+    return change
+
+
 def torn(name: str, kept: float) -> Change:
     """Cut to a share of the file, or of so many bytes; the checksum is that of what is left."""
 
@@ -416,6 +426,10 @@ MODELS: dict[str, tuple[Change, str]] = {
     "logit_scale negative": (manifest(logit_scale=-5.0), "logit_scale: found -5"),
     "logit_scale NaN": (manifest(logit_scale=float("nan")), "logit_scale: found nan"),
     "logit_scale infinite": (manifest(logit_scale=float("inf")), "logit_scale: found inf"),
+    "use a number": (manifest(use=1), "use: found 1"),
+    "use unknown": (manifest(use="both"), "use: found 'both'"),
+    "use null": (manifest(use=None), "use: found None"),
+    "use the other without its tensors": (manifest(use="start"), "holds a tensor 'start.* that no such model has"),
     "sha256 a list": (manifest(sha256=[WEIGHTS, OURS]), "sha256: found "),
     "sha256 of numbers": (manifest(sha256={WEIGHTS: 1, OURS: 2}), "sha256: found 1"),
     "sha256 null": (manifest(sha256=None), "sha256: found None"),
@@ -475,11 +489,35 @@ MODELS: dict[str, tuple[Change, str]] = {
     "a tensor of the method extra": (tensors(method__more=torch.ones(1)), "the method's tensors are .*more"),
     "a tensor extra": (tensors(more=torch.ones(1)), "holds a tensor 'more' that no such model has"),
     "a text extra": (tensors(texts__more=torch.ones(1)), "holds a tensor 'texts.more' that no such model has"),
-    "a start's parameter extra": (tensors(start__more=torch.ones(1)), "the start's parameters are not those"),
-    "a start's parameter lacking": (tensors(start__ln_post__bias=None), "the start's parameters are not those"),
+    "a start's parameter extra": (tensors(start__more=torch.ones(1)), "the start model's parameters are not those"),
+    "a start's parameter lacking": (tensors(start__ln_post__bias=None), "the start model's parameters are not those"),
     "a start's parameter of another shape": (
         tensors(start__ln_post__bias=torch.ones(3)),
         r"start.ln_post.bias is torch.float32 of shape \(3,\), not \(64,\)",
+    ),
+    "a start's parameter not finite": (
+        tensors(start__ln_post__bias=torch.full((64,), float("nan"))),
+        "start.ln_post.bias is not finite",
+    ),
+    "an adapted parameter besides": (tensors(adapted__ln_post__bias=torch.ones(64)), "holds a tensor 'adapted.ln_post"),
+    # of a model whose start is in use
+    "an adapted parameter extra": (start_used(adapted__more=torch.ones(1)), "the adapted model's parameters are not"),
+    "an adapted parameter lacking": (start_used(adapted__ln_post__bias=None), "the adapted model's parameters are not"),
+    "an adapted parameter of another shape": (
+        start_used(adapted__ln_post__bias=torch.ones(3)),
+        r"adapted.ln_post.bias is torch.float32 of shape \(3,\), not \(64,\)",
+    ),
+    "an adapted parameter in half": (
+        start_used(adapted__ln_post__bias=torch.ones(64).half()),
+        "adapted.ln_post.bias is torch.float16",
+    ),
+    "an adapted parameter not finite": (
+        start_used(adapted__ln_post__bias=torch.full((64,), float("inf"))),
+        "adapted.ln_post.bias is not finite",
+    ),
+    "a start's parameter beside the start's weights": (
+        start_used(start__ln_post__bias=torch.ones(64)),
+        "holds a tensor 'start.ln_post.bias' that no such model has",
     ),
     # open_clip's own settings
     "open_clip's settings missing": (lambda folder: (folder / "open_clip_config.json").unlink(), "is not there"),

@@ -214,7 +214,7 @@ def test_adapt__a_process_of_its_own_prints_one_object_and_no_bar(made: Made, tm
 def test_adapt__says_what_it_did(made: Made) -> None:
     assert set(made.said) == {
         "out", "method", "backbone", "classes", "images", "set_aside", "epochs", "seconds", "stopped", "verdict",
-        "kept", "report", "report_problem",
+        "kept", "why_kept", "report", "report_problem",
     }  # fmt: skip
     assert (made.said["out"], made.said["classes"], made.said["images"]) == (str(made.run), CLASSES, 24)
 
@@ -248,7 +248,7 @@ def test_evaluate__agrees_with_a_count_of_the_predictions(made: Made, tmp_path: 
 def test_evaluate__has_the_documented_keys(made: Made) -> None:
     found = only_json(command("evaluate", made.run, made.labelled, *PRECISE, "--json"))
     assert set(found) == {
-        "adapted", "start", "zero_shot", "difference", "images", "set_aside", "per_class", "confused_pairs",
+        "adapted", "start", "zero_shot", "difference", "use", "images", "set_aside", "per_class", "confused_pairs",
     }  # fmt: skip
     assert set(found["adapted"]) == set(found["start"]) == HEADLINE
     assert set(found["difference"]) == {"top1", "low", "high"}
@@ -274,6 +274,32 @@ def test_evaluate__the_start_is_the_model_before_adaptation(made: Made, tmp_path
     assert found["start"]["top5"] == pytest.approx(count(rows, 5))
     adapted = table(command("predict", made.run, made.labelled, *PRECISE).stdout)
     assert [row["label"] for row in adapted] != [row["label"] for row in rows]  # so it was not the adapted one
+
+
+def test_use__takes_the_other_model(made: Made) -> None:
+    adapted, start = (
+        only_json(command("predict", made.run, made.labelled, *PRECISE, "--use", use, "--top-k", "5", "--json"))
+        for use in ("adapted", "start")
+    )
+    assert (adapted["use"], start["use"]) == ("adapted", "start")
+    assert adapted == only_json(command("predict", made.run, made.labelled, *PRECISE, "--top-k", "5", "--json"))
+    printed = command("predict", made.run, made.labelled, *PRECISE, "--use", "start", "--top-k", "5")
+    assert "predictions by the model before adaptation; --use adapted" in " ".join(printed.stderr.split())
+    by_adapted = only_json(command("evaluate", made.run, made.labelled, *PRECISE, "--json"))
+    by_start = only_json(command("evaluate", made.run, made.labelled, *PRECISE, "--use", "start", "--json"))
+    assert by_start["start"]["top1"] == pytest.approx(count(table(printed.stdout), 1))
+    assert (by_adapted.pop("use"), by_start.pop("use")) == ("adapted", "start")
+    assert by_adapted.pop("confused_pairs") != by_start.pop("confused_pairs")
+    assert by_adapted == by_start  # both models, whichever is used
+    shown = command("evaluate", made.run, made.labelled, *PRECISE, "--use", "start").stdout
+    assert "start, in use" in shown and "Most confused before adaptation" in shown
+
+
+@pytest.mark.parametrize("verb", ["predict", "evaluate", "serve", "export"])
+def test_use__of_a_model_that_is_not_there_stops_at_once(tmp_path: Path, verb: str) -> None:
+    result = command(verb, tmp_path / "none", *([] if verb in ("serve", "export") else [tmp_path]), "--use", "before")
+    assert result.exit_code == 2
+    assert "start" in result.stderr and "adapted" in result.stderr
 
 
 def test_evaluate__a_csv_equals_the_folder(made: Made, tmp_path: Path) -> None:
@@ -348,7 +374,7 @@ def test_predict__more_than_there_are_classes(made: Made) -> None:
 def test_predict__json_is_the_csv(made: Made) -> None:
     found = only_json(command("predict", made.run, made.photos, *PRECISE, "--top-k", "2", "--json"))
     rows = table(command("predict", made.run, made.photos, *PRECISE, "--top-k", "2").stdout)
-    assert set(found) == {"images", "set_aside", "predictions"}
+    assert set(found) == {"use", "images", "set_aside", "predictions"}
     assert (found["images"], found["set_aside"]) == (24, [])
     for row, entry in zip(rows, found["predictions"], strict=True):
         assert (entry["path"], entry["label"], str(entry["confidence"])) == tuple(list(row.values())[:3])
@@ -371,6 +397,7 @@ def test_predict__out_in_each_format(made: Made, tmp_path: Path, ending: str) ->
     assert [(row["path"], row["label"]) for row in rows] == [(row["path"], row["label"]) for row in printed]
     assert [path.name for path in tmp_path.iterdir()] == [out.name]
     assert only_json(command("predict", made.run, made.photos, *PRECISE, "--out", out, "--overwrite", "--json")) == {
+        "use": "adapted",
         "images": 24,
         "set_aside": [],
         "out": str(out),

@@ -430,6 +430,7 @@ def test_summary__is_this_json() -> None:
         "start": of_start,
         "zero_shot": of_start,
         "difference": {"top1": 0.5, "low": difference.low, "high": difference.high},
+        "use": "adapted",
         "images": 4,
         "set_aside": 2,
         "per_class": {

@@ -492,6 +492,28 @@ def test_card__a_saved_model_still_tells_of_finealign(adapted: FineAlign, tmp_pa
     assert "usage.py" not in card
 
 
+# --- the start --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["open_clip", "onnx"])
+def test_export__of_the_start(adapted: FineAlign, some_photos: Path, tmp_path: Path, kind: Any) -> None:
+    """As a model whose start is in use, and of one saved with the adapted model in use, where it is asked for."""
+    adapted.save(tmp_path / "model")
+    model = FineAlign.load(tmp_path / "model", use="start", device="cpu", precision="fp32")
+    found = export(model, tmp_path / "out", format=kind)
+    assert (found.use, found.as_json()["use"], found.score) == ("start", "start", "global")
+    assert json.loads((tmp_path / "out" / "parity.json").read_text())["use"] == "start"
+    code = "import usage\nprint(json.dumps(usage.classify(sys.argv[1:])[1].tolist()))"
+    paths = paths_in(some_photos)
+    found_probabilities = run(found.folder, code, *paths)
+    start = model.predict_proba(paths)
+    assert np.abs(np.array(found_probabilities) - start).max() < 1e-3
+    assert np.abs(adapted.predict_proba(paths, score="global") - start).max() > 0.01
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "**In use**: the model before adaptation.\n" in card
+    assert "--use" not in card
+
+
 # --- the hub ----------------------------------------------------------------------------------------------------------
 
 

@@ -370,8 +370,11 @@ def test_adapt_into__what_labels_told_of_another_model_does_not_stay(
 
 
 def test_report__of_a_run_whose_start_was_kept_says_so(run: Path) -> None:
-    change(run / "run.json", kept="start")
+    change(run / "run.json", kept="start", why_kept="the verdict is that adaptation hurt")
     text = Reader(render(run)).text
+    assert "In use is the model before adaptation" in text
+    assert "as the verdict is that adaptation hurt. Both are saved" in text
+    assert "--use adapted takes the other one" in text
     assert "All predictions below are the start's" in text
     assert "--resume --keep-adapted" in text
 
@@ -446,7 +449,7 @@ def test_card__of_a_model_saved_by_hand_claims_no_verdict(finished: Path, tmp_pa
     model.revert().save(tmp_path / "model", run=made)
     front, text = card(tmp_path)
     assert front["base_model"] == "org/name"
-    assert "revision `abc`" in text and "nothing: images are scored" in text
+    assert "revision `abc`" in text and "**In use**: the model before adaptation." in text
 
 
 def test_card__another_readme_stays(finished: Path, tmp_path: Path) -> None:

@@ -136,6 +136,7 @@ def test_adapt_into__run_json_says_what_was_done(finished: Path, tiny_backbone: 
         "origin": {},
         "stopped": "all 4 epochs done; the last one is kept",
         "kept": "adapted",
+        "why_kept": "that was asked for, whatever the verdict",
     }
     assert {name: found[name] for name in fixed} == fixed
     assert set(found) == {*fixed, "identity", "versions", "started", "seconds", "verdict", "learned"}
@@ -215,7 +216,7 @@ def test_adapt_into__its_summary_is_plain_json(album: Path, tiny_backbone: Tiny,
     }
     assert set(found) == {
         "out", "method", "backbone", "classes", "images", "set_aside", "epochs", "seconds", "stopped", "verdict",
-        "kept", "report", "report_problem",
+        "kept", "why_kept", "report", "report_problem",
     }  # fmt: skip
 
 

@@ -222,6 +222,7 @@ def test_healthz__tells_how_busy_it_is(address: str) -> None:
 def test_model__tells_what_answers_and_no_path_of_this_machine(model: FineAlign, address: str) -> None:
     found = ask(address, "/model").json
     assert found["classes"] == CLASSES
+    assert found["use"] == "adapted"
     assert (found["method"], found["score"], found["input_size"]) == ("fair", model.score_, 32)
     assert set(found["scores"]) == {"las", "global", "fused"}
     assert found["limits"] == {
@@ -231,6 +232,18 @@ def test_model__tells_what_answers_and_no_path_of_this_machine(model: FineAlign,
         "timeout": 30.0,
     }
     assert "/" not in found["backbone"]
+
+
+def test_model__tells_of_the_start_where_it_answers(model: FineAlign, tmp_path: Path) -> None:
+    model.save(tmp_path)
+    start = FineAlign.load(tmp_path, use="start", device="cpu", precision="fp32")
+    with running(start) as address:
+        found = ask(address, "/model").json
+        answer = predict(address, png(pixels(3))).json
+        page = ask(address, "/").body.decode()
+    assert (found["use"], found["score"]) == ("start", "global")
+    assert (answer["label"], answer["confidence"]) == (answer["start"]["label"], answer["start"]["confidence"])
+    assert "By <strong>the model before adaptation</strong>" in page
 
 
 @pytest.mark.parametrize(

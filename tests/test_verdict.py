@@ -95,6 +95,15 @@ def test_judge__calls_by_its_two_thresholds(estimate: float, call: str, monkeypa
     assert found.advice.endswith(".")
 
 
+@pytest.mark.parametrize(
+    ("structure", "favoured"), [(-0.9, "start"), (0.0, "start"), (0.2, "adapted"), (0.5, "adapted")]
+)
+def test_judge__favours_the_likelier_model(structure: float, favoured: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verdict, "WEIGHTS", {"structure": 1.0})
+    monkeypatch.setattr(verdict, "CONSTANT", 0.0)
+    assert judge(evidence(structure=structure), images=10).favours == favoured
+
+
 @pytest.mark.parametrize(("name", "worse"), [("structure", -0.5), ("images_a_class", 1.0), ("anchors_kept", 0.1)])
 def test_judge__what_speaks_against_a_run(name: str, worse: float) -> None:
     """Labels that leave the images' structure, few images a class, anchors far from their texts."""
@@ -158,28 +167,42 @@ def test_revert__is_the_start(fitted: FineAlign, photos: Path, tmp_path: Path) -
     assert not np.allclose(fitted.predict_proba(photos / "red"), adapted)
 
 
-def called(call: Any) -> Callable[..., Verdict]:
+def called(call: Any, score: float) -> Callable[..., Verdict]:
     def judged(*_: Any, **__: Any) -> Verdict:
-        return Verdict(call, -3.0, 40.0, "Do something.", {}, 24)
+        return Verdict(call, score, 40.0, "Do something.", {}, 24)
 
     return judged
 
 
 @pytest.mark.parametrize(
-    ("call", "keep", "kept"),
-    [("hurt", False, "start"), ("hurt", True, "adapted"), ("unclear", False, "adapted"), ("helped", False, "adapted")],
+    ("call", "score", "keep", "kept"),
+    [
+        ("hurt", -3.0, False, "start"),
+        ("hurt", -3.0, True, "adapted"),
+        ("unclear", 0.1, False, "adapted"),
+        ("unclear", -0.1, False, "start"),
+        ("helped", 9.0, False, "adapted"),
+    ],
 )
-def test_adapt_into__saves_the_start_where_it_hurt(
-    call: str, keep: bool, kept: str, photos: Path, tiny_backbone: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_adapt_into__uses_the_model_that_the_verdict_favours(
+    call: str,
+    score: float,
+    keep: bool,
+    kept: str,
+    photos: Path,
+    tiny_backbone: Tiny,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(run_folder, "judge_model", called(call))
+    monkeypatch.setattr(run_folder, "judge_model", called(call, score))
     model = FineAlign(CLASSES, config=tiny_config(tiny_backbone("transformer")))
     summary = adapt_into(tmp_path / "run", model, photos, keep_adapted=keep)
     run = json.loads((tmp_path / "run" / "run.json").read_text())
     assert summary.kept == run["kept"] == kept
     assert summary.as_json()["method"] == run["method"] == "fair"  # what was run, whichever is kept
     assert summary.stopped == run["stopped"] == "all 3 epochs done; the last one is kept"
-    assert run["verdict"]["call"] == call
+    assert (run["verdict"]["call"], run["verdict"]["favours"]) == (call, "adapted" if score > 0 else "start")
+    assert summary.why_kept == run["why_kept"] != ""
     saved = FineAlign.load(tmp_path / "run", device="cpu", precision="fp32")
     assert saved.method_.__class__.__module__.endswith("cupl" if kept == "start" else "fair")
     assert np.allclose(saved.predict_proba(photos), model.predict_proba(photos), atol=1e-6)

@@ -22,7 +22,7 @@ from finealign.images.views import Views
 from finealign.method.base import Method
 from finealign.method.registry import create_method
 from finealign.model.card import is_card, model_card
-from finealign.model.fitted import FittedModel, inference_settings, what_learned
+from finealign.model.fitted import FittedModel, check_use, inference_settings, what_learned
 from finealign.model.folder import own_norms, read_model, write_model
 from finealign.model.inference import Predictor
 from finealign.model.prepare import Prepared, check_settings, prepare
@@ -41,6 +41,7 @@ from finealign.types import (
     SetAside,
     TextFeatures,
     Texts,
+    Use,
     WantedPrecision,
 )
 
@@ -53,9 +54,11 @@ class FineAlign:
         model = FineAlign(classes=["robin", "wren"], descriptions={...}).fit("photos/")
         labels = model.predict("more-photos/")
 
-    The constructor only stores its arguments; ``fit`` checks them. After ``fit`` or ``load`` a model has these
-    attributes:
+    The constructor only stores its arguments; ``fit`` checks them. A fitted model is two models, the adapted one and
+    the start (the model before adaptation). One of them is in use: it predicts, and the attributes below are its own;
+    ``use`` takes the other. After ``fit`` or ``load`` a model has these attributes:
 
+    - ``use_``: which of the two is in use, "adapted" after ``fit``;
     - ``classes_``, ``texts_``, ``text_features_``: the class names, all texts, and their embeddings;
     - ``backbone_``, ``method_``, ``norms_``: the backbone as it was loaded, the method with what it has learned, and
       the model's own normalisation parameters, which it lends to the backbone while it encodes;
@@ -356,15 +359,23 @@ class FineAlign:
 
     # --- the fitted model ---------------------------------------------------------------------------------------------
 
-    def revert(self) -> Self:
-        """Become the model before adaptation: it scores the whole image by the mean of each class's descriptions."""
+    def use(self, model: Use) -> Self:
+        """Take the adapted model, "adapted", or the model before adaptation, "start". The other one is kept.
+
+        The start scores the whole image by the mean of each class's descriptions. Raises ConfigError for another name.
+        """
         self._require_fitted()
-        self._become(self._model.start())
+        self._become(self._model.using(model))
         return self
 
-    def save(self, folder: str | Path, *, run: Mapping[str, Any] | None = None) -> None:
-        """Write the fitted model: an open_clip local directory, the method's tensors and the texts, and a model card.
+    def revert(self) -> Self:
+        """Take the model before adaptation, as ``use("start")`` does."""
+        return self.use("start")
 
+    def save(self, folder: str | Path, *, run: Mapping[str, Any] | None = None) -> None:
+        """Write both models: an open_clip local directory, the method's tensors and the texts, and a model card.
+
+        The open_clip directory has the weights of the model in use, which is also the one that ``load`` takes.
         ``run`` is the content of ``run.json``, for the card. A README.md in the folder that is not such a card is not
         replaced. Raises OutputError.
         """
@@ -379,11 +390,18 @@ class FineAlign:
         cls,
         folder: str | Path,
         *,
+        use: Use | None = None,
         device: str = "auto",
         precision: WantedPrecision = "auto",
         ranks: Ranks | None = None,
     ) -> Self:
-        """Load a fitted model from a run folder or its ``model/``. Raises ModelError, BackboneError or ConfigError."""
+        """Load a fitted model from a run folder or its ``model/``.
+
+        ``use`` takes the adapted model or the start; None is the one that was in use when it was saved. Release 0.1
+        saved one model alone, which "adapted" takes. Raises ModelError, BackboneError or ConfigError.
+        """
+        if use is not None:
+            check_use(use)
         on_device = choose_device(device)
         model = read_model(Path(folder), device=on_device, precision=choose_precision(precision, on_device))
         loaded = cls(
@@ -391,14 +409,14 @@ class FineAlign:
             descriptions=dict(zip(model.texts.classes, model.texts.descriptions, strict=True)),
             templates=model.texts.templates,
             backbone=model.inference.backbone,
-            method=model.name,
+            method=model.using("adapted").name,
             seed=model.inference.seed,
             device=device,
             precision=precision,
             ranks=ranks,
         )
         loaded.set_aside_ = []
-        loaded._become(model)
+        loaded._become(model.using(use or model.use))
         return loaded
 
     @property
@@ -406,6 +424,12 @@ class FineAlign:
         """The predictor, which decodes, renders, encodes and scores images for the fitted model."""
         self._require_fitted()
         return self._predictor
+
+    @property
+    def use_(self) -> Use:
+        """Which of the two models is in use: "adapted", or "start" for the model before adaptation."""
+        self._require_fitted()
+        return self._model.use
 
     @property
     def score_(self) -> Score:
@@ -438,7 +462,7 @@ class FineAlign:
 
     @property
     def method_(self) -> Method:
-        """The method, with what it has learned."""
+        """The method, with what it has learned; the start's own where the start is in use."""
         self._require_fitted()
         return self._model.method
 
@@ -458,11 +482,11 @@ class FineAlign:
     def start_norms_(self) -> Mapping[str, Tensor]:
         """The normalisation parameters before adaptation; empty if they did not learn."""
         self._require_fitted()
-        return self._model.start_norms
+        return self._model.using("adapted").start_norms
 
     @property
     def model_(self) -> FittedModel:
-        """The whole fitted model as one record."""
+        """The model in use as one record, which leads to the other one."""
         self._require_fitted()
         return self._model
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 Score = Literal["global", "las", "fused"]
+Use = Literal["start", "adapted"]  # the model before adaptation, or the adapted one
 Precision = Literal["fp32", "bf16"]
 WantedPrecision = Literal["auto", "fp32", "bf16"]  # auto: bf16 where the processor computes it faster than fp32
 Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels; right and bottom are exclusive

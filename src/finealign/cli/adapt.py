@@ -32,7 +32,7 @@ def adapt(
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in --out.")] = False,
     keep_adapted: Annotated[
-        bool, typer.Option("--keep-adapted", help="Save the adapted model even if the verdict is that it hurt.")
+        bool, typer.Option("--keep-adapted", help="Use the adapted model whatever the verdict. Both are saved.")
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, train and write nothing.")] = False,
     as_json: AsJson = False,
@@ -107,7 +107,7 @@ def _show_summary(summary: dict[str, Any], as_json: bool) -> None:
         highlight=False,
     )
     if summary["verdict"]:
-        verdict_lines(summary["verdict"], summary["kept"], screen)
+        verdict_lines(summary["verdict"], summary["kept"], summary["why_kept"], screen)
     tell_set_aside(summary["set_aside"], Console(stderr=True))
     folder = escape(summary["out"])
     screen.print(f"Run folder: [bold]{folder}[/]", soft_wrap=True, highlight=False)

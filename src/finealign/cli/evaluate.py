@@ -9,7 +9,7 @@ from rich.console import Console
 
 from finealign.cli.app import app
 from finealign.cli.guards import print_json, tell_set_aside, working
-from finealign.cli.options import AsJson, Device, Model, Precision, ScoreKind
+from finealign.cli.options import AsJson, Device, Model, Precision, ScoreKind, UsedModel
 
 if TYPE_CHECKING:  # they import torch, which is slow
     from finealign.classifier import FineAlign
@@ -20,19 +20,23 @@ if TYPE_CHECKING:  # they import torch, which is slow
 def evaluate(
     model: Model,
     labelled: Annotated[Path, typer.Argument(help="A folder of class folders, or a CSV with columns path and label.")],
+    use: UsedModel = None,
     score: ScoreKind = None,
     device: Device = "auto",
     precision: Precision = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """Measure an adapted model, and the one it started from, on labelled images."""
+    """Measure an adapted model, and the one it started from, on labelled images.
+
+    Both are measured whatever --use says, which decides whose confusions are shown. --score is of the adapted one.
+    """
     with working(as_json):
         from finealign.classifier import FineAlign
         from finealign.cli.tables import evaluation_tables
         from finealign.runtime.distributed import Ranks
 
         ranks = Ranks.launched(device)
-        loaded = FineAlign.load(model, device=device, precision=precision, ranks=ranks)
+        loaded = FineAlign.load(model, use=use, device=device, precision=precision, ranks=ranks)
         figures, set_aside = measured(loaded, labelled, score)
         ranks.leave()
         if not ranks.first:
@@ -47,21 +51,22 @@ def evaluate(
 def measured(
     model: "FineAlign", labelled: Path, score: "Score | None", *, in_full: bool = False
 ) -> "tuple[dict[str, object], list[SetAside]]":
-    """Evaluate a model and the start (the model before adaptation) on labelled images.
+    """Evaluate the adapted model and the start (the model before adaptation) on labelled images.
 
-    Returns the summary of ``evaluate_predictions``, which ``in_full`` extends by what a report draws, and the labelled
-    images that could not be read.
+    ``score`` is of the adapted model, which is the one in use afterwards. Returns the summary of
+    ``evaluate_predictions``, which ``in_full`` extends by what a report draws, and the labelled images that could not
+    be read.
     """
     from finealign.cli.bars import Bars
     from finealign.evaluate.summary import evaluate_predictions
     from finealign.evaluate.truth import read_truth
     from finealign.model.inference import readable
 
-    names = model.texts_.classes
+    names, use = model.texts_.classes, model.use_
     truth = read_truth(labelled, names)
     set_aside: list[SetAside] = []
     with Bars().stage("evaluating", len(truth.paths)) as stage:
-        outcomes = model.iter_predictions(truth.paths, score=score, with_start=True)
+        outcomes = model.use("adapted").iter_predictions(truth.paths, score=score, with_start=True)
         predictions = list(readable(outcomes, set_aside, stage.advance))
-    figures = evaluate_predictions(predictions, truth, names, set_aside=len(set_aside), in_full=in_full)
+    figures = evaluate_predictions(predictions, truth, names, set_aside=len(set_aside), in_full=in_full, use=use)
     return figures, set_aside

@@ -12,6 +12,10 @@ ScoreKind = Annotated[
     Literal["global", "las", "fused"] | None,
     typer.Option("--score", help="global: one pass; las: crops; fused: their mean. Default: the method's."),
 ]
+UsedModel = Annotated[
+    Literal["start", "adapted"] | None,
+    typer.Option("--use", help="adapted, or start: the one before adaptation. Default: the one the run chose."),
+]
 Model = Annotated[Path, typer.Argument(help="A run folder, or its model/.")]
 Classes = Annotated[str, typer.Option(help="A file with one class name a line, or names with commas between.")]
 Templates = Annotated[Path | None, typer.Option(help="A file with one template a line, {} for the name.")]

@@ -12,7 +12,7 @@ from rich.markup import escape
 
 from finealign.cli.app import app
 from finealign.cli.guards import print_json, stoppable, tell_set_aside, working
-from finealign.cli.options import AsJson, Device, Model, Precision, ScoreKind
+from finealign.cli.options import AsJson, Device, Model, Precision, ScoreKind, UsedModel
 
 
 @app.command()
@@ -21,6 +21,7 @@ def predict(
     images: Annotated[str, typer.Argument(help="A folder, an image, a .txt list or a .csv with a column path.")],
     out: Annotated[Path | None, typer.Option(help="FILE.csv, .jsonl or .parquet. Default: CSV to the screen.")] = None,
     top_k: Annotated[int, typer.Option(min=1, help="Classes a row.")] = 1,
+    use: UsedModel = None,
     score: ScoreKind = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace --out if it is there.")] = False,
     device: Device = "auto",
@@ -33,6 +34,7 @@ def predict(
         from finealign.cli.bars import Bars
         from finealign.images.listing import list_images
         from finealign.images.tables import set_aside_csv
+        from finealign.model.fitted import CALLED
         from finealign.model.inference import readable
         from finealign.model.predictions import Row, beside, best_rows, check_destination, write_csv, write_predictions
         from finealign.runtime.distributed import Ranks
@@ -44,7 +46,7 @@ def predict(
             check_destination(out, overwrite=overwrite)
             check_destination(beside(out), overwrite=overwrite)
         paths = list_images(images)
-        loaded = FineAlign.load(model, device=device, precision=precision, ranks=ranks)
+        loaded = FineAlign.load(model, use=use, device=device, precision=precision, ranks=ranks)
         names = loaded.texts_.classes
         set_aside: list[SetAside] = []
         rows: list[Row] = []
@@ -76,10 +78,18 @@ def predict(
             with suppress(OSError):
                 beside(out).unlink(missing_ok=True)  # left by an earlier run that is replaced
         if as_json:
-            result: dict[str, Any] = {"images": count, "set_aside": [asdict(row) for row in set_aside]}
+            result: dict[str, Any] = {
+                "use": loaded.use_,
+                "images": count,
+                "set_aside": [asdict(row) for row in set_aside],
+            }
             print_json(result | ({"out": str(out)} if out else {"predictions": [row.as_json() for row in rows]}))
             return
         notes = Console(stderr=True)
         if out:
-            notes.print(f"{count} predictions in {escape(str(out))}.")
+            notes.print(f"{count} predictions in {escape(str(out))}, by {CALLED[loaded.use_]}.", soft_wrap=True)
+        elif loaded.use_ == "start":
+            notes.print(
+                f"These are predictions by {CALLED['start']}; --use adapted takes the adapted one.", soft_wrap=True
+            )
         tell_set_aside([asdict(row) for row in set_aside], notes)

@@ -6,7 +6,7 @@ import typer
 
 from finealign.cli.app import app
 from finealign.cli.guards import print_json, refuse_launcher, require, working
-from finealign.cli.options import AsJson, Device, Model, Precision
+from finealign.cli.options import AsJson, Device, Model, Precision, UsedModel
 
 
 @app.command()
@@ -23,6 +23,7 @@ def serve(
     max_megapixels: Annotated[float, typer.Option(min=0.001, help="Of one image.")] = 25,
     waiting: Annotated[int, typer.Option(min=1, help="Requests under way at once; one more is refused.")] = 256,
     timeout: Annotated[float, typer.Option(min=0.1, help="Seconds to upload in, and to wait for an answer.")] = 30,
+    use: UsedModel = None,
     device: Device = "auto",
     precision: Precision = "auto",
     as_json: AsJson = False,
@@ -32,10 +33,11 @@ def serve(
         refuse_launcher()
         require("serve", "fastapi", "uvicorn", "python_multipart")
         from finealign.classifier import FineAlign
+        from finealign.model.fitted import CALLED
         from finealign.serve.forms import Limits
         from finealign.serve.server import serve as answer
 
-        loaded = FineAlign.load(model, device=device, precision=precision)
+        loaded = FineAlign.load(model, use=use, device=device, precision=precision)
         limits = Limits(
             max_upload_bytes=round(1e6 * max_upload_mb),
             max_pixels=round(1e6 * max_megapixels),
@@ -45,8 +47,8 @@ def serve(
 
         def tell(address: str) -> None:
             if as_json:
-                print_json({"address": address})
+                print_json({"address": address, "use": loaded.use_})
             else:
-                typer.echo(f"Open {address} in a browser. Ctrl-C stops the server.")
+                typer.echo(f"Open {address} in a browser; {CALLED[loaded.use_]} answers. Ctrl-C stops the server.")
 
         answer(loaded, host, port, limits, allow_hosts=allow_host or (), on_listening=tell)

@@ -10,6 +10,7 @@ from rich.table import Table
 if TYPE_CHECKING:  # the demo imports torch, which is slow
     from finealign.benchmark.catalogue import DataSet
     from finealign.demo.result import DemoResult
+    from finealign.types import Use
 
 ALIKE_SHOWN = 10  # pairs of classes listed at most
 
@@ -19,8 +20,8 @@ def evaluation_tables(found: dict[str, Any], console: Console) -> None:
     overall = Table(title=f"{found['images']} labelled images", title_justify="left")
     for name in ("", "top-1", "95 % interval", "top-5", "calibration error"):
         overall.add_column(name, justify="left" if not name else "right")
-    for key, label in (("start", "start"), ("adapted", "adapted")):
-        row = found[key]
+    for key in ("start", "adapted"):
+        row, label = found[key], f"{key}, in use" if found["use"] == key else key
         interval = f"{row['top1_low']:.1%} to {row['top1_high']:.1%}"
         overall.add_row(label, f"{row['top1']:.1%}", interval, f"{row['top5']:.1%}", f"{row['ece']:.3f}")
     console.print(overall)
@@ -36,7 +37,8 @@ def evaluation_tables(found: dict[str, Any], console: Console) -> None:
         classes.add_row(escape(name), str(row["images"]), _percent(row["start"]), _percent(row["adapted"]))
     console.print(classes)
     if found["confused_pairs"]:
-        pairs = Table(title="Most confused after adaptation", title_justify="left")
+        when = "before" if found["use"] == "start" else "after"
+        pairs = Table(title=f"Most confused {when} adaptation", title_justify="left")
         for name in ("is", "taken for", "images", "of the class"):
             pairs.add_column(name, justify="left" if name in ("is", "taken for") else "right")
         for pair in found["confused_pairs"]:
@@ -95,7 +97,9 @@ def described_lines(found: dict[str, Any], console: Console, notes: Console) -> 
 
 def exported_lines(found: dict[str, Any], console: Console) -> None:
     """Print what was written, and the measured differences from finealign's own scores."""
-    table = Table(title=f"{found['format']}, score {found['score']}", title_justify="left")
+    from finealign.model.fitted import CALLED
+
+    table = Table(title=f"{found['format']}, {CALLED[found['use']]}, score {found['score']}", title_justify="left")
     for name in ("held against finealign", "largest difference", "at most"):
         table.add_column(name, justify="left" if name.startswith("held") else "right")
     for name, measure in found["parity"].items():
@@ -108,19 +112,21 @@ def exported_lines(found: dict[str, Any], console: Console) -> None:
         console.print(f"On the hub: [bold]{escape(found['url'])}[/]", soft_wrap=True, highlight=False)
 
 
-def verdict_lines(verdict: dict[str, Any], kept: str, console: Console) -> None:
-    """Print whether adaptation helped, how that was judged, and what to do."""
+def verdict_lines(verdict: dict[str, Any], kept: "Use", why_kept: str, console: Console) -> None:
+    """Print whether adaptation helped, how that was judged, what to do, and which model is used."""
+    from finealign.model.fitted import CALLED, OTHER
+
     colour = {"helped": "green", "unclear": "yellow", "hurt": "red"}[verdict["call"]]
     console.print(
         f"Verdict, judged without labels: [bold {colour}]{verdict['call']}[/] ({verdict['most']:.0f} % of the labels "
         f"changed). {escape(verdict['advice'])}",
         highlight=False,
     )
-    if kept == "start":
-        console.print(
-            "[yellow]Saved is the model adaptation started from[/]; --keep-adapted saves the adapted one.",
-            highlight=False,
-        )
+    console.print(
+        f"In use is [bold]{CALLED[kept]}[/], as {why_kept}. Both are saved: --use {OTHER[kept]} takes the other one.",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 def catalogue_table(sets: "Iterable[DataSet]", console: Console) -> None:

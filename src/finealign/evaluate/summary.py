@@ -26,7 +26,7 @@ from finealign.evaluate.metrics import (
     recall,
     top_k_accuracy,
 )
-from finealign.types import Prediction, Truth
+from finealign.types import Prediction, Truth, Use
 
 OLD_NAME_OF_START = "zero_shot"  # the JSON key of release 0.1, which scripts may still read
 
@@ -92,12 +92,13 @@ def evaluate_predictions(
     *,
     set_aside: int = 0,
     in_full: bool = False,
+    use: Use = "adapted",
 ) -> dict[str, object]:
-    """The ``summary`` of predictions that were made ``with_start``, matched to the truth by path.
+    """The ``summary`` of predictions that the adapted model made ``with_start``, matched to the truth by path.
 
-    ``set_aside`` is the number of labelled images that could not be read. ``in_full`` adds what the report draws:
-    ``confusion``, for each model the cells that are not zero as [true class, predicted class, images], classes by
-    index, and ``calibration``, for each model its bins.
+    ``set_aside`` is the number of labelled images that could not be read. ``use`` is the model in use. ``in_full`` adds
+    what the report draws: ``confusion``, for each model the cells that are not zero as [true class, predicted class,
+    images], classes by index, and ``calibration``, for each model its bins.
 
     Raises ``ImageInputError`` if there are no predictions, and ``KeyError`` for an image that the truth lacks.
     """
@@ -120,7 +121,7 @@ def evaluate_predictions(
         classes,
     )
     difference = paired_difference(adapted.correct, start.correct)
-    figures = summary(adapted, start, difference, images=len(predictions), set_aside=set_aside)
+    figures = summary(adapted, start, difference, images=len(predictions), set_aside=set_aside, use=use)
     if in_full:
         evaluations = {"adapted": adapted, "start": start}
         figures["confusion"] = _beside({name: _cells(evaluation.confusion) for name, evaluation in evaluations.items()})
@@ -140,12 +141,13 @@ def _beside(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def summary(
-    adapted: Evaluation, start: Evaluation, difference: Interval, *, images: int, set_aside: int
+    adapted: Evaluation, start: Evaluation, difference: Interval, *, images: int, set_aside: int, use: Use = "adapted"
 ) -> dict[str, object]:
     """Both evaluations side by side as JSON values: fractions in [0, 1], and null for a class without images.
 
-    The confused pairs are those of ``adapted``. The start's values are repeated under ``zero_shot``, their name in
-    release 0.1. Raises ``ValueError`` if the two evaluations differ in classes or in images per class.
+    The confused pairs are those of the model in use, which ``use`` names. The start's values are repeated under
+    ``zero_shot``, their name in release 0.1. Raises ``ValueError`` if the two evaluations differ in classes or in
+    images per class.
     """
     class_images = adapted.confusion.sum(axis=1)
     if list(adapted.per_class) != list(start.per_class) or not np.array_equal(
@@ -155,6 +157,7 @@ def summary(
     return {
         **_beside({"adapted": _headline(adapted), "start": _headline(start)}),
         "difference": {"top1": difference.mean, "low": difference.low, "high": difference.high},
+        "use": use,
         "images": images,
         "set_aside": set_aside,
         "per_class": {
@@ -163,7 +166,7 @@ def summary(
         },
         "confused_pairs": [
             {"truth": pair.truth, "predicted": pair.predicted, "count": pair.count, "share": pair.share}
-            for pair in adapted.pairs
+            for pair in (adapted if use == "adapted" else start).pairs
         ],
     }
 

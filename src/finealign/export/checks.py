@@ -19,7 +19,7 @@ from torch import Tensor
 from finealign.backbone.model import OpenClipBackbone
 from finealign.classifier import FineAlign
 from finealign.errors import ConfigError, ModelError, sentence
-from finealign.types import Prediction, Score, Texts
+from finealign.types import Prediction, Score, Texts, Use
 
 Format = Literal["open_clip", "hf", "onnx"]
 
@@ -51,6 +51,7 @@ class Exported:
 
     folder: Path
     format: Format
+    use: Use  # which of the model's two models it is
     score: Score
     files: tuple[str, ...]  # relative to the folder, sorted
     parity: Mapping[str, Measure]
@@ -61,6 +62,7 @@ class Exported:
         return {
             "out": str(self.folder),
             "format": self.format,
+            "use": self.use,
             "score": self.score,
             "files": list(self.files),
             "bytes": sum((self.folder / name).stat().st_size for name in self.files),

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from finealign import __version__
 from finealign.classifier import FineAlign
@@ -39,6 +40,8 @@ def export(
 ) -> Exported:
     """Write a fitted model for another library into ``folder``, checked against FineAlign in float32 on the CPU.
 
+    The export holds the model in use, the adapted one or the start, and not the other one.
+
     ``score`` is what the export computes. None means the model's own score for ONNX, and ``global`` for the other
     formats, which hold no other score. With ``overwrite`` an earlier export is replaced, but nothing else. Raises
     ConfigError for what the format cannot hold and for a package that is not installed, ModelError when the export
@@ -61,13 +64,14 @@ def export(
             _refuse_differing(checked.parity, format)
             save_text(export_card(model, format), staged / CARD)
             files = tuple(sorted({*names_in(staged, kind="export"), PARITY} - {LEFT_BY_PYTHON}))
-            about = {"finealign": __version__, "format": format, "score": kind, "files": files, "notes": checked.notes}
+            about: dict[str, Any] = {"finealign": __version__, "format": format, "use": model.use_, "score": kind}
+            about |= {"files": files, "notes": checked.notes}
             measured = {name: asdict(measure) for name, measure in checked.parity.items()}
             save_text(json.dumps({**about, "parity": measured}, indent=1) + "\n", staged / PARITY)
             _put(staged, folder, replaces, aside)
     except OSError as error:
         raise OutputError(f"{folder} cannot be written: {error}. Choose another with --out.") from error
-    return Exported(folder, format, kind, files, checked.parity, checked.notes)
+    return Exported(folder, format, model.use_, kind, files, checked.parity, checked.notes)
 
 
 def _refuse_differing(parity: Mapping[str, Measure], format: Format) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from finealign import __version__
 from finealign.config import without_folder
-from finealign.model.fitted import FittedModel
+from finealign.model.fitted import CALLED, OTHER, FittedModel
 from finealign.runtime.render import fill
 
 CLASSES_SHOWN = 50
@@ -25,6 +25,7 @@ def model_card(
 
     ``run`` is the content of ``run.json``, if the model was made by a run. For an export, ``library`` and ``task`` are
     the hub's names of the library that opens it and of its task, and ``use`` is the text of the card's section on use.
+    An export holds the model in use alone.
     """
     from huggingface_hub import ModelCardData
 
@@ -36,18 +37,20 @@ def model_card(
         base_model=origin.get("repository"),
         ignore_metadata_errors=False,
     )
-    classes = model.texts.classes
+    classes, about = model.texts.classes, model if use else model.using("adapted")
     values = {
         "metadata": data.to_yaml(),
         "version": __version__,
-        "method": model.name,
+        "method": about.name,
         "backbone": without_folder(model.inference.backbone),
         "origin": origin,
         "images": run["images"] - run.get("set_aside", 0) if run else None,
         "classes": [_plain(name) for name in classes[:CLASSES_SHOWN]],
         "total": len(classes),
         "texts": sum(len(group) for group in model.texts.descriptions),
-        "learned": model.learned,
+        "learned": about.learned,
+        "used": CALLED[model.use],
+        "other": OTHER[model.use],
         "run": run,
         "use": use,
     }

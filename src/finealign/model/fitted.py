@@ -2,16 +2,20 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 from pydantic import Field
 from torch import Tensor
 
 from finealign.backbone.base import Backbone
 from finealign.config import Config, Fraction, MethodSettings, Positive, Settings
+from finealign.errors import ConfigError, unknown_name
 from finealign.method.base import Method
 from finealign.method.registry import choose_score, create_method, inference_method
-from finealign.types import Score, TextFeatures, Texts
+from finealign.types import Score, TextFeatures, Texts, Use
+
+OTHER: Mapping[Use, Use] = {"start": "adapted", "adapted": "start"}
+CALLED: Mapping[Use, str] = {"start": "the model before adaptation", "adapted": "the adapted model"}
 
 
 class InferenceSettings(Settings):
@@ -50,7 +54,11 @@ def inference_settings(config: Config) -> InferenceSettings:
 
 @dataclass(frozen=True, eq=False)
 class FittedModel:
-    """Everything that makes up a fitted model, in memory and on disk."""
+    """Everything that makes up a fitted model, in memory and on disk.
+
+    The record is of one model, the one in use. It leads to the other: an adapted model to its start, which is made from
+    it, and a start to the adapted model that it was made from.
+    """
 
     inference: InferenceSettings
     texts: Texts
@@ -61,14 +69,27 @@ class FittedModel:
     start_norms: Mapping[str, Tensor]  # their values before adaptation; empty if they did not learn
     learned: str  # what differs from the model before adaptation, in words
     training: Mapping[str, Any]  # the settings it was trained with, kept as a record and not used
+    adapted: "FittedModel | None" = None  # of a start: the adapted model
 
     @property
     def name(self) -> str:
         """The method's name."""
         return self.inference.method.name
 
+    @property
+    def use(self) -> Use:
+        """Which of the two models this is."""
+        return "adapted" if self.adapted is None else "start"
+
+    def using(self, use: Use) -> "FittedModel":
+        """Return the adapted model or its start, whichever of them this is. Raises ConfigError for another word."""
+        check_use(use)
+        return self.start() if use == "start" else self.adapted or self
+
     def start(self) -> "FittedModel":
         """Return the model before adaptation: it scores the whole image by the mean of each class's descriptions."""
+        if self.adapted is not None:
+            return self
         method = create_method(MethodSettings(name="cupl"), self.text_features, logit_scale=self.method.logit_scale)
         return replace(
             self,
@@ -77,7 +98,14 @@ class FittedModel:
             norms=self.start_norms or self.norms,
             start_norms={},
             learned="nothing",
+            adapted=self,
         )
+
+
+def check_use(use: str) -> None:
+    """Raise ConfigError if ``use`` names neither of a fitted model's two models."""
+    if use not in get_args(Use):
+        raise ConfigError(f"use: {unknown_name('model', str(use), get_args(Use))}")
 
 
 def what_learned(method: Method, training: Mapping[str, Any]) -> str:

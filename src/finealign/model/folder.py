@@ -1,11 +1,16 @@
 """Saved models: an open_clip local directory, with two more files for the classifier.
 
-``finealign.json`` holds the format, the classes, the texts, what inference needs, and the checksum of every tensor
-file. ``finealign.safetensors`` holds the text features, the tensors that the method scores with, and the normalisation
-parameters before adaptation, with which the model before adaptation can be scored as well.
+The folder holds two models, the adapted one and its start (the model before adaptation), and names the one in use. The
+open_clip directory has the weights of the one in use.
+
+``finealign.json`` holds the format, which model is in use, the classes, the texts, what inference with the adapted
+model needs, and the checksum of every tensor file. ``finealign.safetensors`` holds the text features, the tensors that
+the adapted model's method scores with, and, if they learned, the normalisation parameters of the model not in use:
+``start.NAME`` or ``adapted.NAME``.
 
 The settings a model was trained with are stored as a record and never used, so that renaming a setting does not make
-older models unreadable. This version reads its own format and the one before it.
+older models unreadable. This version reads its own format and the one before it, whose models are in use as they were
+saved.
 """
 
 import hashlib
@@ -25,9 +30,9 @@ from finealign.backbone.model import WEIGHTS
 from finealign.config import Settings, readable_errors
 from finealign.errors import BackboneError, FinealignError, ModelError, one_line
 from finealign.method.registry import choose_score, create_method, find_method
-from finealign.model.fitted import FittedModel, InferenceSettings, what_learned
+from finealign.model.fitted import OTHER, FittedModel, InferenceSettings, what_learned
 from finealign.runtime.atomic import save_tensors, save_text
-from finealign.types import Precision, TextFeatures, Texts
+from finealign.types import Precision, TextFeatures, Texts, Use
 
 FORMAT = 2
 MANIFEST, TENSORS = "finealign.json", "finealign.safetensors"
@@ -38,6 +43,7 @@ class Manifest(Settings):
 
     format: Literal[1, 2]  # of the file as it was written
     finealign: str
+    use: Use = "adapted"
     classes: Annotated[list[str], Field(min_length=2)]
     descriptions: dict[str, Annotated[list[str], Field(min_length=1)]]
     templates: Annotated[list[str], Field(min_length=1)]
@@ -49,25 +55,31 @@ class Manifest(Settings):
 
 
 def write_model(model: FittedModel, folder: Path) -> None:
-    """Write the model into ``folder``, replacing the files of a model saved there before. Raises OutputError."""
+    """Write the model and the other one that belongs to it into ``folder``; ``model`` is the one in use.
+
+    The files of a model saved there before are replaced. Raises OutputError.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    adapted, other = model.using("adapted"), model.using(OTHER[model.use])
     with model.backbone.lend(model.norms):
         model.backbone.save(folder)
     features = model.text_features
     tensors = {"texts.names": features.names, "texts.descriptions": features.descriptions}
     tensors["texts.class_of"] = features.class_of
-    tensors |= {f"method.{name}": value for name, value in model.method.inference_tensors().items()}
-    tensors |= {f"start.{name}": value for name, value in model.start_norms.items()}
+    tensors |= {f"method.{name}": value for name, value in adapted.method.inference_tensors().items()}
+    if adapted.start_norms:
+        tensors |= {f"{other.use}.{name}": value for name, value in other.norms.items()}
     save_tensors(tensors, folder / TENSORS)
     manifest = {
         "format": FORMAT,
         "finealign": __version__,
+        "use": model.use,
         "classes": model.texts.classes,
         "descriptions": dict(zip(model.texts.classes, model.texts.descriptions, strict=True)),
         "templates": model.texts.templates,
-        "logit_scale": model.method.logit_scale,
-        "inference": model.inference.model_dump(),
-        "learned": model.learned,
+        "logit_scale": adapted.method.logit_scale,
+        "inference": adapted.inference.model_dump(),
+        "learned": adapted.learned,
         "training": model.training,
         "sha256": {name: _sha256(folder / name) for name in (WEIGHTS, TENSORS)},
     }
@@ -89,7 +101,7 @@ def model_folder(path: Path) -> Path:
 
 
 def read_model(path: Path, *, device: torch.device, precision: Precision) -> FittedModel:
-    """Read a model that ``write_model`` wrote, in the current format or in the one before it.
+    """Read a model that ``write_model`` wrote, in the current format or in the one before it: the one in use.
 
     Raises ModelError if a file is missing, damaged or changed, and BackboneError if the backbone cannot be loaded.
     """
@@ -125,7 +137,8 @@ def _assembled(manifest: Manifest, tensors: dict[str, Tensor], backbone: Backbon
     )
     inference = manifest.inference
     choose_score(inference.method.name, inference.score)
-    _refuse_misfits(texts, features, backbone, tensors)
+    own, others = own_norms(backbone), _section(tensors, OTHER[manifest.use])
+    _refuse_misfits(texts, features, backbone.embed_dim, own, OTHER[manifest.use], tensors)
     method = create_method(
         inference.method, features, logit_scale=manifest.logit_scale, token_width=backbone.token_width
     ).to(backbone.device)
@@ -134,17 +147,19 @@ def _assembled(manifest: Manifest, tensors: dict[str, Tensor], backbone: Backbon
         state = {name: value for name, value in state.items() if name in method.inference_state}
     method.load_inference_tensors(state)
     method.requires_grad_(False)
-    return FittedModel(
+    swapped = manifest.use == "start" and others  # the backbone has the start's parameters
+    model = FittedModel(
         inference=inference,
         texts=texts,
         text_features=features,
         backbone=backbone,
         method=method,
-        norms=own_norms(backbone),
-        start_norms=_section(tensors, "start"),
+        norms=others if swapped else own,
+        start_norms=own if swapped else others,
         learned=manifest.learned or what_learned(method, manifest.training),
         training=manifest.training,
     )
+    return model.using(manifest.use)
 
 
 def own_norms(backbone: Backbone) -> dict[str, Tensor]:
@@ -163,28 +178,37 @@ def _section(tensors: dict[str, Tensor], section: str) -> dict[str, Tensor]:
     }
 
 
-def _refuse_misfits(texts: Texts, features: TextFeatures, backbone: Backbone, tensors: dict[str, Tensor]) -> None:
-    """Raise ValueError if the parts do not belong together. The method checks its own tensors."""
+def _refuse_misfits(
+    texts: Texts,
+    features: TextFeatures,
+    width: int,
+    norms: Mapping[str, Tensor],
+    other: Use,
+    tensors: dict[str, Tensor],
+) -> None:
+    """Raise ValueError if the parts do not belong together. The method checks its own tensors.
+
+    ``width`` is that of the backbone's embeddings, ``norms`` are its normalisation parameters, and ``other`` is the
+    model whose own ones are among the tensors.
+    """
     class_of = [index for index, group in enumerate(texts.descriptions) for _ in group]
     if features.class_of.dtype != torch.int64 or features.class_of.tolist() != class_of:
         raise ValueError("texts.class_of does not follow the descriptions")
-    width = backbone.embed_dim
     shapes: dict[str, tuple[int, ...]] = {
         "texts.names": (len(texts.classes), width),
         "texts.descriptions": (len(class_of), width),
     }
-    if start := _section(tensors, "start"):
-        norm_shapes = {f"start.{name}": tuple(value.shape) for name, value in backbone.norm_parameters().items()}
-        if norm_shapes.keys() != {f"start.{name}" for name in start}:
-            raise ValueError("the start's parameters are not those of the backbone")
-        shapes |= norm_shapes
+    if others := _section(tensors, other):
+        if norms.keys() != others.keys():
+            raise ValueError(f"the {other} model's parameters are not those of the backbone")
+        shapes |= {f"{other}.{name}": tuple(value.shape) for name, value in norms.items()}
     for name, shape in shapes.items():
         if tensors[name].dtype != torch.float32 or tuple(tensors[name].shape) != shape:
             raise ValueError(f"{name} is {tensors[name].dtype} of shape {tuple(tensors[name].shape)}, not {shape}")
         if not tensors[name].isfinite().all():
             raise ValueError(f"{name} is not finite")
     known = {"texts.names", "texts.descriptions", "texts.class_of"}
-    unknown = [name for name in tensors if name not in known and not name.startswith(("method.", "start."))]
+    unknown = [name for name in tensors if name not in known and not name.startswith(("method.", f"{other}."))]
     if unknown:
         raise ValueError(f"it holds a tensor {unknown[0]!r:.100} that no such model has")
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 
@@ -42,9 +42,7 @@ from finealign.runtime.distributed import Ranks
 from finealign.runtime.progress import Progress
 from finealign.runtime.replace import make_room
 from finealign.training.state import EpochRecord
-from finealign.types import SetAside
-
-Kept = Literal["adapted", "start"]
+from finealign.types import SetAside, Use
 
 
 @dataclass(frozen=True)
@@ -61,7 +59,8 @@ class RunSummary:
     stopped: str  # why training ended
     model: FineAlign
     verdict: Verdict | None  # whether adaptation helped, judged without labels; None where nothing was learned
-    kept: Kept  # which model was saved
+    kept: Use  # which of the two models that were saved is the one in use
+    why_kept: str  # why it is, as a clause
     report: Path | None  # report.html; None on all ranks but the first, and where it could not be written
     report_problem: str  # why the report could not be written, otherwise empty
 
@@ -77,8 +76,9 @@ class RunSummary:
             "epochs": self.epochs,
             "seconds": round(self.seconds, 2),
             "stopped": self.stopped,
-            "verdict": asdict(self.verdict) if self.verdict else None,
+            "verdict": _told(self.verdict),
             "kept": self.kept,
+            "why_kept": self.why_kept,
             "report": str(self.report) if self.report else None,
             "report_problem": self.report_problem,
         }
@@ -97,8 +97,9 @@ def adapt_into(
 ) -> RunSummary:
     """Fit the model and write the run folder while the fit proceeds.
 
-    ``images`` is anything that ``FineAlign.fit`` accepts. When the verdict is "hurt", the start (the model before
-    adaptation) is saved in place of the adapted model, unless ``keep_adapted`` is set.
+    ``images`` is anything that ``FineAlign.fit`` accepts. Both models are saved, the adapted one and the start (the
+    model before adaptation). In use is the one that the verdict favours, which after "hurt" is the start, or the
+    adapted one if ``keep_adapted`` is set.
 
     ``on_epoch`` is called after the metrics of an epoch are written. It may predict with the model in its current
     state; the time it takes is left out of all timings. With several ranks only the first one writes, and all of them
@@ -132,7 +133,8 @@ class _Run:
         self.listening = 0.0  # seconds spent in ``on_epoch``, left out of the timings
         self.told: dict[str, Any] = {}  # the contents of run.json
         self.verdict: Verdict | None = None
-        self.kept: Kept = "adapted"
+        self.kept: Use = "adapted"
+        self.why_kept = f"there is no verdict on {prepared.config.method.name}, which does not train"
         self.set_aside: list[SetAside] = []
 
     def open(self, *, resume: bool, overwrite: bool) -> None:
@@ -181,28 +183,32 @@ class _Run:
         self.stopped = _why_stopped(self.model)
 
     def judge(self, *, keep_adapted: bool) -> None:
-        """Judge without labels whether adaptation helped; if it hurt, return to the start unless ``keep_adapted``."""
-        if self.model.method_.trains:
-            self.verdict = judge_model(self.model, self.prepared.paths, progress=self.progress)
-        if self.verdict and self.verdict.call == "hurt" and not keep_adapted:
-            self.kept = "start"
-            self.model.revert()
+        """Judge without labels whether adaptation helped, and take the model favoured, unless ``keep_adapted``."""
+        if not self.model.method_.trains:
+            return
+        self.verdict = judge_model(self.model, self.prepared.paths, progress=self.progress)
+        if keep_adapted:
+            self.why_kept = "that was asked for, whatever the verdict"
+        else:
+            self.kept, self.why_kept = _favoured(self.verdict)
+            self.model.use(self.kept)
 
     def save(self) -> None:
-        """Write the adapted model, or the start where that was kept."""
+        """Write both models."""
         if not self.ranks.first:
             return
         self.told |= {
-            "learned": self.model.model_.learned,
-            "verdict": asdict(self.verdict) if self.verdict else None,
+            "learned": self.model.model_.using("adapted").learned,
+            "verdict": _told(self.verdict),
             "kept": self.kept,
+            "why_kept": self.why_kept,
             "set_aside": len(self.model.set_aside_),
         }
         (self.folder / EVALUATION).unlink(missing_ok=True)  # it measured the model that is replaced here
         self.model.save(self.folder / MODEL, run=self.told)
 
     def predict(self) -> None:
-        """Write the predictions of the saved model and of the start, and the example images of the report."""
+        """Write the predictions of the model in use and of the start, and the example images of the report."""
         watch = Watch()
         with self.progress.stage("predicting", len(self.prepared.paths)) as stage:
             outcomes = self.model.iter_predictions(self.prepared.paths, with_start=True)
@@ -249,6 +255,7 @@ class _Run:
             model=self.model,
             verdict=self.verdict,
             kept=self.kept,
+            why_kept=self.why_kept,
             report=report,
             report_problem=report_problem,
         )
@@ -298,6 +305,18 @@ def plan(folder: Path, prepared: Prepared, *, resume: bool = False, overwrite: b
         "steps_an_epoch": math.ceil(images / config.training.batch_size),
         "settings": yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True),
     }
+
+
+def _favoured(verdict: Verdict) -> tuple[Use, str]:
+    """The model to use after a verdict, and why: the start after "hurt", after "unclear" the one favoured."""
+    if verdict.call == "unclear":
+        return verdict.favours, "the evidence, though unclear, favours it"
+    return "start" if verdict.call == "hurt" else "adapted", f"the verdict is that adaptation {verdict.call}"
+
+
+def _told(verdict: Verdict | None) -> dict[str, Any] | None:
+    """The verdict as JSON values."""
+    return asdict(verdict) | {"favours": verdict.favours} if verdict else None
 
 
 def _why_stopped(model: FineAlign) -> str:

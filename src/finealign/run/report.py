@@ -57,7 +57,7 @@ class Predicted:
 
     images: int
     changed: int  # images whose label differs from the start's
-    now: Mapping[str, int]  # images by class, as the saved model labels them
+    now: Mapping[str, int]  # images by class, as the model in use labels them
     before: Mapping[str, int]  # images by class, as the start labels them
     pairs: tuple[Pair, ...]  # the most frequent first
 

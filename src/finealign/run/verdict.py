@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from finealign.classifier import FineAlign
 from finealign.runtime.progress import Progress
-from finealign.types import ImageFeatures
+from finealign.types import ImageFeatures, Use
 
 Floats = NDArray[np.floating[Any]]
 Ints = NDArray[np.integer[Any]]
@@ -45,6 +45,11 @@ class Verdict:
     advice: str
     evidence: dict[str, float]  # by name, as ``gather`` returns it
     images: int  # number of images judged by
+
+    @property
+    def favours(self) -> Use:
+        """The model that the evidence favours: the adapted one above the score at which both are equally likely."""
+        return "adapted" if self.score > 0 else "start"
 
 
 def judge_model(

@@ -2,6 +2,8 @@
 
 from pydantic import BaseModel, Field
 
+from finealign.types import Use
+
 
 class Choice(BaseModel):
     """One class and its probability."""
@@ -24,7 +26,7 @@ class Crop(BaseModel):
 
 
 class Predicted(Guess):
-    """The prediction of the adapted model for an image, and that of the model before adaptation (the start)."""
+    """The prediction of the model in use for an image, and that of the model before adaptation (the start)."""
 
     start: Guess | None
     score: str
@@ -54,6 +56,7 @@ class About(BaseModel):
     """The model that the server runs, and the limits of the server."""
 
     classes: list[str]
+    use: Use = Field(description="adapted, or start: the model before adaptation.")
     method: str
     backbone: str
     score: str = Field(description="What it scores by when nothing else is asked for.")

@@ -20,6 +20,7 @@ from finealign import __version__
 from finealign.classifier import FineAlign
 from finealign.config import without_folder
 from finealign.images.files import ImageReadError
+from finealign.model.fitted import CALLED
 from finealign.model.predictions import explained
 from finealign.runtime.render import base_style
 from finealign.serve.answers import About, Bounds, Health, Predicted, Refusal
@@ -81,7 +82,7 @@ def create_app(
     app = FastAPI(
         title="finealign",
         version=__version__,
-        description="Classifies images with one adapted model, beside the model adaptation started from.",
+        description="Classifies images with one model, beside the model adaptation started from.",
         docs_url=None,  # FastAPI's documentation pages load scripts from another site
         redoc_url=None,
         lifespan=running,
@@ -160,6 +161,7 @@ def _add_pages(app: FastAPI, batches: Batches, about: About) -> None:
 def _about(model: FineAlign, limits: Limits) -> About:
     return About(
         classes=list(model.texts_.classes),
+        use=model.use_,
         method=model.model_.name,
         backbone=without_folder(model.model_.inference.backbone),
         score=model.score_,
@@ -173,7 +175,10 @@ def _about(model: FineAlign, limits: Limits) -> About:
 def _page(about: About) -> str:
     text = (files("finealign.serve") / "page" / "index.html").read_text(encoding="utf-8")
     return Template(text).substitute(
-        classes=len(about.classes), method=escape(about.method), backbone=escape(about.backbone)
+        classes=len(about.classes),
+        used=CALLED[about.use],
+        method=escape(about.method),
+        backbone=escape(about.backbone),
     )
 
 
