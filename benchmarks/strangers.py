@@ -185,9 +185,9 @@ def main() -> None:
         for kind, ratio in (("-", 0.0), ("sets", 0.5), ("set", 0.5), ("held out", 0.5))
     ]
     cases += [("even", "sets", ratio) for ratio in (0.1, 0.25, 1.0)]
-    print(
-        f"| folder | strangers | for each | AUROC | test | max cos | open | p, classes | p, strangers | worst class's weight, lowest | AUROC or open, by set: {', '.join(names)} |"
-    )
+    columns = ["folder", "strangers", "for each", "AUROC", "test", "max cos", "open", "p, classes", "p, strangers"]
+    columns += ["lowest weight of a class", f"AUROC (open where there are none) by set: {', '.join(names)}"]
+    print(f"| {' | '.join(columns)} |")
     print("|---" * 11 + "|")
     for shape, kind, ratio in cases:
         by_set: dict[str, list[dict[str, float]]] = {}

@@ -2,7 +2,7 @@
 
 [ours]: FAIR (arXiv 2507.09615) assumes that every image shows one of the classes, and so do the methods it builds on.
 
-Three kinds of evidence, all relative to the folder the model is fitted on, so no number depends on the backbone's scale:
+Three kinds of evidence, each relative to the folder, so that no number depends on the backbone's scale:
 
 - **Claim.** How much more one class's text says of an image than of the folder's other images. Averaged over clusters
   of images, because one image's text score is noisy and a cluster's is not.
@@ -22,7 +22,7 @@ from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize, one_hot
+from torch.nn.functional import normalize
 
 DIRECTIONS = 32  # principal directions of the folder that are looked at
 MOST_CLUSTERS, FEWEST_CLUSTERS = 64, 4  # else a cluster a class
@@ -33,8 +33,8 @@ NEIGHBOURS = 3  # over which nearness is the mean
 REFERENCE = 2048  # images at most that nearness is measured against, so that time and memory are linear in n
 CHUNK = 1024  # images compared with the reference at once
 SHRINKAGE = 0.05  # ridge of the linear rule, a unit of it an image
-FARNESS, STEEPNESS = 1.5, 6.0  # standard deviations by which the worst claimed quarter is farther: even odds, and slope
-SMALL_FOLDER = 40  # images by which FARNESS doubles: in a small folder a quarter may be a single class
+FARNESS, STEEPNESS = 2.0, 6.0  # standard deviations by which the worst claimed quarter is farther: even odds, and slope
+SMALL_FOLDER = 20  # images by which FARNESS doubles: in a small folder a quarter may be a single class
 CLOSED = 0.02  # the most that p_none is where there seem to be no strangers; keeps the order
 _TINY = 1e-6
 
@@ -188,7 +188,7 @@ def _coordinates(model: StrangerModel, features: Tensor) -> tuple[Tensor, Tensor
 def _clusters(points: Tensor, count: int, *, rounds: int = 30) -> Tensor:
     """Assign each point to one of ``count`` clusters by k-means: (n, d) -> (n,) int64.
 
-    The first centre is the point farthest along the mean of all, each further one the point farthest from the centres
+    The first centre is the point nearest the mean, each further one the point farthest from the centres
     so far, so nothing is drawn.
     """
     chosen = [int(points.square().sum(1).argmin())]
@@ -248,8 +248,8 @@ def _openness(farness: Tensor, n: int) -> Tensor:
 def upper_component(values: Tensor, *, rounds: int = 100) -> Tensor:
     """Compute the probability of belonging to the upper of two Gaussians of one variance, fitted by EM.
 
-    values (n,) -> (n,) in [0, 1], increasing in the value. Started from four cuts, of which the likeliest result counts.
-    Values that are all alike give 0.
+    values (n,) -> (n,) in [0, 1], rising with the value. The likeliest of four starts counts. Values that are all alike
+    give 0.
     """
     v = values.double()
     if float(v.std()) < _TINY:
