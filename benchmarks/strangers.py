@@ -146,7 +146,7 @@ def measured(folder: Folder, *, adapted: bool, seed: int) -> dict[str, float]:
     own = p_none(model, encoded.weak, encoded.crops.mean(1))
     test = p_none(model, encoded.test_weak, encoded.test_crops.mean(1))
     stranger = folder.own < 0
-    weights = [float(1 - own[folder.own == c].mean()) for c in folder.own.unique() if c >= 0]
+    weights = [float(1 - own[folder.own == c].mean()) for c in set(folder.own.tolist()) if c >= 0]
     cosine = global_score(encoded.weak, anchors if anchors.dim() == 3 else anchors[:, None])
     return {
         "AUROC": auroc(own, stranger),

@@ -1,5 +1,6 @@
 """p_none on made folders whose strangers are known, its properties, and on real photos encoded by the small model."""
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -30,7 +31,7 @@ def folder(
     generator = torch.Generator().manual_seed(seed)
 
     def noise(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator) / shape[-1] ** 0.5
+        return torch.randn(shape, generator=generator) / math.sqrt(shape[-1])
 
     gap, domain, other = noise(3, D)
     classes = noise(len(sizes), D) * 0.7
@@ -90,7 +91,7 @@ def test_a_folder_without_strangers_pays_nothing(sizes: list[int], seed: int) ->
     weak, crops, anchors, labels = folder(sizes, seed=seed)
     p = p_none(fit(weak, crops, anchors), weak, crops)
     assert p.mean() < 0.05
-    for c in labels.unique():
+    for c in sorted(set(labels.tolist())):
         assert p[labels == c].mean() < 0.25
 
 

@@ -35,6 +35,7 @@ CHUNK = 1024  # images compared with the reference at once
 SHRINKAGE = 0.05  # ridge of the linear rule, a unit of it an image
 FARNESS, STEEPNESS = 2.0, 6.0  # standard deviations by which the worst claimed quarter is farther: even odds, and slope
 SMALL_FOLDER = 20  # images by which FARNESS doubles: in a small folder a quarter may be a single class
+MOST_DOUBT = 0.15  # mean probability of a stranger in the better half at which the folder counts as without any
 CLOSED = 0.02  # the most that p_none is where there seem to be no strangers; keeps the order
 _TINY = 1e-6
 
@@ -108,6 +109,9 @@ def fit(weak: Tensor, mean_crops: Tensor | None, anchors: Tensor) -> StrangerMod
     strangeness = -(claimed - claimed[trusted].mean()) / spread
     strangeness = strangeness - NEARNESS * openness * nearness / nearness.std().clamp_min(_TINY)
     target = upper_component(strangeness)
+    # Strangers are the smaller part by assumption: a group that reaches into the better half is not one of strangers.
+    doubt = target[strangeness.argsort(stable=True)[: n // 2]].mean() / MOST_DOUBT
+    openness = openness * (1 - doubt).clamp_min(0)
     inputs = torch.cat([points / model.scale, claim[:, None]], dim=1)
     weights, bias = _logistic(inputs, target, ridge=SHRINKAGE * n)
     slope, offset = _logistic((inputs @ weights + bias)[:, None], target, ridge=1e-3)  # undoes what the ridge flattens
@@ -137,7 +141,8 @@ def _describe(features: Tensor, anchors: Tensor) -> dict[str, Tensor]:
     mean = features.mean(0)
     count = min(DIRECTIONS, features.shape[1], max(1, len(features) - 1))
     scatter = torch.zeros(features.shape[1], features.shape[1], dtype=torch.float64, device=features.device)
-    for part in (features - mean).split(8 * CHUNK):
+    for start in range(0, len(features), 8 * CHUNK):
+        part = features[start : start + 8 * CHUNK] - mean
         scatter += (part.T @ part).double()
     values, vectors = torch.linalg.eigh(scatter / len(features))
     axes = vectors[:, -count:].T.flip(0).float().contiguous()
