@@ -1,10 +1,11 @@
 """Calibration without labels: temperatures that bring a model's confidences near its accuracy.
 
-Two witnesses are adapted as the model was, but on the features before adaptation, each on its own half of the images
-and from its own half of each class's descriptions. An image's label counts as confirmed if both give it too. Models
-that learned apart agree about as often as they are right ("Generalization Disagreement Equality", Jiang et al., ICLR
-2022, arXiv 2106.13799), which holds here since the halves of the descriptions make their errors differ. The
-temperature is then fitted to the confirmations as Platt (1999) and Guo et al. (ICML 2017) fit it to true labels.
+Four witnesses are adapted as the model was, but on the features before adaptation: each on one half of the images and
+from one half of each class's descriptions. A label is confirmed by a pair of witnesses if both give it too, and how far
+it is taken for right is the share of pairs that confirm it. Models that learned apart agree about as often as they are
+right ("Generalization Disagreement Equality", Jiang et al., ICLR 2022, arXiv 2106.13799); that pairs have to confirm
+makes up for what the witnesses have in common, and four make one unlucky half count for less. The temperature is
+fitted to the confirmations as Platt (1999) and Guo et al. (ICML 2017) fit it to true labels. No number here was fitted.
 
 The start (the model before adaptation) is calibrated likewise; its labels are confirmed by those of the adapted model.
 docs/ABLATION.md has what this gives; ``benchmarks/confidence.py`` measures it.
@@ -13,6 +14,7 @@ docs/ABLATION.md has what this gives; ``benchmarks/confidence.py`` measures it.
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +35,6 @@ from finealign.types import ImageFeatures, Score, TextFeatures
 
 Floats = NDArray[np.floating[Any]]
 Ints = NDArray[np.integer[Any]]
-Bools = NDArray[np.bool_]
 
 SAMPLE = 256  # most images to judge and calibrate by; where there are more, a sample is drawn with the model's seed
 COOLEST, HOTTEST = 0.05, 20.0  # the range of temperatures
@@ -101,14 +102,19 @@ def calibrate(
         )
 
 
-def confirmed(labels: Ints, opinions: Sequence[Ints]) -> Bools:
-    """Whether every opinion gives the image's label too: labels and each opinion (n,) -> (n,)."""
-    agreed: Bools = np.all([opinion == labels for opinion in opinions], axis=0)
-    return agreed
+def confirmed(labels: Ints, opinions: Sequence[Ints]) -> Floats:
+    """The share of pairs of opinions that both give the image's label: labels and each opinion (n,) -> (n,) in [0, 1].
+
+    A single opinion confirms by itself.
+    """
+    agree = [opinion == labels for opinion in opinions]
+    pairs = [one & other for one, other in combinations(agree, 2)] or agree
+    share: Floats = np.mean(pairs, axis=0)
+    return share
 
 
-def estimate_accuracy(right: Bools) -> float:
-    """The share of labels taken for right, by Laplace's rule of succession: (n,) -> (k + 1) / (n + 2), in (0, 1)."""
+def estimate_accuracy(right: Floats) -> float:
+    """The share of labels taken for right, by Laplace's rule of succession: (n,) in [0, 1] -> (k + 1) / (n + 2)."""
     return float((right.sum() + 1) / (len(right) + 2))
 
 
@@ -119,7 +125,7 @@ def confidences(logits: Floats, temperature: float) -> Floats:
     return found
 
 
-def fit_temperature(logits: Floats, right: Bools) -> float:
+def fit_temperature(logits: Floats, right: Floats) -> float:
     """The temperature under which the labels taken for right are most likely, given each image's confidence.
 
     logits (n, C), right (n,) in [0, 1] -> a number in [COOLEST, HOTTEST]. The likelihood is that of ``right`` as
@@ -166,12 +172,12 @@ def adapted_witnesses(
     logit_scale: float,
     images: int,
 ) -> list[Method]:
-    """Adapt two methods, each on half of the images and from half of each class's descriptions; the encoder is frozen.
+    """Adapt four methods: on each half of the images, from each half of each class's descriptions. No encoder learns.
 
-    before: weak (n, D) and crops (n, N, D), N >= 1 where the method uses crops. A single image is in both halves, and so
-    is a class's single description. ``config`` is resolved. A method whose anchors settle takes these steps and one pass
-    over the images; another takes the steps of a run on ``images`` images. Crops stand for strong views. FAIR stands for
-    a method that pools patches, as no features are kept of these.
+    before: weak (n, D) and crops (n, N, D), N >= 1 where the method uses crops. A single image is in both halves, and
+    so is a class's single description. ``config`` is resolved. A method whose anchors settle takes these steps and one
+    pass over the images; another takes the steps of a run on ``images`` images. Crops stand for strong views. FAIR
+    stands for a method that pools patches, as no features are kept of these.
     """
     settings = MethodSettings(name="fair") if find_method(config.method.name).salient else config.method
     order = np.random.default_rng((config.seed, _HALVES)).permutation(len(before.weak))
@@ -182,7 +188,7 @@ def adapted_witnesses(
         pace["anchor_steps"] = ANCHOR_STEPS
     config = config.model_copy(update={"training": config.training.model_copy(update=pace)})
     found = []
-    for number, chosen in enumerate(halves):
+    for chosen, number in product(halves, (0, 1)):
         places = torch.from_numpy(chosen).to(before.weak.device)
         source = _Kept(ImageFeatures(before.weak[places], before.crops[places]), seed=config.seed)
         method = create_method(settings, half_of_texts(texts, number), logit_scale=logit_scale)
