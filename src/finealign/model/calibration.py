@@ -12,6 +12,7 @@ docs/ABLATION.md has what this gives; ``benchmarks/confidence.py`` measures it.
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations, product
@@ -216,12 +217,12 @@ def half_of_texts(texts: TextFeatures, number: int) -> TextFeatures:
     A class with one description keeps it. The names stay.
     """
     classes = texts.class_of.tolist()
-    seen: dict[int, int] = {}
+    of_class, seen = Counter(classes), Counter[int]()
     places = []
-    for place, of in enumerate(classes):
-        seen[of] = seen.get(of, -1) + 1
-        if seen[of] % 2 == number or classes.count(of) == 1:
+    for place, label in enumerate(classes):
+        if seen[label] % 2 == number or of_class[label] == 1:
             places.append(place)
+        seen[label] += 1
     chosen = torch.tensor(places, device=texts.class_of.device)
     return replace(texts, descriptions=texts.descriptions[chosen], class_of=texts.class_of[chosen])
 
