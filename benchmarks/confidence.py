@@ -15,6 +15,7 @@ from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 import numpy as np
 import torch
@@ -158,7 +159,7 @@ def measure(encoded: Encoded, seed: int) -> Row:
         ]
 
 
-def errors(seen: Tensor, everything: Tensor, right: Shares, truth: NDArray[np.int64]) -> Row:
+def errors(seen: Tensor, everything: Tensor, right: NDArray[np.floating[Any]], truth: NDArray[np.int64]) -> Row:
     """Accuracy, its estimate, and three errors: raw, calibrated by the confirmed labels, calibrated by the truth.
 
     seen (n, C) logits of the images that ``right`` (n,) is of, everything (m, C) those of all images, truth (m,).
