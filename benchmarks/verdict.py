@@ -22,7 +22,8 @@ from real_data import require_shared
 from finealign.benchmark.grid import Cell, read_cell
 from finealign.config import make_config
 from finealign.method.registry import create_method
-from finealign.run.verdict import HELPED, HURT, SAMPLE, WEIGHTS, gather, judge
+from finealign.model.calibration import SAMPLE
+from finealign.run.verdict import HELPED, HURT, WEIGHTS, gather, judge
 from finealign.types import ImageFeatures
 
 CROPS = 8

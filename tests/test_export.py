@@ -59,7 +59,8 @@ def some_photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def adapted(tiny_backbone: Tiny, some_photos: Path) -> FineAlign:
     """A model whose anchors and normalisation have learned."""
-    config = tiny_config(tiny_backbone("transformer"), training__epochs=1, method__anchors_per_class=2)
+    settings = {"training__epochs": 1, "method__anchors_per_class": 2, "prediction__calibrate": True}
+    config = tiny_config(tiny_backbone("transformer"), **settings)
     return FineAlign(CLASSES, descriptions=DESCRIPTIONS, config=config).fit(some_photos)
 
 

@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 from conftest import CLASSES, predictions, tiny_config
 from finealign import FineAlign
 from finealign.images.listing import list_images
+from finealign.model.calibration import SAMPLE, sample
 from finealign.run import adapt as run_folder
 from finealign.run import verdict
 from finealign.run.adapt import adapt_into
-from finealign.run.verdict import Verdict, anchors_kept, explained_variance, gather, judge, judge_model, sample
+from finealign.run.verdict import Verdict, anchors_kept, explained_variance, gather, judge, judge_model
 
 Tiny = Callable[[str], str]
 
@@ -122,7 +123,7 @@ def test_judge__a_collapse_is_hurt_and_a_clear_gain_is_helped() -> None:
 def test_sample__is_bounded_drawn_by_the_seed_and_in_order(tmp_path: Path) -> None:
     paths = [tmp_path / f"{number:05d}" for number in range(2000)]
     chosen = sample(paths, seed=3)
-    assert len(set(chosen)) == verdict.SAMPLE
+    assert len(set(chosen)) == SAMPLE
     assert chosen == sorted(chosen)
     assert chosen == sample(paths, seed=3) != sample(paths, seed=4)
     assert sample(paths[:9], seed=3) == paths[:9]

@@ -21,6 +21,7 @@ from finealign.images.training_set import decode_training_set
 from finealign.images.views import Views
 from finealign.method.base import Method
 from finealign.method.registry import create_method
+from finealign.model.calibration import Calibration, calibrate, sample
 from finealign.model.card import is_card, model_card
 from finealign.model.fitted import FittedModel, check_use, inference_settings, what_learned
 from finealign.model.folder import own_norms, read_model, write_model
@@ -66,14 +67,16 @@ class FineAlign:
     - ``score_``: the score used when no other is asked for;
     - ``set_aside_``: the images that the last ``fit`` or ``predict`` could not read, and why.
 
-    After ``fit`` only, it also has ``config_`` (the resolved settings), ``history_`` (one record per epoch) and
-    ``paths_`` (the images adapted to).
+    After ``fit`` only, it also has ``config_`` (the resolved settings), ``history_`` (one record per epoch), ``paths_``
+    (the images adapted to) and ``calibration_`` (temperatures and estimated accuracy; None if it was not calibrated).
     """
 
     config_: Config
     paths_: Sequence[Path]
     history_: list[EpochRecord]
     set_aside_: list[SetAside]
+    calibration_: Calibration | None = None
+    _sampled: tuple[list[Path], ImageFeatures, ImageFeatures] | None = None  # images, and their features
 
     def __init__(
         self,
@@ -183,7 +186,17 @@ class FineAlign:
                 del self._predictor  # a partly trained model is not a fitted one
                 raise
         method.requires_grad_(False)
+        if method.trains and self.config_.prediction.calibrate:
+            with progress.stage("calibrating without labels", None):
+                self._calibrate()
         return self
+
+    def _calibrate(self) -> None:
+        before, after = self.sampled_features(self.paths_)
+        found = calibrate(self._model, self.config_, before, after, images=len(self.paths_))
+        values = {"temperatures": dict(found.temperatures), "start_temperature": found.start_temperature}
+        self.calibration_ = found
+        self._become(replace(self._model, inference=self._model.inference.model_copy(update=values)))
 
     def unlearned(self, *, backbone: Backbone | None = None, progress: Progress | None = None) -> Self:
         """Make the model ready to predict without any training, with the method as ``fit`` would initialise it.
@@ -210,6 +223,7 @@ class FineAlign:
         settings = config.model_dump()
         self.config_, self.paths_ = config, prepared.paths
         self.set_aside_, self.history_ = [], []
+        self.calibration_, self._sampled = None, None
         self._become(
             FittedModel(
                 inference=inference_settings(config),
@@ -266,6 +280,22 @@ class FineAlign:
                 parameter.requires_grad_(False)
                 parameter.grad = None
             backbone.load_norms(untrained.start_norms)  # the weights it was loaded with, for other models
+
+    def sampled_features(
+        self, images: Sequence[Path], *, start: ImageFeatures | None = None
+    ) -> tuple[ImageFeatures, ImageFeatures]:
+        """Return the features, before and after adaptation, of ``calibration.sample`` of the images.
+
+        Those that ``fit`` calibrated by are kept and not encoded again. ``start`` are the features before adaptation
+        where they are known. Raises ImageInputError if none of the images can be read.
+        """
+        self._require_fitted()
+        paths = sample(images, seed=self._model.inference.seed)
+        if self._sampled is None or self._sampled[0] != paths:
+            before = start or self.features(paths, at_start=True)[0]
+            after, _ = self.features(paths, crops=self.score_ != "global")
+            self._sampled = paths, before, after
+        return self._sampled[1:]
 
     # --- predicting ---------------------------------------------------------------------------------------------------
 
@@ -365,6 +395,7 @@ class FineAlign:
         The start scores the whole image by the mean of each class's descriptions. Raises ConfigError for another name.
         """
         self._require_fitted()
+        self._sampled = None
         self._become(self._model.using(model))
         return self
 

@@ -139,6 +139,9 @@ class PredictionSettings(Settings):
     score: Literal["auto", "global", "las", "fused"] = Field(
         "auto", description="score used when none is asked for; auto: the method's own"
     )
+    calibrate: bool = Field(
+        True, description="bring confidences near the accuracy, as estimated without labels; labels stay as they are"
+    )
 
 
 class Config(Settings):

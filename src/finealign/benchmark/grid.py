@@ -83,7 +83,11 @@ class Grid:
 
     def config(self, method: str, seed: int) -> Config:
         """The settings of the cells of a method and seed. Raises FinealignError where they are not valid."""
-        common = {"backbone": self.backbone, "seed": seed}
+        common = {
+            "backbone": self.backbone,
+            "seed": seed,
+            "prediction": {"calibrate": False},
+        }  # no table has confidences
         return make_config(merged(merged(method_settings(method), self.settings), common))
 
     def path(self, dataset: str, method: str, seed: int) -> Path:

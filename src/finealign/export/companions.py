@@ -43,6 +43,7 @@ def write_classes(saved: FineAlign, kind: Score, folder: Path) -> None:
     about = {
         "classes": list(saved.texts_.classes),
         "logit_scale": saved.method_.logit_scale,
+        "temperature": saved.model_.temperature(kind),
         "score": kind,
         "templates": list(saved.texts_.templates),
     }

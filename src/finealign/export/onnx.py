@@ -42,7 +42,7 @@ def write_onnx(saved: FineAlign, kind: Score, folder: Path, aside: Path) -> Chec
     """
     backbone = open_clip_backbone(saved)
     crops = saved.model_.inference.crops if kind != "global" else 0
-    graph = Graph(backbone, saved.method_, kind).eval()
+    graph = Graph(backbone, saved.method_, kind, temperature=saved.model_.temperature(kind)).eval()
     beside = graph.weight_bytes > ONE_FILE
     write_graph(graph, folder / GRAPH, size=backbone.input_size, crops=crops, beside=beside)
     scores, probabilities = _compare(_open(folder / GRAPH), saved, kind, crops)
@@ -89,7 +89,7 @@ def _compare(session: Any, saved: FineAlign, kind: Score, crops: int) -> tuple[f
             ImageFeatures(embeddings, crop_embeddings.reshape(batch, crops, embeddings.shape[1])), kind
         )
         outputs = session.run(OUTPUTS, {name: value.numpy() for name, value in inputs.items()})
-        expected = score, method.probabilities(score)
+        expected = score, saved.model_.probabilities(score, kind)
         differences.append([largest(output, value.numpy()) for output, value in zip(outputs, expected, strict=True)])
     scores, probabilities = np.max(differences, axis=0)  # NaN if any of them is NaN
     return float(scores), float(probabilities)
@@ -123,11 +123,12 @@ class Graph(nn.Module):
     std: Tensor
     anchors: Tensor | None
 
-    def __init__(self, backbone: OpenClipBackbone, method: Method, kind: Score) -> None:
+    def __init__(self, backbone: OpenClipBackbone, method: Method, kind: Score, *, temperature: float = 1.0) -> None:
         super().__init__()
         self.visual = working_copy(backbone.model.visual, dtype=torch.float32)
         self.method = method
         self.kind = kind
+        self.temperature = temperature
         mean, std = torch.tensor([backbone.preprocess["mean"], backbone.preprocess["std"]])[:, :, None, None]
         self.register_buffer("mean", mean)
         self.register_buffer("std", std)
@@ -160,7 +161,7 @@ class Graph(nn.Module):
             score = self.method.score(features, self.kind)
         else:
             score = torch.einsum("bn,bnd,cd->bc", self.method.crop_weights(features), crop_embeddings, self.anchors)
-        return score, self.method.probabilities(score)
+        return score, self.method.probabilities(score / self.temperature)
 
     def _embed(self, images: Tensor) -> Tensor:
         output = self.visual(images.float().div(255).sub(self.mean).div(self.std))

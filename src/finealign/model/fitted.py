@@ -17,6 +17,8 @@ from finealign.types import Score, TextFeatures, Texts, Use
 OTHER: Mapping[Use, Use] = {"start": "adapted", "adapted": "start"}
 CALLED: Mapping[Use, str] = {"start": "the model before adaptation", "adapted": "the adapted model"}
 
+Temperature = Annotated[float, Field(gt=0)]
+
 
 class InferenceSettings(Settings):
     """What a fitted model needs to classify an image, besides its texts and tensors. No value is "auto"."""
@@ -30,6 +32,10 @@ class InferenceSettings(Settings):
     seed: Annotated[int, Field(ge=0, lt=2**64)] = Field(description="decides where the crops lie")
     working_size: Positive | None = Field(description="shorter side that images are reduced to; null: not at all")
     max_pixels: Positive = Field(description="images with more pixels than this are set aside unread")
+    temperatures: dict[Score, Temperature] = Field(
+        {}, description="by score, what its logits are divided by before the softmax; 1 for a score that is not named"
+    )
+    start_temperature: Temperature = Field(1.0, description="the same, of the model before adaptation")
 
 
 def inference_settings(config: Config) -> InferenceSettings:
@@ -86,6 +92,17 @@ class FittedModel:
         check_use(use)
         return self.start() if use == "start" else self.adapted or self
 
+    def temperature(self, score: Score) -> float:
+        """What the logits of a score are divided by before the softmax; 1 where they were not calibrated."""
+        return self.inference.temperatures.get(score, 1.0)
+
+    def probabilities(self, scores: Tensor, score: Score) -> Tensor:
+        """Compute the class probabilities of an image: softmax(s * scores / T), with s the logit scale.
+
+        scores (B, C) are those of the method's ``score``, and T is its temperature -> (B, C), rows sum to 1.
+        """
+        return self.method.probabilities(scores / self.temperature(score))
+
     def start(self) -> "FittedModel":
         """Return the model before adaptation: it scores the whole image by the mean of each class's descriptions."""
         if self.adapted is not None:
@@ -93,7 +110,13 @@ class FittedModel:
         method = create_method(MethodSettings(name="cupl"), self.text_features, logit_scale=self.method.logit_scale)
         return replace(
             self,
-            inference=self.inference.model_copy(update={"method": MethodSettings(name="cupl"), "score": "global"}),
+            inference=self.inference.model_copy(
+                update={
+                    "method": MethodSettings(name="cupl"),
+                    "score": "global",
+                    "temperatures": {"global": self.inference.start_temperature},
+                }
+            ),
             method=method.to(self.backbone.device),
             norms=self.start_norms or self.norms,
             start_norms={},

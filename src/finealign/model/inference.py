@@ -121,7 +121,7 @@ class Predictor:
     def scored(model: FittedModel, features: ImageFeatures, score: Score) -> tuple[Rows, Rows]:
         """Compute the scores and the probabilities of every class: (n, C) each."""
         scores = model.method.score(features, score)
-        return scores.cpu().numpy(), model.method.probabilities(scores).cpu().numpy()
+        return scores.cpu().numpy(), model.probabilities(scores, score).cpu().numpy()
 
     def predictions(
         self, paths: Iterable[Path], *, score: Score | None = None, with_start: bool = False

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finealign.classifier import FineAlign
+from finealign.model.calibration import sample
 from finealign.runtime.progress import Progress
 from finealign.types import ImageFeatures, Use
 
@@ -21,7 +22,6 @@ Floats = NDArray[np.floating[Any]]
 Ints = NDArray[np.integer[Any]]
 Call = Literal["helped", "unclear", "hurt"]
 
-SAMPLE = 256  # most images to judge by; where there are more, a sample is drawn with the model's seed
 MANY_A_CLASS = 100.0  # images per class above which the evidence "images_a_class" grows no more
 
 # Fitted by benchmarks/verdict.py to changes of accuracy in points, clipped to 8: the score of a run is the weighted sum
@@ -62,8 +62,7 @@ def judge_model(
     """
     paths = sample(images, seed=model.model_.inference.seed)
     with (progress or Progress()).stage("judging without labels", None):
-        before = start or start_features(model, images)
-        after, _ = model.features(paths, crops=model.score_ != "global")
+        before, after = model.sampled_features(images, start=start)
     method, first = model.method_, model.start_method_
     scores = method.score(after, model.score_)
     evidence = gather(
@@ -85,14 +84,6 @@ def start_features(model: FineAlign, images: Sequence[Path]) -> ImageFeatures:
     """
     features, _ = model.features(sample(images, seed=model.model_.inference.seed), at_start=True)
     return features
-
-
-def sample(images: Sequence[Path], *, seed: int) -> list[Path]:
-    """All images, or SAMPLE of them drawn with the seed, in the order given."""
-    if len(images) <= SAMPLE:
-        return list(images)
-    chosen = np.random.default_rng(seed).choice(len(images), SAMPLE, replace=False)
-    return [images[i] for i in sorted(chosen)]
 
 
 def gather(

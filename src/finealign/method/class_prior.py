@@ -1,0 +1,144 @@
+"""Estimate without labels what share of the images each class has: pure tensor functions. All of it is ours.
+
+Two mixtures of Gaussians, one Gaussian for each class, are fitted to the features of all images. The start's
+probabilities say which Gaussian is which class: they begin the assignment of images to classes and are multiplied into
+it. The first mixture gives nearly every class some images, whether it is there or not; the second, which begins where
+the first ended, is sparse and leaves out too many. The estimate is the mean of their shares.
+
+n images, C classes, D embedding width, Q principal directions.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from finealign.method.mixture import log_likelihood, squared_deviations
+
+MOST_IMAGES = 20_000  # that are looked at; more tell nothing new of shares
+FEWEST_IMAGES = 8  # fewer have no clusters to speak of
+ROUNDS = 40
+SMOOTHING = 0.02  # part of the first mixture's shares that is spread evenly, so that no class is lost on the way
+PLAIN_DIRECTIONS, SPARSE_DIRECTIONS = 32, 24  # Q
+PLAIN_IMAGES, SPARSE_IMAGES = 2.0, 10.0  # images that the prior of a class's mean counts as
+SPARSITY = 0.1  # of the Dirichlet prior: images that each class has before any is seen
+LAPLACE = 0.5  # images added to each class at the end: a share of zero would be a claim that no folder supports
+# Total variation from even shares below which an estimate says nothing: a part for the errors of the start, and a part
+# of what drawing n images from even shares gives by itself, which is about 0.4 sqrt(C / n).
+EVEN_ENOUGH, DRAWN = 0.14, 0.2
+
+
+def even_shares(num_classes: int) -> Tensor:
+    """Return 1/C for each class: (C,)."""
+    return torch.full((num_classes,), 1 / num_classes)
+
+
+@torch.no_grad()
+def estimated_shares(
+    weak: Tensor, mean_crops: Tensor | None, anchors: Tensor, *, logit_scale: float, weights: Tensor | None = None
+) -> Tensor:
+    """Estimate the share of the images that each class has.
+
+    weak (n, D) are the features of whole images, mean_crops (n, D) the mean features of each image's crops or None,
+    anchors (C, D) the start's classifier, rows of length 1, and weights (n,) in [0, 1] how far each image counts, by
+    default 1 -> (C,), all above 0, sum 1. Nothing is drawn. Even shares are returned if there are fewer than
+    ``FEWEST_IMAGES`` images, if they are all alike, or if their weights add up to less than one image.
+    """
+    step = -(-len(weak) // MOST_IMAGES)
+    weak = weak[::step].double()
+    whole = normalize(weak, dim=1)
+    counts = torch.ones_like(whole[:, 0]) if weights is None else weights[::step].to(whole)
+    classes, anchors = len(anchors), anchors.to(whole)
+    by_whole = whole @ anchors.T
+    joint, by_both = whole, by_whole
+    if mean_crops is not None:
+        crops = mean_crops[::step].double()
+        joint = normalize(whole + normalize(crops, dim=1), dim=1)
+        by_both = (by_whole + crops @ anchors.T) / 2
+    total = counts.sum()
+    if len(whole) < FEWEST_IMAGES or float(total) < 1:
+        return even_shares(classes)
+    mean = (counts[:, None] * joint).sum(0) / total
+    axes = _principal_axes(joint - mean, counts)
+    if not axes.shape[1]:
+        return even_shares(classes)
+    points = (joint - mean) @ axes
+    first = _plain(points[:, :PLAIN_DIRECTIONS], torch.log_softmax(logit_scale * by_both, dim=1), counts)
+    points, directions = points[:, :SPARSE_DIRECTIONS], axes[:, :SPARSE_DIRECTIONS]
+    texts = (anchors - anchors.mean(0)) @ directions
+    second = _sparse(points, torch.log_softmax(logit_scale * by_whole, dim=1), counts, texts, first)
+    shares = (_smoothed(first, counts) + _laplace(second, counts)) / 2
+    return (shares / shares.sum()).float()
+
+
+def even_or(shares: Tensor, images: float) -> Tensor:
+    """Return even shares if the estimate from ``images`` images does not differ from them by more than it may err.
+
+    shares (C,) -> (C,). The bound is ``EVEN_ENOUGH + DRAWN sqrt(C / n)`` in total variation.
+    """
+    even = even_shares(len(shares)).to(shares)
+    bound = EVEN_ENOUGH + DRAWN * (len(shares) / max(images, 1.0)) ** 0.5
+    return even if total_variation(shares, even) <= bound else shares
+
+
+def total_variation(first: Tensor, second: Tensor) -> float:
+    """Compute half the sum of absolute differences of two distributions, each (C,): in [0, 1]."""
+    return float((first - second).abs().sum() / 2)
+
+
+def _principal_axes(centred: Tensor, counts: Tensor) -> Tensor:
+    """The principal directions of images (n, D) around their mean, weighted by counts (n,): (D, Q), by variance."""
+    values, vectors = torch.linalg.eigh((counts[:, None] * centred).T @ centred / counts.sum())
+    spread = values > 1e-9 * values[-1].clamp_min(1e-9)
+    most = min(PLAIN_DIRECTIONS, len(centred) - 1, int(spread.sum()))
+    return vectors[:, -most:].flip(1) if most else vectors[:, :0]
+
+
+def _smoothed(assigned: Tensor, counts: Tensor) -> Tensor:
+    shares = (counts[:, None] * assigned).sum(0) / counts.sum()
+    return (1 - SMOOTHING) * shares + SMOOTHING / len(shares)
+
+
+def _laplace(assigned: Tensor, counts: Tensor) -> Tensor:
+    images = (counts[:, None] * assigned).sum(0) + LAPLACE
+    return images / images.sum()
+
+
+def _plain(points: Tensor, log_text: Tensor, counts: Tensor) -> Tensor:
+    """Expectation maximisation with free shares; each class's mean is drawn to the folder's, which is 0.
+
+    points (n, Q), log_text (n, C), counts (n,) -> the assignment (n, C), rows sum to 1.
+    """
+    assigned = log_text.exp()
+    for _ in range(ROUNDS):
+        weighed = counts[:, None] * assigned
+        images = weighed.sum(0)
+        means = weighed.T @ points / (images + PLAIN_IMAGES)[:, None]
+        variance = _shared_variance(weighed, points, means)
+        log_shares = _smoothed(assigned, counts).log()
+        assigned = torch.softmax(log_text + log_shares + log_likelihood(points, means, variance), dim=1)
+    return assigned
+
+
+def _sparse(points: Tensor, log_text: Tensor, counts: Tensor, texts: Tensor, assigned: Tensor) -> Tensor:
+    """Variational Bayes: the prior of a class's mean lies at its text, the prior of the shares is sparse.
+
+    points (n, Q), log_text (n, C), counts (n,), texts (C, Q) the anchors around their mean, assigned (n, C) where it
+    begins -> the assignment (n, C). How far images lie apart for a distance between texts is fitted along.
+    """
+    variance, width, classes = points.var(0).clamp_min(1e-8), points.shape[1], len(texts)
+    for _ in range(ROUNDS):
+        weighed = counts[:, None] * assigned
+        images = weighed.sum(0)
+        sums = weighed.T @ points
+        precision = texts / variance
+        reach = ((sums * precision).sum() / (images[:, None] * texts * precision).sum().clamp_min(1e-9)).clamp(0, 20)
+        means = (sums + SPARSE_IMAGES * reach * texts) / (images + SPARSE_IMAGES)[:, None]
+        variance = _shared_variance(weighed, points, means)
+        expected = torch.digamma(images + SPARSITY) - torch.digamma(counts.sum() + SPARSITY * classes)
+        doubt = width / (2 * (images + SPARSE_IMAGES))  # a mean that few images fix costs likelihood
+        assigned = torch.softmax(log_text + expected - doubt + log_likelihood(points, means, variance), dim=1)
+    return assigned
+
+
+def _shared_variance(weighed: Tensor, points: Tensor, means: Tensor) -> Tensor:
+    return (squared_deviations(weighed, points, means).sum(0) / weighed.sum()).clamp_min(1e-8)

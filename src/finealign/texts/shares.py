@@ -1,0 +1,119 @@
+"""The class prior as users give it: what share of the images each class is expected to have."""
+
+import csv
+import io
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from finealign.errors import ConfigError, display_path
+from finealign.runtime.textfile import TextFileError, read_text
+from finealign.texts.prompts import fold
+
+WANTED = 'JSON {"class": share or count}, or CSV with the columns class and share (or count)'
+ROUNDING = 0.01  # by which shares that leave no class out may miss 1
+
+
+def read_shares(path: Path) -> dict[str, float]:
+    """Read a class prior from a JSON file ``{"class": number}`` or a CSV file with the columns class and share or count.
+
+    Returns the numbers by class name, as they are written. Raises ConfigError if the file cannot be read, has another
+    form, or names a class twice.
+    """
+    shown = f"'{display_path(path)}'"
+    try:
+        text = read_text(path)
+    except TextFileError as error:
+        raise ConfigError(f"The class prior {shown} cannot be read: {error}. Wanted: {WANTED}.") from None
+    pairs = _from_csv(text, shown) if path.suffix.lower() == ".csv" else _from_json(text, shown)
+    found: dict[str, float] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ConfigError(f"The class prior {shown} names {name!r:.100} twice. Keep one line a class.")
+        found[name] = value
+    return found
+
+
+def _from_json(text: str, shown: str) -> list[tuple[str, float]]:
+    try:
+        parsed = json.loads(text, object_pairs_hook=lambda pairs: list(pairs))
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"The class prior {shown} is not JSON: {error}. Wanted: {WANTED}.") from None
+    if not isinstance(parsed, list) or not all(isinstance(pair, tuple) for pair in parsed):
+        raise ConfigError(f"The class prior {shown} is not an object of classes. Wanted: {WANTED}.")
+    return [(str(name), _number(name, value, shown)) for name, value in parsed]
+
+
+def _from_csv(text: str, shown: str) -> list[tuple[str, float]]:
+    try:
+        header, *rows = [row for row in csv.reader(io.StringIO(text, newline=""), strict=True) if row] or [[]]
+    except csv.Error as error:
+        raise ConfigError(f"The class prior {shown} is not CSV: {error}. Wanted: {WANTED}.") from None
+    names = [name.strip() for name in header]
+    values = [name for name in names if name in ("share", "count")]
+    if names.count("class") != 1 or len(values) != 1:
+        raise ConfigError(f"The class prior {shown} has the columns {','.join(names)!r:.200}. Wanted: {WANTED}.")
+    class_column, value_column = names.index("class"), names.index(values[0])
+    found = []
+    for number, row in enumerate(rows, start=2):
+        if len(row) != len(names):
+            raise ConfigError(f"The class prior {shown}, row {number}: {len(row)} values for {len(names)} columns.")
+        found.append((row[class_column].strip(), _number(row[class_column], row[value_column], shown)))
+    return found
+
+
+def _number(name: object, value: object, shown: str) -> float:
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number) or number < 0:
+        raise ConfigError(
+            f"The class prior {shown} has {value!r:.60} for {str(name)!r:.100}. Wanted: a share or a count, at least 0."
+        )
+    return number
+
+
+def class_shares(given: Mapping[str, float], classes: Sequence[str]) -> list[float]:
+    """Return the share of each class, in the order of ``classes``; they sum to 1.
+
+    Whole numbers are counts, and a class that is not named has none. Other numbers are shares, and so are zeros alone:
+    classes that are not named have what is left of 1 in equal parts. A name matches a class exactly, or else up to case, Unicode form and
+    the difference between ``_``, ``-`` and white space. Raises ConfigError for a name that matches no class or
+    several, for two names of one class, a number below 0, shares above 1, shares below 1 that leave no class out, and
+    numbers that are all 0.
+    """
+    values: dict[int, float] = {}
+    for name, value in given.items():
+        index = _class_of(name, classes)
+        if index in values:
+            raise ConfigError(f"The class prior names {classes[index]!r:.100} twice. Keep one number a class.")
+        if not math.isfinite(value) or value < 0:
+            raise ConfigError(f"The class prior has {value} for {name!r:.100}. Wanted: at least 0.")
+        values[index] = value
+    total, unnamed = math.fsum(values.values()), len(classes) - len(values)
+    if total == 0 and not unnamed:
+        raise ConfigError("The class prior has no class above 0. Give at least one class a share or a count.")
+    if total and all(float(value).is_integer() for value in values.values()):
+        return [values.get(index, 0.0) / total for index in range(len(classes))]
+    if total > 1 + ROUNDING or (not unnamed and total < 1 - ROUNDING):
+        raise ConfigError(
+            f"The shares of the class prior add up to {total:g}. Wanted: 1, or less where classes are left out, which "
+            "have what is left; or counts, which are whole numbers."
+        )
+    rest = max(0.0, 1 - total) / unnamed if unnamed else 0.0
+    whole = total + rest * unnamed
+    return [values.get(index, rest) / whole for index in range(len(classes))]
+
+
+def _class_of(name: str, classes: Sequence[str]) -> int:
+    if name in classes:
+        return list(classes).index(name)
+    matches = [index for index, known in enumerate(classes) if fold(known) == fold(name)]
+    if len(matches) != 1:
+        problem = "no class" if not matches else "several classes, write one exactly"
+        valid = ", ".join(f"{known!r:.60}" for known in classes[:20])
+        more = f" and {len(classes) - 20} more" if len(classes) > 20 else ""
+        raise ConfigError(f"The class prior names {name!r:.100}, which is {problem}. Valid: {valid}{more}.")
+    return matches[0]
