@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
 from finealign.errors import ConfigError, unknown_name
@@ -129,6 +129,10 @@ class TrainingSettings(Settings):
     last_label_pass: bool = Field(True, description="another label pass at the end, for the anchors' last steps")
     checkpoint_minutes: Annotated[float, Field(ge=0)] = Field(
         10.0, description="between checkpoints within an epoch; the end of each epoch leaves one in any case"
+    )
+    # YAML reads an unquoted off as false.
+    strangers: Annotated[Literal["auto", "off"], BeforeValidator(lambda v: "off" if v is False else v)] = Field(
+        "auto", description="auto: images that seem to show none of the classes count less in training; off: all alike"
     )
     strong_views: Positive = Field(4, description="strong views encoded per image when the encoder is frozen")
 

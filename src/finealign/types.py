@@ -84,6 +84,7 @@ class PseudoLabels:
     labels: Tensor  # (B,) int64
     weights: Tensor  # (B,) in [0, 1]
     probabilities: Tensor  # (B, C), rows sum to 1
+    belonging: Tensor | None = None  # (B,) in (0, 1], how far each image belongs to the classes; None: wholly
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from torch.nn.functional import normalize
 
 from finealign.config import Auto, Settings
 from finealign.method.alignment import crop_relevance, crop_weights, global_score, learned_alignment_score
-from finealign.method.losses import fairness, running_mean, weighted_cross_entropy
+from finealign.method.losses import fairness, mean_over, running_mean, weighted_cross_entropy
 from finealign.types import Gaze, ImageFeatures, Loss, PseudoLabels, Score, TextFeatures
 
 Anchors = Tensor  # (C, J, D), rows of length 1
@@ -144,6 +144,11 @@ class SelfTrainingOptions(MethodOptions):
     fairness_window: Annotated[int, Field(ge=1)] | Auto = Field(
         "auto", description="images the running mean looks back on; auto: 8 a class"
     )
+    class_prior: Literal["auto", "even"] | dict[str, Annotated[float, Field(ge=0)]] = Field(
+        "auto",
+        description="share of the images that each class is expected to have: even, a share or count by class, or auto: "
+        "estimated without labels",
+    )
 
 
 class SelfTrainingMethod(Method):
@@ -173,16 +178,25 @@ class SelfTrainingMethod(Method):
         """Return the learned anchors, normalised: (C, J, D)."""
         return normalize(self.anchors, dim=-1)
 
+    def expect(self, class_prior: Tensor) -> None:
+        """Set the share of the images that each class is expected to have, before the first step: (C,), sum 1.
+
+        Running means begin there. Subclasses with further running means extend this.
+        """
+        self.class_prior.copy_(class_prior)
+        self.mean_prediction.copy_(class_prior)
+
     def loss(self, strong: Tensor, pseudo: PseudoLabels) -> Loss:
         """Compute the weighted cross-entropy plus ``fairness_weight`` times the fairness term, of strong views (B, D).
 
-        Also updates the running mean prediction if the fairness term uses it.
+        Images count in the mean prediction as far as they belong to the classes. Also updates the running mean
+        prediction if the fairness term uses it.
         """
         logits = self.logit_scale * global_score(strong, self.classifier())
         cross_entropy = weighted_cross_entropy(logits, pseudo.labels, pseudo.weights)
         if self.options.fairness == "off":
             return Loss(cross_entropy, {"cross_entropy": cross_entropy.detach()})
-        mean = torch.softmax(logits / self.options.fairness_temperature, dim=1).mean(0)
+        mean = mean_over(torch.softmax(logits / self.options.fairness_temperature, dim=1), pseudo.belonging)
         if self.options.fairness == "running":
             mean = running_mean(self.mean_prediction, mean, momentum=self._momentum(strong.shape[0]))
             self.mean_prediction.copy_(mean.detach())

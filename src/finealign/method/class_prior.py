@@ -141,4 +141,5 @@ def _sparse(points: Tensor, log_text: Tensor, counts: Tensor, texts: Tensor, ass
 
 
 def _shared_variance(weighed: Tensor, points: Tensor, means: Tensor) -> Tensor:
-    return (squared_deviations(weighed, points, means).sum(0) / weighed.sum()).clamp_min(1e-8)
+    variance: Tensor = (squared_deviations(weighed, points, means).sum(0) / weighed.sum()).clamp_min(1e-8)
+    return variance

@@ -26,6 +26,16 @@ def fairness(mean_prediction: Tensor, class_prior: Tensor) -> Tensor:
     return -(class_prior * mean_prediction.clamp_min(torch.finfo(mean_prediction.dtype).tiny).log()).sum()
 
 
+def mean_over(predictions: Tensor, belonging: Tensor | None) -> Tensor:
+    """Compute the mean prediction of a batch, in which each image counts as far as it belongs to the classes.
+
+    predictions (B, C), belonging (B,) in (0, 1] or None for 1 -> (C,).
+    """
+    if belonging is None:
+        return predictions.mean(0)
+    return (belonging[:, None] * predictions).sum(0) / belonging.sum()
+
+
 def running_mean(previous: Tensor, current: Tensor, *, momentum: float) -> Tensor:
     """Update the running mean prediction. The result has the gradient of the current batch's mean.
 

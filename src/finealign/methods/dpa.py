@@ -39,7 +39,7 @@ class Dpa(SelfTrainingMethod):
         # The authors choose the learning rate per data set; this preset has one. Their value of a is not known.
         "published": {
             "training": {**PUBLISHED_PACE, **PUBLISHED_DECAY},
-            "method": {"fairness": "batch", "fairness_weight": 1.0, "image_share": 0.5},
+            "method": {"fairness": "batch", "fairness_weight": 1.0, "image_share": 0.5, "class_prior": "even"},
         }
     }
     image_prototypes: Tensor  # (C, D)
@@ -50,6 +50,11 @@ class Dpa(SelfTrainingMethod):
         super().__init__(options, texts, means[:, None], logit_scale=logit_scale)
         self.register_buffer("image_prototypes", means.clone())
         self.register_buffer("mean_text", self.mean_prediction.clone())
+
+    def expect(self, class_prior: Tensor) -> None:
+        """Begin the running mean of p_t at the prior, too."""
+        super().expect(class_prior)
+        self.mean_text.copy_(class_prior)
 
     @torch.no_grad()
     def survey(self, weak: Tensor) -> None:

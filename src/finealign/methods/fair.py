@@ -56,6 +56,11 @@ class Fair(SelfTrainingMethod):
         self.register_buffer("teacher", anchors.clone())
         self.register_buffer("mean_label", self.mean_prediction.clone())
 
+    def expect(self, class_prior: Tensor) -> None:
+        """Begin the running mean of the label probabilities at the prior, too."""
+        super().expect(class_prior)
+        self.mean_label.copy_(class_prior)
+
     @property
     def _by_confusion(self) -> bool:
         return "confusion" in self.options.weight

@@ -36,7 +36,7 @@ class Microclip(SelfTrainingMethod):
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "published": {
             "training": {**PUBLISHED_PACE, **PUBLISHED_DECAY},
-            "method": {"fairness": "batch", "fairness_weight": 1.0},
+            "method": {"fairness": "batch", "fairness_weight": 1.0, "class_prior": "even"},
         }
     }
     fixed: Tensor  # (C, 1, D), the means of the descriptions

@@ -5,7 +5,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from finealign.method.base import Method
 from finealign.runtime.devices import choose_workers
 from finealign.runtime.distributed import Ranks
 from finealign.runtime.progress import Progress
+from finealign.training.outset import take_stock
 from finealign.training.features import EncodingPlan, FeatureBank, FrozenBank, ImageSource
 from finealign.training.state import EpochRecord, State, begin
 from finealign.types import Gaze, ImageFeatures, Loss, PseudoLabels
@@ -210,8 +211,13 @@ def run_epochs(
 def _refresh_labels(
     state: State, source: ImageSource, config: Config, epoch: int, name_of: Callable[[int], str]
 ) -> None:
-    """Before the first step of an epoch: encode label features anew if due, call ``survey``, settle the anchors."""
+    """Before the first step of an epoch: encode label features anew if due, call ``survey``, settle the anchors.
+
+    Before the first epoch also ``take_stock``.
+    """
     fresh = source.start_epoch(epoch)
+    if not epoch:
+        take_stock(state, source, config)
     if state.method.surveys:
         state.method.survey(source.whole_images(epoch))
     if fresh:
@@ -225,7 +231,7 @@ def _steps(
     epoch, remaining = state.epoch, batches[state.step :]
     for batch, strong in zip(remaining, source.strong_features(epoch, remaining), strict=True):
         set_rates(state.step)
-        state.meter.add(batch, *step(state, source.label_features(batch, epoch), strong))
+        state.meter.add(batch, *step(state, source.label_features(batch, epoch), strong, state.belonging[batch]))
         state.step += 1
         yield batch
 
@@ -265,7 +271,8 @@ def settle_anchors(
         features = source.label_features(batch, epoch)
         chosen = torch.from_numpy(rng.integers(features.crops.shape[1], size=len(batch))).to(features.crops.device)
         _set_learning_rates(state.optimizer, number / training.anchor_steps, final=training.final_learning_rate)
-        loss, _ = step(state, features, features.crops[torch.arange(len(batch)), chosen])
+        crop = features.crops[torch.arange(len(batch)), chosen]
+        loss, _ = step(state, features, crop, state.belonging[batch])
         step_batches.append(batch)
         losses.append(loss.total.detach())
     state.refuse_not_finite(step_batches, losses, config, name_of)
@@ -279,12 +286,15 @@ def _settles(method: Method, config: Config) -> bool:
     return method.settles and training.anchor_steps > 0 and training.learn != "norms"
 
 
-def step(state: State, features: ImageFeatures, strong: Tensor) -> tuple[Loss, PseudoLabels]:
+def step(state: State, features: ImageFeatures, strong: Tensor, belonging: Tensor) -> tuple[Loss, PseudoLabels]:
     """Take one step of the optimiser, and return the loss and the pseudo-labels of the batch.
 
-    The batch is labelled by its weak and crop ``features``; the loss is that of its strong features (B, D).
+    The batch is labelled by its weak and crop ``features``; the loss is that of its strong features (B, D). An image's
+    label weighs less, and the image counts less in means, the less it belongs to the classes: ``belonging`` (B,).
     """
     pseudo = state.method.pseudo_label(features)
+    belonging = belonging.to(pseudo.weights)
+    pseudo = replace(pseudo, weights=pseudo.weights * belonging, belonging=belonging)
     loss = state.method.loss(strong, pseudo)
     state.optimizer.zero_grad(set_to_none=True)
     torch.autograd.backward(loss.total)

@@ -46,7 +46,15 @@ def begin(backbone: Backbone, method: Method, config: Config, *, images: int, ra
     optimizer = torch.optim.AdamW(_groups(norms, method, config), betas=(0.9, 0.999))
     labels = torch.full((images,), -1)
     meter = EpochMeter(classes=method.num_classes)
-    return State(norms=norms, method=method, optimizer=optimizer, labels=labels, meter=meter, ranks=ranks or Ranks())
+    return State(
+        norms=norms,
+        method=method,
+        optimizer=optimizer,
+        labels=labels,
+        meter=meter,
+        ranks=ranks or Ranks(),
+        belonging=torch.ones(images),
+    )
 
 
 @dataclass
@@ -59,6 +67,7 @@ class State:
     labels: Tensor  # (images,) int64, the pseudo-labels of the epoch before; -1 before the first epoch
     meter: "EpochMeter"  # of the current epoch
     ranks: Ranks
+    belonging: Tensor  # (images,) in (0, 1], how far each image belongs to the classes; 1 before ``take_stock``
     epoch: int = 0  # finished epochs
     step: int = 0  # finished steps of the current epoch
 
@@ -121,7 +130,7 @@ class State:
     def save(self, folder: Path, source: FeatureBank, record: EpochRecord | None = None) -> None:
         """Write a checkpoint: after an epoch, with its record, or within an epoch, without one. Raises OutputError."""
         require_folder(folder)
-        tensors = {"labels": self.labels, **self.tensors()}
+        tensors = {"labels": self.labels, "belonging": self.belonging, **self.tensors()}
         if self.step:
             tensors |= {f"meter.{name}": value for name, value in self.meter.tensors().items()}
         values = {"record": asdict(record) if record else None, "features": source.bank_file}
@@ -140,7 +149,7 @@ class State:
             for name, parameter in self.norms.items():
                 parameter.copy_(sections["norms"][name])
         self.method.load_state_dict(sections["method"])
-        self.labels = checkpoint.tensors["labels"]
+        self.labels, self.belonging = checkpoint.tensors["labels"], checkpoint.tensors["belonging"]
         moments: dict[int, dict[str, Tensor]] = {}
         for name, value in sections["optimizer"].items():
             index, key = name.split(".")
