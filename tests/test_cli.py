@@ -38,7 +38,7 @@ CLASSES = ["red", "green", "blue", "cyan", "magenta", "yellow", "black"]  # of t
 PRECISE = ["--device", "cpu", "--precision", "fp32"]
 QUICK = [*PRECISE, "--set", "views.crops=2", "--set", "training.batch_size=8", "--set", "training.epochs=2"]
 QUICK += ["--set", "training.anchor_steps=0"]
-HEADLINE = {"top1", "top5", "ece", "top1_low", "top1_high"}
+HEADLINE = {"top1", "top5", "ece", "brier", "top1_low", "top1_high", "balanced", "balanced_low", "balanced_high"}
 VERBS = [
     "adapt",
     "describe",
@@ -249,10 +249,11 @@ def test_evaluate__has_the_documented_keys(made: Made) -> None:
     found = only_json(command("evaluate", made.run, made.labelled, *PRECISE, "--json"))
     assert set(found) == {
         "adapted", "start", "zero_shot", "difference", "use", "images", "set_aside", "per_class", "confused_pairs",
+        "adapted_to",
     }  # fmt: skip
     assert set(found["adapted"]) == set(found["start"]) == HEADLINE
-    assert set(found["difference"]) == {"top1", "low", "high"}
-    assert (found["images"], found["set_aside"]) == (24, 0)
+    assert set(found["difference"]) == {"top1", "low", "high", "balanced", "balanced_low", "balanced_high"}
+    assert (found["images"], found["set_aside"], found["adapted_to"]) == (24, 0, 0)
     assert list(found["per_class"]) == CLASSES
     assert [row["images"] for row in found["per_class"].values()] == [0, 9, 5, 5, 0, 0, 5]
     assert found["per_class"]["red"] == {"adapted": None, "start": None, "zero_shot": None, "images": 0}
@@ -260,9 +261,15 @@ def test_evaluate__has_the_documented_keys(made: Made) -> None:
         assert 0 <= found[side]["top1_low"] <= found[side]["top1"] <= found[side]["top1_high"] <= 1
         assert found[side]["top1"] <= found[side]["top5"] <= 1
         assert 0 <= found[side]["ece"] <= 1
+        assert 0 <= found[side]["brier"] <= 2
+        recalls = [row[side] for row in found["per_class"].values() if row["images"]]
+        assert found[side]["balanced"] == pytest.approx(sum(recalls) / len(recalls))
+        assert found[side]["balanced_low"] <= found[side]["balanced"] <= found[side]["balanced_high"]
     gain = found["difference"]
     assert gain["top1"] == pytest.approx(found["adapted"]["top1"] - found["start"]["top1"])
     assert gain["low"] <= gain["top1"] <= gain["high"]
+    assert gain["balanced"] == pytest.approx(found["adapted"]["balanced"] - found["start"]["balanced"])
+    assert gain["balanced_low"] <= gain["balanced"] <= gain["balanced_high"]
 
 
 def test_evaluate__the_start_is_the_model_before_adaptation(made: Made, tmp_path: Path) -> None:
@@ -316,8 +323,57 @@ def test_evaluate__tables_for_a_person(made: Made) -> None:
     shown = command("evaluate", made.run, made.labelled, *PRECISE).stdout
     assert "24 labelled images" in shown
     assert f"{100 * found['difference']['top1']:+.1f} points" in shown
-    assert f"{found['adapted']['top1']:.1%}" in shown
+    for side in ("start", "adapted"):
+        assert f"{found[side]['top1']:.1%} ({found[side]['top1_low']:.1%} to" in shown
+        assert f"{found[side]['balanced']:.1%} ({found[side]['balanced_low']:.1%} to" in shown
+        assert f"{found[side]['brier']:.3f}" in shown
+    assert f"{100 * found['difference']['balanced']:+.1f} points balanced accuracy" in shown
+    assert "adapted to" not in shown  # these are copies
     assert all(name in shown for name in CLASSES)
+
+
+def own_labels(made: Made, table: Path, *others: Path) -> Path:
+    """A CSV with labels of the very photos adapted to, uneven over the classes, and of other images, called red."""
+    own = [(path, "red" if path.parent.name == "red" else "blue") for path in list_images(made.photos)]
+    lines = [
+        f"{os.path.relpath(path, table.parent)},{label}\n" for path, label in [*own, *((one, "red") for one in others)]
+    ]
+    table.write_text("path,label\n" + "".join(lines), encoding="utf-8")
+    return table
+
+
+def test_evaluate__labels_of_the_images_adapted_to_give_the_accuracy_on_them(made: Made, tmp_path: Path) -> None:
+    labels = own_labels(made, tmp_path / "labels.csv")
+    for model in (made.run, made.run / "model"):
+        found = only_json(command("evaluate", model, labels, *PRECISE, "--json"))
+        assert (found["adapted_to"], found["images"]) == (24, 24)
+    given = {row["path"]: row["label"] for row in table((made.run / "predictions.csv").read_text(encoding="utf-8"))}
+    right: dict[str, list[bool]] = {"red": [], "blue": []}
+    for path, label in given.items():
+        truth = "red" if Path(path).parent.name == "red" else "blue"
+        right[truth].append(label == truth)
+    assert [len(one) for one in right.values()] == [8, 16]
+    own, balanced = sum(map(sum, right.values())) / 24, sum(sum(one) / len(one) for one in right.values()) / 2
+    assert found["adapted"]["top1"] == pytest.approx(own)
+    assert found["adapted"]["balanced"] == pytest.approx(balanced)
+    shown = command("evaluate", made.run, labels, *PRECISE).stdout
+    assert "All images measured here are among those the model was adapted to" in shown
+
+
+def test_evaluate__some_images_adapted_to_are_counted(made: Made, tmp_path: Path) -> None:
+    labels = own_labels(made, tmp_path / "labels.csv", *list_images(made.labelled)[:3])
+    assert "24 of the 27 images measured here are among" in command("evaluate", made.run, labels, *PRECISE).stdout
+
+
+@pytest.mark.parametrize("lost", ["run.json", "predictions.csv"])
+def test_evaluate__a_run_without_its_list_says_nothing_of_what_it_was_adapted_to(
+    made: Made, tmp_path: Path, lost: str
+) -> None:
+    run = Path(shutil.copytree(made.run, tmp_path / "run"))
+    (run / lost).unlink()
+    labels = own_labels(made, tmp_path / "labels.csv")
+    assert only_json(command("evaluate", run, labels, *PRECISE, "--json"))["adapted_to"] is None
+    assert "adapted to" not in command("evaluate", run, labels, *PRECISE).stdout
 
 
 @pytest.mark.parametrize("brackets", ["[warm]", "[/warm]"])

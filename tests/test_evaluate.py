@@ -18,7 +18,10 @@ from finealign.evaluate import metrics as evaluate
 from finealign.evaluate.metrics import (
     ConfusedPair,
     Interval,
+    balanced_difference,
+    balanced_mean,
     bootstrap_interval,
+    brier_score,
     confused_pairs,
     confusion_matrix,
     expected_calibration_error,
@@ -241,6 +244,128 @@ def test_expected_calibration_error__refuses_scores(scores: list[list[float]]) -
         expected_calibration_error(np.array(scores), np.array([0]))
 
 
+# --- brier_score ------------------------------------------------------------------------------------------------------
+
+
+@few
+@given(scored())
+def test_brier_score__is_the_sum_over_classes_image_by_image(case: tuple[Floats, Ints]) -> None:
+    probabilities, labels = softmax(case[0]), case[1]
+    total = 0.0
+    for row, label in zip(probabilities.tolist(), labels.tolist(), strict=True):
+        total += sum((value - (index == label)) ** 2 for index, value in enumerate(row))
+    assert brier_score(probabilities, labels) == pytest.approx(total / len(labels), abs=1e-12)
+    assert 0 <= brier_score(probabilities, labels) <= 2
+
+
+def test_brier_score__by_hand() -> None:
+    sure, unsure, even = [1.0, 0.0, 0.0], [0.6, 0.4, 0.0], [1 / 3] * 3
+    assert brier_score(np.array([sure]), np.array([0])) == 0.0
+    assert brier_score(np.array([sure]), np.array([2])) == 2.0
+    assert brier_score(np.array([even]), np.array([1])) == pytest.approx(1 - 1 / 3)
+    assert brier_score(np.array([unsure, sure]), np.array([1, 0])) == pytest.approx((0.36 + 0.36) / 2)
+
+
+def test_brier_score__leaves_its_argument_and_takes_half_precision() -> None:
+    scores, labels = example(num_classes=100)
+    probabilities = softmax(scores).astype(np.float16)
+    before = probabilities.copy()
+    assert brier_score(probabilities, labels) == pytest.approx(brier_score(softmax(scores), labels), abs=2e-3)
+    assert np.array_equal(probabilities, before)
+
+
+def test_brier_score__refuses_scores() -> None:
+    with pytest.raises(ValueError, match="were scores given"):
+        brier_score(np.array([[0.5, 0.9]]), np.array([0]))
+
+
+# --- balanced_mean, balanced_difference -------------------------------------------------------------------------------
+
+
+def balanced_accuracy(predicted: Ints, labels: Ints) -> float:
+    """The mean of the recalls of the classes that have images, one image at a time."""
+    images: dict[int, int] = {}
+    hits: dict[int, int] = {}
+    for guess, truth in zip(predicted.tolist(), labels.tolist(), strict=True):
+        images[truth] = images.get(truth, 0) + 1
+        hits[truth] = hits.get(truth, 0) + (guess == truth)
+    return sum(hits[truth] / images[truth] for truth in images) / len(images)
+
+
+def uneven(seed: int = 0) -> tuple[Ints, Ints]:
+    """Predictions and labels of 190, 10, 10 and 10 images: the large class is right nine times in ten, others half."""
+    labels = np.repeat([0, 1, 2, 3], [190, 10, 10, 10])
+    right = np.random.default_rng(seed).random(220) < np.where(labels == 0, 0.9, 0.5)
+    return np.where(right, labels, (labels + 1) % 4), labels
+
+
+@few
+@given(scored())
+def test_balanced_mean__of_correctness_is_the_mean_of_the_recalls(case: tuple[Floats, Ints]) -> None:
+    predicted, labels = case[0].argmax(axis=1), case[1]
+    found = balanced_mean(predicted == labels, labels)
+    assert found.mean == pytest.approx(balanced_accuracy(predicted, labels))
+    assert 0 <= found.low <= found.high <= 1
+
+
+def test_balanced_mean__differs_from_accuracy_on_uneven_classes_alone() -> None:
+    predicted, labels = uneven()
+    assert np.mean(predicted == labels) > balanced_mean(predicted == labels, labels).mean + 0.15
+    everything = np.zeros(220, dtype=int)  # one class for all: accurate, and of no use
+    assert np.mean(everything == labels) == pytest.approx(190 / 220)
+    assert balanced_mean(everything == labels, labels).mean == 0.25
+    even = np.tile([0, 1, 2, 3], 55)
+    correct = np.random.default_rng(1).random(220) < 0.6
+    assert balanced_mean(correct, even).mean == pytest.approx(correct.mean())
+
+
+def test_balanced_mean__interval_agrees_with_drawing_images_of_each_class() -> None:
+    predicted, labels = uneven()
+    correct, generator = predicted == labels, np.random.default_rng(3)
+    means = np.zeros(8000)
+    for index, size in enumerate([190, 10, 10, 10]):
+        draws = generator.integers(0, size, size=(8000, size))
+        means += correct[labels == index][draws].mean(axis=1) / 4
+    low, high = np.percentile(means, [2.5, 97.5])
+    found = balanced_mean(correct, labels)
+    assert (found.low, found.high) == pytest.approx((low, high), abs=0.06 * (high - low))
+
+
+def test_balanced_mean__neither_order_of_images_nor_of_classes_matters() -> None:
+    predicted, labels = uneven()
+    correct, order = predicted == labels, np.random.default_rng(5).permutation(220)
+    found = balanced_mean(correct, labels)
+    assert balanced_mean(correct[order], labels[order]) == found
+    assert balanced_mean(correct, np.array([2, 0, 3, 1])[labels]) == found
+    assert balanced_mean(correct, labels, seed=1) != found
+
+
+def test_balanced_mean__all_right_has_no_width() -> None:
+    labels = np.array([0, 0, 1, 2, 4, 4, 4])
+    assert balanced_mean(np.ones(7, dtype=bool), labels) == Interval(1.0, 1.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("values", "labels"), [([], []), ([[1.0]], [[0]]), ([np.nan], [0]), ([1.0, 0.0], [0]), ([1.0], [0, 1])]
+)
+def test_balanced_mean__refuses_what_does_not_fit(values: list[float], labels: list[int]) -> None:
+    with pytest.raises(ValueError, match="values"):
+        balanced_mean(np.array(values), np.array(labels, dtype=np.int64))
+
+
+def test_balanced_difference__is_that_of_the_balanced_accuracies_and_paired() -> None:
+    (start, labels), generator = uneven(), np.random.default_rng(7)
+    adapted = np.where(generator.random(220) < 0.1, labels, start)  # a tenth of the answers mended
+    found = balanced_difference(adapted == labels, start == labels, labels)
+    assert found.mean == pytest.approx(balanced_accuracy(adapted, labels) - balanced_accuracy(start, labels))
+    assert 0 <= found.low < found.mean < found.high
+    alone = balanced_mean(adapted == labels, labels)
+    assert found.high - found.low < alone.high - alone.low
+    assert balanced_difference(start == labels, start == labels, labels) == Interval(0.0, 0.0, 0.0)
+    with pytest.raises(ValueError, match="different images"):
+        balanced_difference(np.array([True, False]), np.array([True]), np.array([0, 1]))
+
+
 # --- bootstrap_interval, paired_difference ----------------------------------------------------------------------------
 
 
@@ -345,6 +470,8 @@ def test_evaluate_scores__gathers_the_measures() -> None:
     assert found.top1.low < found.top1.mean == top_k_accuracy(scores, labels, 1) < found.top1.high
     assert found.top5 == top_k_accuracy(scores, labels, 5)
     assert found.ece == expected_calibration_error(softmax(scores), labels)
+    assert found.brier == brier_score(softmax(scores), labels)
+    assert found.balanced == balanced_mean(predicted == labels, labels)
     assert list(found.per_class.values()) == per_class_accuracy(predicted, labels, 6).tolist()
     assert np.array_equal(found.confusion, confusion_matrix(predicted, labels, 6))
     assert found.pairs == tuple(confused_pairs(found.confusion, names(6)))
@@ -361,6 +488,8 @@ def test_evaluate_scores__permuting_classes_permutes_the_results(seed: int) -> N
         scores[:, order], softmax(scores)[:, order], np.argsort(order)[labels], [classes[index] for index in order]
     )
     assert permuted.top1 == found.top1
+    assert permuted.balanced == found.balanced
+    assert permuted.brier == pytest.approx(found.brier)
     assert permuted.top5 == found.top5
     assert permuted.ece == pytest.approx(found.ece)
     assert permuted.per_class == found.per_class  # by name
@@ -380,6 +509,7 @@ def test_evaluate_scores__one_image_and_empty_classes() -> None:
 def test_evaluate_scores__one_class() -> None:
     found = of(np.zeros((3, 1)), np.zeros(3, dtype=int))
     assert (found.top1.mean, found.top5, found.ece, found.pairs) == (1.0, 1.0, 0.0, ())
+    assert (found.balanced, found.brier) == (Interval(1.0, 1.0, 1.0), 0.0)
 
 
 def test_evaluate_scores__tied_scores() -> None:
@@ -411,13 +541,20 @@ def test_summary__is_this_json() -> None:
     adapted = of(np.eye(3)[[0, 0, 1, 0]], labels)
     start = of(np.eye(3)[[1, 0, 0, 0]], labels)
     difference = paired_difference(adapted.correct, start.correct)
-    found = json.loads(json.dumps(summary(adapted, start, difference, images=4, set_aside=2), allow_nan=False))
+    balanced = balanced_difference(adapted.correct, start.correct, labels)
+    found = json.loads(
+        json.dumps(summary(adapted, start, difference, balanced, images=4, set_aside=2), allow_nan=False)
+    )
     of_start = {
         "top1": 0.25,
         "top5": 1.0,
         "ece": start.ece,
         "top1_low": start.top1.low,
         "top1_high": start.top1.high,
+        "balanced": 0.25,
+        "balanced_low": start.balanced.low,
+        "balanced_high": start.balanced.high,
+        "brier": start.brier,
     }
     assert found == {
         "adapted": {
@@ -426,10 +563,21 @@ def test_summary__is_this_json() -> None:
             "ece": adapted.ece,
             "top1_low": adapted.top1.low,
             "top1_high": adapted.top1.high,
+            "balanced": 0.75,
+            "balanced_low": adapted.balanced.low,
+            "balanced_high": adapted.balanced.high,
+            "brier": adapted.brier,
         },
         "start": of_start,
         "zero_shot": of_start,
-        "difference": {"top1": 0.5, "low": difference.low, "high": difference.high},
+        "difference": {
+            "top1": 0.5,
+            "low": difference.low,
+            "high": difference.high,
+            "balanced": 0.5,
+            "balanced_low": balanced.low,
+            "balanced_high": balanced.high,
+        },
         "use": "adapted",
         "images": 4,
         "set_aside": 2,
@@ -445,7 +593,7 @@ def test_summary__is_this_json() -> None:
 def test_summary__refuses_evaluations_of_different_images() -> None:
     first, second = of(np.eye(2), np.array([0, 1])), of(np.eye(2), np.array([0, 0]))
     with pytest.raises(ValueError, match="different classes or images"):
-        summary(first, second, Interval(0.0, 0.0, 0.0), images=2, set_aside=0)
+        summary(first, second, Interval(0.0, 0.0, 0.0), Interval(0.0, 0.0, 0.0), images=2, set_aside=0)
 
 
 # --- read_truth -------------------------------------------------------------------------------------------------------

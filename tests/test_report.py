@@ -176,9 +176,28 @@ def test_report__with_labels_has_accuracy_confusion_and_calibration(finished: Pa
         assert sum(one["images"] for one in saved["calibration"][name]) == 24
         gap = sum(one["images"] * abs(one["accuracy"] - one["confidence"]) for one in saved["calibration"][name]) / 24
         assert gap == pytest.approx(saved[name]["ece"])
+        assert f"{saved[name]['balanced']:.1%} {saved[name]['balanced_low']:.1%} to" in text
+        assert f"{saved[name]['brier']:.3f}" in text
+    assert saved["adapted_to"] == 24
+    assert "All images measured here are among those the model was adapted to" in text
+    assert f"It changed by {100 * saved['difference']['balanced']:+.1f} points" in text
     again = command("report", run, "--json")
     assert json.loads(again.stdout) == {"report": str(run / "report.html")}
     assert "Measured on 24" in (run / "report.html").read_text(encoding="utf-8")  # kept for later reports
+
+
+def test_report__shows_an_evaluation_without_the_newer_measures(finished: Path, run: Path) -> None:
+    labelled = finished.parent / "photos" / "older.csv"
+    labelled.write_text("path,label\nred/0.png,red\nblue/0.png,blue\n", encoding="utf-8")
+    assert command("report", run, "--labelled", labelled, "--device", "cpu").exit_code == 0
+    saved = json.loads((run / "evaluation.json").read_text(encoding="utf-8"))
+    del saved["adapted_to"]
+    for part in ("adapted", "start", "zero_shot", "difference"):
+        saved[part] = {name: value for name, value in saved[part].items() if not name.startswith(("balanced", "brier"))}
+    (run / "evaluation.json").write_text(json.dumps(saved), encoding="utf-8")
+    text = Reader(render(run)).text
+    assert "Measured on 2 labelled images" in text
+    assert "balanced" not in text and "Brier" not in text and "measured here" not in text
 
 
 @pytest.mark.parametrize("status", ["running", "stopped", "failed"])

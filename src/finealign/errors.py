@@ -63,6 +63,12 @@ def unknown_name(kind: str, found: str, valid: Iterable[str]) -> str:
     return f"Unknown {kind} {found!r}.{hint} Valid: {', '.join(names)}."
 
 
+def first_few(names: Iterable[str], total: int, most: int) -> str:
+    """The first ``most`` of ``total`` names with commas between, and how many more there are, if any."""
+    listed = ", ".join(name for name, _ in zip(names, range(most), strict=False))
+    return f"{listed} and {total - most} more" if total > most else listed
+
+
 def display_path(path: str | Path) -> str:
     r"""The path as text that can be encoded as UTF-8. Bytes of a file name that are not UTF-8 appear as ``\xNN``."""
     try:

@@ -37,7 +37,7 @@ def evaluate(
 
         ranks = Ranks.launched(device)
         loaded = FineAlign.load(model, use=use, device=device, precision=precision, ranks=ranks)
-        figures, set_aside = measured(loaded, labelled, score)
+        figures, set_aside = measured(loaded, model, labelled, score)
         ranks.leave()
         if not ranks.first:
             return
@@ -49,18 +49,20 @@ def evaluate(
 
 
 def measured(
-    model: "FineAlign", labelled: Path, score: "Score | None", *, in_full: bool = False
+    model: "FineAlign", folder: Path, labelled: Path, score: "Score | None", *, in_full: bool = False
 ) -> "tuple[dict[str, object], list[SetAside]]":
     """Evaluate the adapted model and the start (the model before adaptation) on labelled images.
 
-    ``score`` is of the adapted model, which is the one in use afterwards. Returns the summary of
-    ``evaluate_predictions``, which ``in_full`` extends by what a report draws, and the labelled images that could not
-    be read.
+    ``folder`` is where the model was loaded from, and ``score`` is of the adapted model, which is the one in use
+    afterwards. Returns the summary of ``evaluate_predictions``, which ``in_full`` extends by what a report draws, and
+    the labelled images that could not be read. To the summary is added ``adapted_to``: how many of the measured images
+    the model was adapted to, None where this is not known.
     """
     from finealign.cli.bars import Bars
     from finealign.evaluate.summary import evaluate_predictions
     from finealign.evaluate.truth import read_truth
     from finealign.model.inference import readable
+    from finealign.run.folder import count_adapted_to
 
     names, use = model.texts_.classes, model.use_
     truth = read_truth(labelled, names)
@@ -69,4 +71,5 @@ def measured(
         outcomes = model.use("adapted").iter_predictions(truth.paths, score=score, with_start=True)
         predictions = list(readable(outcomes, set_aside, stage.advance))
     figures = evaluate_predictions(predictions, truth, names, set_aside=len(set_aside), in_full=in_full, use=use)
-    return figures, set_aside
+    adapted_to = count_adapted_to(folder, (prediction.path for prediction in predictions))
+    return figures | {"adapted_to": adapted_to}, set_aside

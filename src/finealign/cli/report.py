@@ -37,7 +37,7 @@ def report(
 
             render(run, measured=False)  # raises if there is no run to report, before any image is encoded
             loaded = FineAlign.load(run, device=device, precision=precision)
-            figures, _ = measured(loaded, labelled, score, in_full=True)
+            figures, _ = measured(loaded, run, labelled, score, in_full=True)
             save_evaluation(figures | {"score": score or loaded.score_}, run)
         path = write_report(run)
         if as_json:

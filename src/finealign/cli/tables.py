@@ -17,19 +17,33 @@ ALIKE_SHOWN = 10  # pairs of classes listed at most
 
 def evaluation_tables(found: dict[str, Any], console: Console) -> None:
     """Print an evaluation's summary (see ``evaluate.summary``) as tables."""
-    overall = Table(title=f"{found['images']} labelled images", title_justify="left")
-    for name in ("", "top-1", "95 % interval", "top-5", "calibration error"):
-        overall.add_column(name, justify="left" if not name else "right")
-    for key in ("start", "adapted"):
-        row, label = found[key], f"{key}, in use" if found["use"] == key else key
-        interval = f"{row['top1_low']:.1%} to {row['top1_high']:.1%}"
-        overall.add_row(label, f"{row['top1']:.1%}", interval, f"{row['top5']:.1%}", f"{row['ece']:.3f}")
+    overall = Table(title=f"{found['images']} labelled images, 95 % intervals in brackets", title_justify="left")
+    overall.add_column("")
+    for name in ("start", "adapted"):
+        overall.add_column(f"{name}, in use" if found["use"] == name else name, justify="right")
+    start, adapted = found["start"], found["adapted"]
+    for name, label in (("top1", "top-1"), ("balanced", "balanced accuracy")):
+        overall.add_row(label, _with_interval(start, name), _with_interval(adapted, name))
+    overall.add_row("top-5", f"{start['top5']:.1%}", f"{adapted['top5']:.1%}")
+    for name, label in (("ece", "calibration error"), ("brier", "Brier score, 0 to 2")):
+        overall.add_row(label, f"{start[name]:.3f}", f"{adapted[name]:.3f}")
     console.print(overall)
     gain = found["difference"]
     console.print(
         f"Difference on the same images: [bold]{100 * gain['top1']:+.1f} points[/bold] top-1 "
-        f"(95 % interval {100 * gain['low']:+.1f} to {100 * gain['high']:+.1f}).\n"
+        f"(95 % interval {100 * gain['low']:+.1f} to {100 * gain['high']:+.1f}), "
+        f"[bold]{100 * gain['balanced']:+.1f} points[/bold] balanced accuracy "
+        f"({100 * gain['balanced_low']:+.1f} to {100 * gain['balanced_high']:+.1f}).",
+        soft_wrap=True,
     )
+    if found["adapted_to"]:
+        share = "All" if found["adapted_to"] == found["images"] else f"{found['adapted_to']} of the {found['images']}"
+        console.print(
+            f"{share} images measured here are among those the model was adapted to, without their labels: the figures "
+            "tell how well it labels these, and need not hold for images that it has never seen.",
+            soft_wrap=True,
+        )
+    console.print()
     classes = Table(title="Per class", title_justify="left")
     for name in ("class", "images", "start", "adapted"):
         classes.add_column(name, justify="left" if name == "class" else "right")
@@ -139,6 +153,10 @@ def catalogue_table(sets: "Iterable[DataSet]", console: Console) -> None:
         texts, fetched = "ours" if data_set.texts else "-", "--download" if data_set.fetched else "-"
         table.add_row(data_set.name, str(data_set.classes), texts, fetched, escape(data_set.page))
     console.print(table)
+
+
+def _with_interval(row: dict[str, float], name: str) -> str:
+    return f"{row[name]:.1%} ({row[f'{name}_low']:.1%} to {row[f'{name}_high']:.1%})"
 
 
 def _percent(value: float | None) -> str:

@@ -1,8 +1,9 @@
 """Accuracy, confusion, calibration and bootstrap intervals, as pure functions of numpy arrays.
 
-n is the number of images, C of classes. Accuracies, shares and errors are fractions in [0, 1]; a confusion matrix
-counts images. The functions raise ``ValueError`` for arrays that do not fit together (a wrong shape, a label outside
-[0, C), NaN, no image at all): that is a programming error of the caller, never a mistake of the user.
+n is the number of images, C of classes. Accuracies, shares and errors are fractions in [0, 1], Brier scores lie in
+[0, 2]; a confusion matrix counts images. The functions raise ``ValueError`` for arrays that do not fit together (a
+wrong shape, a label outside [0, C), NaN, no image at all): that is a programming error of the caller, never a mistake
+of the user.
 """
 
 from collections import Counter
@@ -142,10 +143,7 @@ def calibration_bins(probabilities: Floats, labels: Ints, bins: int = 15) -> tup
     """
     if bins < 1:
         raise ValueError(f"bins must be at least 1, not {bins}")
-    probabilities, labels = check_scores(probabilities, labels)
-    sums = probabilities.sum(axis=1, dtype=np.float64)
-    if probabilities.min() < 0 or not np.all(np.abs(sums - 1) <= 0.01):
-        raise ValueError("probabilities must not be negative and rows must sum to 1; were scores given?")
+    probabilities, labels = _check_probabilities(probabilities, labels)
     confidence = probabilities.max(axis=1).astype(np.float64)
     correct = probabilities.argmax(axis=1) == labels
     upper = np.arange(1, bins + 1) / bins
@@ -157,6 +155,26 @@ def calibration_bins(probabilities: Floats, labels: Ints, bins: int = 15) -> tup
         for mask in members
         if mask.any()
     )
+
+
+def brier_score(probabilities: Floats, labels: Ints) -> float:
+    """The mean over images of ``sum_c (p_c - [c is the true class])^2``, in [0, 2]; lower is better.
+
+    0 is certain and right, 2 certain and wrong, ``1 - 1 / C`` every class alike. Unlike the calibration error it also
+    rewards telling the classes apart. Source: Brier, "Verification of forecasts expressed in terms of probability",
+    Monthly Weather Review 1950. For two classes it is twice the score of the one probability.
+
+    Args:
+        probabilities: (n, C), rows sum to 1 (within 0.01, for half precision).
+        labels: (n,) in [0, C).
+
+    Raises:
+        ValueError: rows do not sum to 1, or the arrays do not fit together.
+    """
+    probabilities, labels = _check_probabilities(probabilities, labels)
+    errors = probabilities.copy()
+    errors[np.arange(len(labels)), labels] -= 1
+    return float(np.einsum("nc,nc->", errors, errors, dtype=np.float64)) / len(labels)
 
 
 def bootstrap_interval(
@@ -203,10 +221,37 @@ def bootstrap_mean_of_sets(
     themselves are fixed. ``resamples`` is at least 1, ``level`` (of confidence) between 0 and 1.
     """
     generator = np.random.default_rng(seed)
-    means = np.zeros(resamples)
+    sums = np.zeros(resamples)
     for values in sets:
-        means += _resampled_means(values, generator, resamples) / len(sets)
-    return _percentiles(sum(float(values.mean()) for values in sets) / len(sets), means, level)
+        sums += _resampled_means(values, generator, resamples)
+    return _percentiles(sum(float(values.mean()) for values in sets) / len(sets), sums / len(sets), level)
+
+
+def balanced_mean(values: Floats | Bools, labels: Ints, *, seed: int = 0) -> Interval:
+    """The mean over classes of each class's mean value, and its 95 % percentile bootstrap interval.
+
+    Of ``values`` that say whether each image is right it is the balanced accuracy: the mean of the recalls, in which
+    every class counts alike however many images it has. Classes without images do not count.
+
+    Images are resampled within their class, so each resample has as many images of each class as there are: the
+    interval is for classes of these sizes. A class whose images all have the same value adds no width, least of all a
+    class of one image; with such classes the interval is too narrow. The order of images and classes does not matter.
+
+    Args:
+        values: (n,) finite, at least one.
+        labels: (n,) integers, the class of each image.
+        seed: of the resampling.
+
+    Raises:
+        ValueError: the arrays do not fit together.
+    """
+    sample = np.asarray(values, dtype=np.float64)
+    if sample.ndim != 1 or not len(sample) or not np.all(np.isfinite(sample)):
+        raise ValueError(f"values must be one finite number an image for at least one image, shape {sample.shape}")
+    if labels.shape != sample.shape:
+        raise ValueError(f"{len(labels)} labels for {len(sample)} values")
+    by_class = [np.sort(sample[labels == label]) for label in np.unique(labels)]
+    return bootstrap_mean_of_sets(sorted(by_class, key=lambda values: values.tobytes()), seed=seed)
 
 
 def _resampled_means(sample: Floats, generator: np.random.Generator, resamples: int) -> NDArray[np.float64]:
@@ -233,10 +278,23 @@ def paired_difference(adapted_correct: Bools, start_correct: Bools, *, seed: int
     differences image by image removes the variance common to both, which comes from images that are hard for either.
     Raises ValueError where the shapes differ.
     """
+    return bootstrap_interval(_change(adapted_correct, start_correct), seed=seed)
+
+
+def balanced_difference(adapted_correct: Bools, start_correct: Bools, labels: Ints, *, seed: int = 0) -> Interval:
+    """The change in balanced accuracy, in [-1, 1], with its 95 % bootstrap interval: ``balanced_mean`` of differences.
+
+    All arguments are (n,), for the same images in the same order; see ``paired_difference``. Raises ValueError where
+    the shapes differ.
+    """
+    return balanced_mean(_change(adapted_correct, start_correct), labels, seed=seed)
+
+
+def _change(adapted_correct: Bools, start_correct: Bools) -> NDArray[np.float64]:
     adapted, start = np.asarray(adapted_correct, dtype=np.float64), np.asarray(start_correct, dtype=np.float64)
     if adapted.shape != start.shape:
         raise ValueError(f"correctness of different images: shapes {adapted.shape} and {start.shape}")
-    return bootstrap_interval(adapted - start, seed=seed)
+    return adapted - start
 
 
 def recall(confusion: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -275,3 +333,12 @@ def check_scores(scores: Floats, labels: Ints) -> tuple[Floats, NDArray[np.int64
     if len(scores) != len(labels):
         raise ValueError(f"{len(scores)} rows of scores for {len(labels)} labels")
     return scores, _check_labels(labels, scores.shape[1])
+
+
+def _check_probabilities(probabilities: Floats, labels: Ints) -> tuple[Floats, NDArray[np.int64]]:
+    """As ``check_scores``; raises ValueError also where a probability is negative or a row does not sum to 1."""
+    probabilities, labels = check_scores(probabilities, labels)
+    sums = probabilities.sum(axis=1, dtype=np.float64)
+    if probabilities.min() < 0 or not np.all(np.abs(sums - 1) <= 0.01):
+        raise ValueError("probabilities must not be negative and rows must sum to 1; were scores given?")
+    return probabilities, labels

@@ -15,7 +15,10 @@ from finealign.evaluate.metrics import (
     Floats,
     Interval,
     Ints,
+    balanced_difference,
+    balanced_mean,
     bootstrap_interval,
+    brier_score,
     calibration_bins,
     check_classes,
     check_scores,
@@ -33,11 +36,13 @@ OLD_NAME_OF_START = "zero_shot"  # the JSON key of release 0.1, which scripts ma
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """All measures of one set of scores; accuracies and errors are fractions in [0, 1]."""
+    """All measures of one set of scores; fractions in [0, 1], but for the Brier score, which lies in [0, 2]."""
 
     top1: Interval
+    balanced: Interval  # the mean of the accuracies of the classes that have images
     top5: float
     ece: float  # expected calibration error
+    brier: float  # sum over classes of squared errors of the probabilities, mean over images
     calibration: tuple["Bin", ...]
     per_class: dict[str, float | None]  # in the order of the classes; None where a class has no image
     confusion: NDArray[np.int64]  # (C, C), one row per true class, one column per predicted class
@@ -55,7 +60,7 @@ def evaluate_scores(
 
     Args:
         scores: (n, C), higher is better; accuracies and confusions are computed from them.
-        probabilities: (n, C), rows sum to 1; the calibration error is computed from them.
+        probabilities: (n, C), rows sum to 1; calibration error and Brier score are computed from them.
         labels: (n,) in [0, C).
         classes: C different names.
         seed: of the bootstrap.
@@ -72,8 +77,10 @@ def evaluate_scores(
     confusion = confusion_matrix(predicted, labels, len(classes))
     return Evaluation(
         top1=bootstrap_interval(correct, seed=seed),
+        balanced=balanced_mean(correct, labels, seed=seed),
         top5=top_k_accuracy(scores, labels, k=5),
         ece=expected_calibration_error(probabilities, labels),
+        brier=brier_score(probabilities, labels),
         calibration=calibration_bins(probabilities, labels),
         per_class={
             name: None if np.isnan(accuracy) else float(accuracy)
@@ -120,8 +127,15 @@ def evaluate_predictions(
         labels,
         classes,
     )
-    difference = paired_difference(adapted.correct, start.correct)
-    figures = summary(adapted, start, difference, images=len(predictions), set_aside=set_aside, use=use)
+    figures = summary(
+        adapted,
+        start,
+        paired_difference(adapted.correct, start.correct),
+        balanced_difference(adapted.correct, start.correct, labels),
+        images=len(predictions),
+        set_aside=set_aside,
+        use=use,
+    )
     if in_full:
         evaluations = {"adapted": adapted, "start": start}
         figures["confusion"] = _beside({name: _cells(evaluation.confusion) for name, evaluation in evaluations.items()})
@@ -141,9 +155,18 @@ def _beside(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def summary(
-    adapted: Evaluation, start: Evaluation, difference: Interval, *, images: int, set_aside: int, use: Use = "adapted"
+    adapted: Evaluation,
+    start: Evaluation,
+    difference: Interval,
+    balanced: Interval,
+    *,
+    images: int,
+    set_aside: int,
+    use: Use = "adapted",
 ) -> dict[str, object]:
     """Both evaluations side by side as JSON values: fractions in [0, 1], and null for a class without images.
+
+    ``difference`` is of the accuracies, ``balanced`` of the balanced accuracies. Brier scores lie in [0, 2].
 
     The confused pairs are those of the model in use, which ``use`` names. The start's values are repeated under
     ``zero_shot``, their name in release 0.1. Raises ``ValueError`` if the two evaluations differ in classes or in
@@ -156,7 +179,12 @@ def summary(
         raise ValueError("the two evaluations are of different classes or images")
     return {
         **_beside({"adapted": _headline(adapted), "start": _headline(start)}),
-        "difference": {"top1": difference.mean, "low": difference.low, "high": difference.high},
+        "difference": {
+            "top1": difference.mean,
+            "low": difference.low,
+            "high": difference.high,
+            **_balanced(balanced),
+        },
         "use": use,
         "images": images,
         "set_aside": set_aside,
@@ -178,4 +206,10 @@ def _headline(evaluation: Evaluation) -> dict[str, float]:
         "ece": evaluation.ece,
         "top1_low": evaluation.top1.low,
         "top1_high": evaluation.top1.high,
+        "brier": evaluation.brier,
+        **_balanced(evaluation.balanced),
     }
+
+
+def _balanced(found: Interval) -> dict[str, float]:
+    return {"balanced": found.mean, "balanced_low": found.low, "balanced_high": found.high}

@@ -2,10 +2,10 @@
 
 import os
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from finealign.errors import ImageInputError, display_path
+from finealign.errors import ImageInputError, display_path, first_few
 from finealign.evaluate.metrics import check_classes
 from finealign.images.listing import list_images
 from finealign.images.tables import read_table
@@ -106,17 +106,12 @@ def _unknown_classes(
 
     kind = "folder" if os.path.isdir(source) else "label"
     names = f"{kind} name matches" if len(unknown) == 1 else f"{kind} names match"
-    listed = _first((described(name) for name in sorted(unknown)), len(unknown), UNKNOWN_SHOWN)
-    valid = _first((f"{name!r:.100}" for name in classes), len(classes), VALID_SHOWN)
+    listed = first_few((described(name) for name in sorted(unknown)), len(unknown), UNKNOWN_SHOWN)
+    valid = first_few((f"{name!r:.100}" for name in classes), len(classes), VALID_SHOWN)
     return (
         f"{len(unknown)} {names} no class in {_shown(source)}, with {_images(unknown.total())}: {listed}. "
         f"Rename or remove them. Valid class names: {valid}."
     )
-
-
-def _first(names: Iterable[str], total: int, most: int) -> str:
-    listed = ", ".join(name for name, _ in zip(names, range(most), strict=False))
-    return f"{listed} and {total - most} more" if total > most else listed
 
 
 def _shown(path: str | Path) -> str:

@@ -5,17 +5,20 @@
 
 import hashlib
 import json
+import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from finealign.errors import OutputError, display_path
+from finealign.errors import ImageInputError, OutputError, display_path
 from finealign.images.files import file_size
+from finealign.images.tables import read_table
+from finealign.model.folder import model_folder
 from finealign.model.prepare import Prepared
-from finealign.run.contract import CONTENTS, RUN
+from finealign.run.contract import CONTENTS, PREDICTIONS, RUN
 from finealign.runtime.atomic import require_folder, save_text
 from finealign.runtime.replace import require_replaceable
 from finealign.training.state import EpochRecord
@@ -99,6 +102,23 @@ def read_identity(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise OutputError(f"{path} cannot be read ({error}), so the run cannot be resumed. Use --overwrite.") from error
     return identity if isinstance(identity, dict) else {}
+
+
+def count_adapted_to(model: Path, images: Iterable[Path]) -> int | None:
+    """How many of the images a run was adapted to, by the paths in its ``predictions.csv``.
+
+    ``model`` is a run folder or its ``model/``. Relative paths on either side are taken from the current folder, so
+    those of a run that was started elsewhere are not recognised. None where the paths are not known: the model lies
+    outside its run, or the list cannot be read.
+    """
+    run = model_folder(model).parent
+    if not (run / RUN).is_file():
+        return None
+    try:
+        adapted_to = {os.path.realpath(row["path"]) for row in read_table(run / PREDICTIONS, ["path"])}
+    except (ImageInputError, ValueError):  # ValueError: no such path can be
+        return None
+    return sum(os.path.realpath(display_path(path)) in adapted_to for path in images)
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:

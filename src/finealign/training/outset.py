@@ -37,10 +37,11 @@ def take_stock(state: State, source: ImageSource, config: Config) -> None:
     if config.training.strangers == "auto":
         state.belonging = (1 - p_none(fit(weak, mean_crops, anchors), weak, mean_crops)).clamp_min(LEAST_BELONGING).cpu()
     if estimates:
-        group = copies(weak).cpu()
+        group = torch.from_numpy(copies(weak.float().cpu().numpy()))
         counts = state.belonging / torch.bincount(group)[group]
         shares = estimated_shares(weak, mean_crops, anchors, logit_scale=method.logit_scale, weights=counts)
         method.expect(even_or(shares, float(counts.sum())).to(method.class_prior))
+    state.ranks.follow([state.belonging, *state.tensors().values()])  # rounding may have made the ranks differ
 
 
 def _features(source: ImageSource, images: int, config: Config) -> tuple[Tensor, Tensor | None]:
