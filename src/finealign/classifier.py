@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
@@ -19,14 +20,16 @@ from finealign.images.decoding import Pixels
 from finealign.images.listing import list_images
 from finealign.images.training_set import decode_training_set
 from finealign.images.views import Views
-from finealign.method.base import Method
+from finealign.method.base import Method, SelfTrainingMethod
 from finealign.method.registry import create_method
+from finealign.method.strangers import StrangerModel
+from finealign.method.strangers import fit as fit_strangers
 from finealign.model.calibration import Calibration, calibrate, sample
 from finealign.model.card import is_card, model_card
 from finealign.model.fitted import FittedModel, check_use, inference_settings, what_learned
 from finealign.model.folder import own_norms, read_model, write_model
 from finealign.model.inference import Predictor
-from finealign.model.prepare import Prepared, check_settings, prepare
+from finealign.model.prepare import Prepared, check_settings, given_shares, prepare
 from finealign.runtime.atomic import save_text
 from finealign.runtime.devices import choose_device, choose_precision
 from finealign.runtime.distributed import Ranks
@@ -126,7 +129,9 @@ class FineAlign:
             "precision": self.precision,
         }
         config = check_settings(self.config, arguments)
-        return make_texts(self.classes, self.descriptions, self.templates), config
+        texts = make_texts(self.classes, self.descriptions, self.templates)
+        given_shares(config, texts.classes)
+        return texts, config
 
     def prepare(
         self,
@@ -186,10 +191,22 @@ class FineAlign:
                 del self._predictor  # a partly trained model is not a fitted one
                 raise
         method.requires_grad_(False)
-        if method.trains and self.config_.prediction.calibrate:
+        if method.trains:
             with progress.stage("calibrating without labels", None):
-                self._calibrate()
+                self._learn_strangers()
+                if self.config_.prediction.calibrate:
+                    self._calibrate()
         return self
+
+    def _learn_strangers(self) -> None:
+        """Learn, for both models, how to tell images that show none of the classes from those that do."""
+        before, after = self.sampled_features(self.paths_)
+        start, adapted = self._model.start().method.classifier(), self._model.method.classifier()
+        strangers: dict[Use, StrangerModel] = {
+            "start": fit_strangers(before.weak, None, start),
+            "adapted": fit_strangers(after.weak, None, adapted),
+        }
+        self._become(replace(self._model, strangers=strangers))
 
     def _calibrate(self) -> None:
         before, after = self.sampled_features(self.paths_)
@@ -218,6 +235,9 @@ class FineAlign:
             logit_scale=backbone.logit_scale,
             token_width=backbone.token_width,
         ).to(backbone.device)
+        shares = given_shares(config, prepared.texts.classes)
+        if shares is not None and isinstance(method, SelfTrainingMethod):
+            method.expect(torch.tensor(shares))
         norms = own_norms(backbone)
         norms_learn = method.trains and config.training.encoder == "full" and config.training.learn != "anchors"
         settings = config.model_dump()

@@ -107,6 +107,7 @@ class Prediction:
     probabilities: NDArray[np.float32]  # (C,)
     start_scores: NDArray[np.float32] | None = None  # (C,)
     start_probabilities: NDArray[np.float32] | None = None  # (C,)
+    none: float | None = None  # how likely the image shows none of the classes, in [0, 1]; None if the model cannot say
 
 
 @dataclass(frozen=True, eq=False)

@@ -146,8 +146,8 @@ class SelfTrainingOptions(MethodOptions):
     )
     class_prior: Literal["auto", "even"] | dict[str, Annotated[float, Field(ge=0)]] = Field(
         "auto",
-        description="share of the images that each class is expected to have: even, a share or count by class, or auto: "
-        "estimated without labels",
+        description="share of the images that each class is expected to have: even, a share or count by class, or "
+        "auto: estimated without labels",
     )
 
 

@@ -90,7 +90,8 @@ def _principal_axes(centred: Tensor, counts: Tensor) -> Tensor:
     values, vectors = torch.linalg.eigh((counts[:, None] * centred).T @ centred / counts.sum())
     spread = values > 1e-9 * values[-1].clamp_min(1e-9)
     most = min(PLAIN_DIRECTIONS, len(centred) - 1, int(spread.sum()))
-    return vectors[:, -most:].flip(1) if most else vectors[:, :0]
+    largest: Tensor = vectors[:, vectors.shape[1] - most :].flip(1)
+    return largest
 
 
 def _smoothed(assigned: Tensor, counts: Tensor) -> Tensor:
@@ -99,7 +100,7 @@ def _smoothed(assigned: Tensor, counts: Tensor) -> Tensor:
 
 
 def _laplace(assigned: Tensor, counts: Tensor) -> Tensor:
-    images = (counts[:, None] * assigned).sum(0) + LAPLACE
+    images: Tensor = (counts[:, None] * assigned).sum(0) + LAPLACE
     return images / images.sum()
 
 

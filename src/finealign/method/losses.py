@@ -20,8 +20,8 @@ def fairness(mean_prediction: Tensor, class_prior: Tensor) -> Tensor:
     """Compute -sum_c pi_c log pbar_c. Its minimum is reached if class c is predicted for the share pi_c of the images.
 
     mean_prediction pbar (C,) and class_prior pi (C,), both summing to 1 -> scalar. A probability of 0 is replaced by
-    the smallest normal float, so the term stays finite. Step 7 of the method [R]. With the even prior, pi_c = 1/C, it is
-    the term of MUST (arXiv 2206.02967) and DPA; the use of other priors is ours.
+    the smallest normal float, so the term stays finite. Step 7 of the method [R]. With the even prior, pi_c = 1/C, it
+    is the term of MUST (arXiv 2206.02967) and DPA; the use of other priors is ours.
     """
     return -(class_prior * mean_prediction.clamp_min(torch.finfo(mean_prediction.dtype).tiny).log()).sum()
 

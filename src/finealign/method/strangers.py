@@ -36,6 +36,7 @@ SHRINKAGE = 0.05  # ridge of the linear rule, a unit of it an image
 FARNESS, STEEPNESS = 1.75, 6.0  # deviations by which the worst claimed quarter is farther: even odds, slope
 SMALL_FOLDER = 20  # images by which FARNESS doubles: in a small folder a quarter may be a single class
 MOST_DOUBT = 0.15  # mean probability of a stranger in the better half at which the folder counts as without any
+QUANTILES = 101  # of p_none, kept so that a share of images can be refused without seeing them all
 CLOSED = 0.02  # the most that p_none is where there seem to be no strangers; keeps the order
 _TINY = 1e-6
 
@@ -60,6 +61,7 @@ class StrangerModel:
     bias: Tensor  # ()
     openness: Tensor  # ()
     share: Tensor  # ()
+    quantiles: Tensor  # (101,) of p_none over the images that it was fitted on, from 0 to 1 in steps of 0.01
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors by name, to be saved."""
@@ -67,10 +69,20 @@ class StrangerModel:
 
     @classmethod
     def from_tensors(cls, values: Mapping[str, Tensor]) -> "StrangerModel":
-        """Make the model from what ``tensors`` returned. Raises ValueError if the names are not those."""
+        """Make the model from what ``tensors`` returned. Raises ValueError if names, shapes or values do not fit."""
         names = [field.name for field in fields(cls)]
         if set(values) != set(names):
             raise ValueError(f"the tensors of a stranger model are {sorted(names)}, found {sorted(values)}")
+        (width,), (classes, _) = values["mean"].shape, values["anchors"].shape
+        (axes, _) = values["axes"].shape
+        shapes = {"mean": (width,), "axes": (axes, width), "anchors": (classes, width), "weights": (axes + 1,)}
+        shapes |= {"cosine_mean": (classes,), "cosine_deviation": (classes,), "quantiles": (QUANTILES,)}
+        shapes |= {"claim_mean": (2,), "claim_deviation": (2,)}
+        for name, value in values.items():
+            wanted = shapes.get(name, ())
+            if tuple(value.shape) != wanted or value.dtype != torch.float32 or not bool(value.isfinite().all()):
+                found = f"{value.dtype} of shape {tuple(value.shape)}"
+                raise ValueError(f"{name} of a stranger model is {found}, not finite float32 of shape {wanted}")
         return cls(**values)
 
 
@@ -117,8 +129,17 @@ def fit(weak: Tensor, mean_crops: Tensor | None, anchors: Tensor) -> StrangerMod
     slope, offset = _logistic((inputs @ weights + bias)[:, None], target, ridge=1e-3)  # undoes what the ridge flattens
     slope = slope.clamp_min(0)
     ruled = {"weights": weights * slope, "bias": bias * slope[0] + offset, "openness": openness}
-    share = _rule(StrangerModel(**{**known, **ruled}), points, claim).mean()
-    return StrangerModel(**{**known, **ruled, "share": share})
+    doubts = _rule(StrangerModel(**{**known, **ruled}), points, claim)
+    quantiles = doubts.quantile(torch.linspace(0, 1, QUANTILES, device=doubts.device))
+    return StrangerModel(**{**known, **ruled, "share": doubts.mean(), "quantiles": quantiles})
+
+
+def threshold(model: StrangerModel, share: float) -> float:
+    """The p_none from which on ``share``, in [0, 1], of images like those that the model was fitted on are refused."""
+    place = (1 - share) * (QUANTILES - 1)
+    low = int(place)
+    high = min(low + 1, QUANTILES - 1)
+    return float(model.quantiles[low] + (place - low) * (model.quantiles[high] - model.quantiles[low]))
 
 
 @torch.no_grad()
@@ -159,9 +180,10 @@ def _describe(features: Tensor, anchors: Tensor) -> dict[str, Tensor]:
         "claim_deviation": mean.new_ones(2),
         "scale": values[-count:].clamp_min(0).sqrt().mean().float().clamp_min(_TINY),
         "weights": mean.new_zeros(count + 1),
-        "bias": zero - torch.inf,
+        "bias": zero - 1e4,  # of which the sigmoid is 0
         "openness": zero,
         "share": zero,
+        "quantiles": mean.new_zeros(QUANTILES),
     }
     claims = _claims(StrangerModel(**known), features)
     return {**known, "claim_mean": claims.mean(0), "claim_deviation": _deviation(claims)}

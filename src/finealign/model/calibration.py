@@ -26,7 +26,7 @@ from torch import Tensor
 
 from finealign.backbone.base import Backbone
 from finealign.config import ANCHOR_STEPS, Config, MethodSettings
-from finealign.method.base import Method
+from finealign.method.base import Method, SelfTrainingMethod
 from finealign.method.registry import create_method, find_method
 from finealign.model.fitted import FittedModel
 from finealign.runtime.progress import Progress
@@ -78,7 +78,13 @@ def calibrate(
         images: how many images the model was adapted to.
     """
     witnesses = adapted_witnesses(
-        before, model.text_features, config, model.backbone, logit_scale=model.method.logit_scale, images=images
+        before,
+        model.text_features,
+        config,
+        model.backbone,
+        logit_scale=model.method.logit_scale,
+        images=images,
+        class_prior=model.method.class_prior if isinstance(model.method, SelfTrainingMethod) else None,
     )
     with torch.no_grad():
         opinions = [_labels(witness.score(before, _fitting(type(witness).scores, before))) for witness in witnesses]
@@ -172,19 +178,21 @@ def adapted_witnesses(
     *,
     logit_scale: float,
     images: int,
+    class_prior: Tensor | None,
 ) -> list[Method]:
     """Adapt four methods: on each half of the images, from each half of each class's descriptions. No encoder learns.
 
     before: weak (n, D) and crops (n, N, D), N >= 1 where the method uses crops. A single image is in both halves, and
     so is a class's single description. ``config`` is resolved. A method whose anchors settle takes these steps and one
     pass over the images; another takes the steps of a run on ``images`` images. Crops stand for strong views. FAIR
-    stands for a method that pools patches, as no features are kept of these.
+    stands for a method that pools patches, as no features are kept of these. All expect the ``class_prior`` (C,).
     """
     settings = MethodSettings(name="fair") if find_method(config.method.name).salient else config.method
+    settings = MethodSettings(name=settings.name, **{**settings.options, "class_prior": "even"})  # till told below
     order = np.random.default_rng((config.seed, _HALVES)).permutation(len(before.weak))
     halves = order[: (len(order) + 1) // 2], order[len(order) // 2 :]
     epochs = 1 if find_method(settings.name).settles else _as_many_steps(config, images, len(halves[0]))
-    pace: dict[str, Any] = {"encoder": "frozen", "learn": "anchors", "epochs": epochs}
+    pace: dict[str, Any] = {"encoder": "frozen", "learn": "anchors", "epochs": epochs, "strangers": "off"}
     if not config.training.anchor_steps:  # as where the run keeps no features of crops
         pace["anchor_steps"] = ANCHOR_STEPS
     config = config.model_copy(update={"training": config.training.model_copy(update=pace)})
@@ -194,6 +202,8 @@ def adapted_witnesses(
         source = _Kept(ImageFeatures(before.weak[places], before.crops[places]), seed=config.seed)
         method = create_method(settings, half_of_texts(texts, number), logit_scale=logit_scale)
         method = method.to(before.weak.device)
+        if class_prior is not None and isinstance(method, SelfTrainingMethod):
+            method.expect(class_prior)
         with torch.inference_mode(False), torch.enable_grad():
             state = begin(backbone, method, config, images=len(chosen))
             for _ in run_epochs(state, source, config, range(epochs), Progress()):

@@ -1,7 +1,7 @@
 """The record of a fitted model, and the settings that it needs to classify an image."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, get_args
 
 from pydantic import Field
@@ -12,6 +12,7 @@ from finealign.config import Config, Fraction, MethodSettings, Positive, Setting
 from finealign.errors import ConfigError, unknown_name
 from finealign.method.base import Method
 from finealign.method.registry import choose_score, create_method, inference_method
+from finealign.method.strangers import StrangerModel, p_none
 from finealign.types import Score, TextFeatures, Texts, Use
 
 OTHER: Mapping[Use, Use] = {"start": "adapted", "adapted": "start"}
@@ -76,6 +77,7 @@ class FittedModel:
     learned: str  # what differs from the model before adaptation, in words
     training: Mapping[str, Any]  # the settings it was trained with, kept as a record and not used
     adapted: "FittedModel | None" = None  # of a start: the adapted model
+    strangers: Mapping[Use, StrangerModel] = field(default_factory=dict)  # of each model; empty if it was not fitted
 
     @property
     def name(self) -> str:
@@ -91,6 +93,11 @@ class FittedModel:
         """Return the adapted model or its start, whichever of them this is. Raises ConfigError for another word."""
         check_use(use)
         return self.start() if use == "start" else self.adapted or self
+
+    def p_none(self, weak: Tensor) -> Tensor | None:
+        """How likely each image shows none of the classes: weak features (B, D) -> (B,) in [0, 1]; None if unknown."""
+        strangers = self.strangers.get(self.use)
+        return None if strangers is None else p_none(strangers, weak, None)
 
     def temperature(self, score: Score) -> float:
         """What the logits of a score are divided by before the softmax; 1 where they were not calibrated."""

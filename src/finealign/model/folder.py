@@ -17,7 +17,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import torch
 from pydantic import Field, ValidationError
@@ -30,6 +30,7 @@ from finealign.backbone.model import WEIGHTS
 from finealign.config import Settings, readable_errors
 from finealign.errors import BackboneError, FinealignError, ModelError, one_line
 from finealign.method.registry import choose_score, create_method, find_method
+from finealign.method.strangers import StrangerModel
 from finealign.model.fitted import OTHER, FittedModel, InferenceSettings, what_learned
 from finealign.runtime.atomic import save_tensors, save_text
 from finealign.types import Precision, TextFeatures, Texts, Use
@@ -69,6 +70,8 @@ def write_model(model: FittedModel, folder: Path) -> None:
     tensors |= {f"method.{name}": value for name, value in adapted.method.inference_tensors().items()}
     if adapted.start_norms:
         tensors |= {f"{other.use}.{name}": value for name, value in other.norms.items()}
+    for use, strangers in adapted.strangers.items():
+        tensors |= {f"strangers.{use}.{name}": value for name, value in strangers.tensors().items()}
     save_tensors(tensors, folder / TENSORS)
     manifest = {
         "format": FORMAT,
@@ -158,8 +161,22 @@ def _assembled(manifest: Manifest, tensors: dict[str, Tensor], backbone: Backbon
         start_norms=own if swapped else others,
         learned=manifest.learned or what_learned(method, manifest.training),
         training=manifest.training,
+        strangers=_strangers(tensors, classes=len(texts.classes), width=backbone.embed_dim),
     )
     return model.using(manifest.use)
+
+
+def _strangers(tensors: dict[str, Tensor], *, classes: int, width: int) -> dict[Use, StrangerModel]:
+    """What tells strangers, for each model that has it. Raises ValueError if it does not fit."""
+    found: dict[Use, StrangerModel] = {}
+    for use in get_args(Use):
+        if section := _section(tensors, f"strangers.{use}"):
+            found[use] = StrangerModel.from_tensors(section)
+            if tuple(found[use].anchors.shape) != (classes, width):
+                raise ValueError(
+                    f"what tells strangers is for {tuple(found[use].anchors.shape)}, not {(classes, width)}"
+                )
+    return found
 
 
 def own_norms(backbone: Backbone) -> dict[str, Tensor]:
@@ -208,7 +225,9 @@ def _refuse_misfits(
         if not tensors[name].isfinite().all():
             raise ValueError(f"{name} is not finite")
     known = {"texts.names", "texts.descriptions", "texts.class_of"}
-    unknown = [name for name in tensors if name not in known and not name.startswith(("method.", f"{other}."))]
+    unknown = [
+        name for name in tensors if name not in known and not name.startswith(("method.", "strangers.", f"{other}."))
+    ]
     if unknown:
         raise ValueError(f"it holds a tensor {unknown[0]!r:.100} that no such model has")
 

@@ -149,9 +149,11 @@ class Predictor:
         self, paths: Sequence[Path], features: ImageFeatures, score: Score, *, at_start: ImageFeatures | None
     ) -> Iterator[Prediction]:
         scores, probabilities = self.scored(self.model, features, score)
+        doubts = self.model.p_none(features.weak)
+        none = [None] * len(paths) if doubts is None else doubts.tolist()
         if at_start is None:
             for index, path in enumerate(paths):
-                yield Prediction(path=path, scores=scores[index], probabilities=probabilities[index])
+                yield Prediction(path=path, scores=scores[index], probabilities=probabilities[index], none=none[index])
             return
         start_scores, start_probabilities = self.scored(self.start, at_start, "global")
         for index, path in enumerate(paths):
@@ -161,6 +163,7 @@ class Predictor:
                 probabilities=probabilities[index],
                 start_scores=start_scores[index],
                 start_probabilities=start_probabilities[index],
+                none=none[index],
             )
 
     @torch.inference_mode()

@@ -9,6 +9,7 @@ from finealign.backbone.base import Backbone
 from finealign.config import DEFAULT_BACKBONE, Config, MethodSettings, make_config, resolve
 from finealign.errors import ConfigError
 from finealign.method.registry import choose_score, method_options, method_settings
+from finealign.texts.shares import class_shares
 from finealign.types import TextFeatures, Texts
 
 
@@ -54,6 +55,15 @@ def check_settings(config: Config | None, arguments: Mapping[str, Any]) -> Confi
     choose_score(config.method.name, config.prediction.score)
     _refuse_missing_crops(config, options["crops_kept"])
     return config
+
+
+def given_shares(config: Config, classes: Sequence[str]) -> list[float] | None:
+    """The share of each class if ``method.class_prior`` gives it; None if it is a word or the method has none.
+
+    Raises ConfigError as ``class_shares`` does.
+    """
+    given = config.method.options.get("class_prior")
+    return class_shares(given, classes) if isinstance(given, Mapping) else None
 
 
 def _from_arguments(arguments: Mapping[str, Any]) -> Config:

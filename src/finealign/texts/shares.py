@@ -16,7 +16,7 @@ ROUNDING = 0.01  # by which shares that leave no class out may miss 1
 
 
 def read_shares(path: Path) -> dict[str, float]:
-    """Read a class prior from a JSON file ``{"class": number}`` or a CSV file with the columns class and share or count.
+    """Read a class prior from JSON, ``{"class": number}``, or from CSV with the columns class and share or count.
 
     Returns the numbers by class name, as they are written. Raises ConfigError if the file cannot be read, has another
     form, or names a class twice.
@@ -79,10 +79,10 @@ def class_shares(given: Mapping[str, float], classes: Sequence[str]) -> list[flo
     """Return the share of each class, in the order of ``classes``; they sum to 1.
 
     Whole numbers are counts, and a class that is not named has none. Other numbers are shares, and so are zeros alone:
-    classes that are not named have what is left of 1 in equal parts. A name matches a class exactly, or else up to case, Unicode form and
-    the difference between ``_``, ``-`` and white space. Raises ConfigError for a name that matches no class or
-    several, for two names of one class, a number below 0, shares above 1, shares below 1 that leave no class out, and
-    numbers that are all 0.
+    classes that are not named have what is left of 1 in equal parts. A name matches a class exactly, or else up to
+    case, Unicode form and the difference between ``_``, ``-`` and white space. Raises ConfigError for a name that
+    matches no class or several, for two names of one class, a number below 0, shares that add up to more than 1, or to
+    less without leaving a class out, and if no class is above 0.
     """
     values: dict[int, float] = {}
     for name, value in given.items():

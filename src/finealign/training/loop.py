@@ -22,8 +22,8 @@ from finealign.method.base import Method
 from finealign.runtime.devices import choose_workers
 from finealign.runtime.distributed import Ranks
 from finealign.runtime.progress import Progress
-from finealign.training.outset import take_stock
 from finealign.training.features import EncodingPlan, FeatureBank, FrozenBank, ImageSource
+from finealign.training.outset import take_stock
 from finealign.training.state import EpochRecord, State, begin
 from finealign.types import Gaze, ImageFeatures, Loss, PseudoLabels
 

@@ -35,7 +35,9 @@ def take_stock(state: State, source: ImageSource, config: Config) -> None:
     weak, mean_crops = _features(source, len(state.labels), config)
     anchors = normalize(method.classifier().mean(1), dim=1).to(weak.device)
     if config.training.strangers == "auto":
-        state.belonging = (1 - p_none(fit(weak, mean_crops, anchors), weak, mean_crops)).clamp_min(LEAST_BELONGING).cpu()
+        state.belonging = (
+            (1 - p_none(fit(weak, mean_crops, anchors), weak, mean_crops)).clamp_min(LEAST_BELONGING).cpu()
+        )
     if estimates:
         group = torch.from_numpy(copies(weak.float().cpu().numpy()))
         counts = state.belonging / torch.bincount(group)[group]
@@ -45,10 +47,10 @@ def take_stock(state: State, source: ImageSource, config: Config) -> None:
 
 
 def _features(source: ImageSource, images: int, config: Config) -> tuple[Tensor, Tensor | None]:
-    """The weak features of all images (n, D) and the mean of each image's crops (n, D), or None if no crops are kept."""
+    """The weak features of all images (n, D), and the mean of each image's crops (n, D); None if no crops are kept."""
     if config.views.refresh_epochs == 0 and config.training.encoder == "full":
         return source.whole_images(0), None
-    parts = [source.label_features(chunk, 0) for chunk in torch.arange(images).split(CHUNK)]
+    parts = [source.label_features(chunk, 0) for chunk in torch.split(torch.arange(images), CHUNK)]
     weak = torch.cat([part.weak for part in parts])
     if not parts[0].crops.shape[1]:
         return weak, None
