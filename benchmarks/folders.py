@@ -1,6 +1,6 @@
 """Folders as people have them: uneven classes, absent classes, strangers, copies; adapted in full, and measured.
 
-    python benchmarks/folders.py --out runs/folders [--sets eurosat,dtd10] [--variants even,half] [--seeds 0,1] [--set ...]
+    python benchmarks/folders.py --out runs/folders [--sets eurosat,dtd10] [--variants even,half] [--seeds 0,1]
 
 Each variant is drawn from the images of a set with its seed: links to the photos, class folders left out. Own images
 are measured without strangers, each copy counted; the test images are those of the set, all classes evenly. A run is a
@@ -140,7 +140,10 @@ def run(
         model.fit(model.prepare(list(images), backbone=loaded[known.backbone]))
         verdict = judge_model(model, list(images)) if model.method_.trains else None
         own = measured(model, images)
-        tested = {photo: label for label, c in enumerate(classes) for photo in list_images(data / name / "test" / c)}
+        most = -(-known.test_images // len(classes))
+        tested = {
+            photo: label for label, c in enumerate(classes) for photo in list_images(data / name / "test" / c)[:most]
+        }
         return {
             "images": len(images),
             "own": own,
