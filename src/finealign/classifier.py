@@ -35,7 +35,9 @@ from finealign.runtime.devices import choose_device, choose_precision
 from finealign.runtime.distributed import Ranks
 from finealign.runtime.progress import Progress
 from finealign.texts.prompts import make_texts
+from finealign.training.cautions import Caution, cautions
 from finealign.training.loop import Learner, adapt
+from finealign.training.outset import Stock
 from finealign.training.state import EpochRecord
 from finealign.types import (
     Explanation,
@@ -71,13 +73,15 @@ class FineAlign:
     - ``set_aside_``: the images that the last ``fit`` or ``predict`` could not read, and why.
 
     After ``fit`` only, it also has ``config_`` (the resolved settings), ``history_`` (one record per epoch), ``paths_``
-    (the images adapted to) and ``calibration_`` (temperatures and estimated accuracy; None if it was not calibrated).
+    (the images adapted to), ``cautions_`` (what speaks against training on them, seen before it began) and
+    ``calibration_`` (temperatures and estimated accuracy; None if it was not calibrated).
     """
 
     config_: Config
     paths_: Sequence[Path]
     history_: list[EpochRecord]
     set_aside_: list[SetAside]
+    cautions_: list[Caution]
     calibration_: Calibration | None = None
     _sampled: tuple[list[Path], ImageFeatures, ImageFeatures] | None = None  # images, and their features
 
@@ -243,7 +247,7 @@ class FineAlign:
         settings = config.model_dump()
         self.config_, self.paths_ = config, prepared.paths
         self.set_aside_, self.history_ = [], []
-        self.calibration_, self._sampled = None, None
+        self.calibration_, self._sampled, self.cautions_ = None, None, []
         self._become(
             FittedModel(
                 inference=inference_settings(config),
@@ -291,6 +295,7 @@ class FineAlign:
                 progress=progress,
                 checkpoints=checkpoints,
                 on_epoch=on_epoch,
+                on_stock=lambda stock: self._caution(stock, progress),
                 name_of=lambda image: display_path(self.paths_[image]),
                 ranks=self._ranks,
             )
@@ -300,6 +305,24 @@ class FineAlign:
                 parameter.requires_grad_(False)
                 parameter.grad = None
             backbone.load_norms(untrained.start_norms)  # the weights it was loaded with, for other models
+
+    def _caution(self, stock: Stock, progress: Progress) -> None:
+        """Say what speaks against training on these images, before it begins."""
+        texts = self.texts_
+        found = cautions(
+            stock.weak,
+            stock.probabilities,
+            shares=stock.shares,
+            class_text=stock.class_text,
+            classes=texts.classes,
+            descriptions=texts.descriptions,
+            groups=stock.groups,
+        )
+        if given_shares(self.config_, texts.classes) is not None:  # who gives the shares knows which are large or none
+            found = [caution for caution in found if caution.kind not in ("absent", "dominant")]
+        self.cautions_ = found
+        for caution in found if self._ranks.first else ():
+            progress.caution(caution.message)
 
     def sampled_features(
         self, images: Sequence[Path], *, start: ImageFeatures | None = None

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console, RenderableType
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, Task, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 from rich.text import Text
@@ -34,12 +35,18 @@ class Bars(Progress):
             transient=True,
             disable=not (drawn and console.is_terminal),
         )
+        self._console, self._drawn = console, drawn
         self.stopped_by = 0  # the signal that asked to stop
 
     @property
     def asked_to_stop(self) -> bool:
         """Whether a signal has asked the run to stop."""
         return self.stopped_by != 0
+
+    def caution(self, message: str) -> None:
+        """Print what speaks against the run, above the bars."""
+        if self._drawn:
+            self._console.print(f"[yellow]Caution:[/] {escape(message)}", soft_wrap=True, highlight=False)
 
     @contextmanager
     def listening(self) -> Iterator[None]:

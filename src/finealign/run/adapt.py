@@ -198,6 +198,7 @@ class _Run:
         if not self.ranks.first:
             return
         self.told |= {
+            "cautions": [asdict(caution) for caution in self.model.cautions_],
             "learned": self.model.model_.using("adapted").learned,
             "verdict": _told(self.verdict),
             "kept": self.kept,

@@ -1,5 +1,6 @@
 """The interface by which long stages report progress and learn that they should stop."""
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
@@ -49,6 +50,10 @@ class Progress:
                 self.stop_if_asked(ranks)
 
         return advance
+
+    def caution(self, message: str) -> None:
+        """Tell the user what speaks against the run; here as a Python warning."""
+        warnings.warn(message, stacklevel=2)
 
     @contextmanager
     def stage(self, name: str, total: int | None) -> Iterator[Stage]:

@@ -23,7 +23,7 @@ from finealign.runtime.devices import choose_workers
 from finealign.runtime.distributed import Ranks
 from finealign.runtime.progress import Progress
 from finealign.training.features import EncodingPlan, FeatureBank, FrozenBank, ImageSource
-from finealign.training.outset import take_stock
+from finealign.training.outset import Stock, take_stock
 from finealign.training.state import EpochRecord, State, begin
 from finealign.types import Gaze, ImageFeatures, Loss, PseudoLabels
 
@@ -53,6 +53,7 @@ def adapt(
     progress: Progress,
     checkpoints: Path | None = None,
     on_epoch: Callable[[EpochRecord], None] = lambda record: None,
+    on_stock: Callable[[Stock], None] | None = None,
     name_of: Callable[[int], str] = lambda image: f"number {image}",
     ranks: Ranks | None = None,
 ) -> list[EpochRecord]:
@@ -60,9 +61,9 @@ def adapt(
 
     ``checkpoints`` is a folder. Training continues from the last valid checkpoint in it, and writes one after each
     epoch, every ``training.checkpoint_minutes``, and when it is asked to stop. ``on_epoch`` is called with the record
-    of each epoch as the epoch ends. ``name_of`` gives the name of an image from its position. ``ranks`` share the
-    encoding, and all get the same result. A method that does not train only processes the features of all images, in
-    ``survey``, and no record is returned.
+    of each epoch as the epoch ends, ``on_stock`` with what is seen of the images before the first step. ``name_of``
+    gives the name of an image from its position. ``ranks`` share the encoding, and all get the same result. A method
+    that does not train only processes the features of all images, in ``survey``, and no record is returned.
 
     Raises StoppedError when asked to stop, and NotFiniteError, which names the images of the batch, if the loss or a
     parameter is no longer finite; the last checkpoint before it is kept. Raises ValueError if the configuration is not
@@ -94,6 +95,7 @@ def adapt(
             progress,
             after_step=keeper.after_step,
             before_last_pass=keeper.save,
+            on_stock=on_stock,
             name_of=name_of,
         ):
             records.append(record)
@@ -163,6 +165,7 @@ def run_epochs(
     *,
     after_step: Callable[[], None] = lambda: None,
     before_last_pass: Callable[[], None] = lambda: None,
+    on_stock: Callable[[Stock], None] | None = None,
     name_of: Callable[[int], str] = lambda image: f"number {image}",
 ) -> Iterator[EpochRecord]:
     """Run these epochs and yield the record of each as it ends. ``state`` changes in place.
@@ -170,7 +173,8 @@ def run_epochs(
     The learning rates follow a schedule over ``epochs.stop`` epochs. The first of them may have begun earlier:
     ``state.step`` of its steps are done. ``after_step`` is called after a check that all values are finite, which on a
     GPU is not after every step. ``before_last_pass`` is called after the last step, before the last label pass and the
-    anchors' last steps. ``name_of`` gives the name of an image from its position. Raises NotFiniteError.
+    anchors' last steps. ``on_stock`` is passed to ``take_stock``. ``name_of`` gives the name of an image from its
+    position. Raises NotFiniteError.
     """
     training, images = config.training, len(state.labels)
     batches_an_epoch = math.ceil(images / training.batch_size)
@@ -185,7 +189,7 @@ def run_epochs(
             began = time.perf_counter()
             state.ranks.follow(state.tensors().values())  # rounding may have made the ranks differ
             if not state.step:
-                _refresh_labels(state, source, config, epoch, name_of)
+                _refresh_labels(state, source, config, epoch, name_of, on_stock)
             batches = _batches(images, batches_an_epoch, seed=config.seed, epoch=epoch)
             images_left = sum(map(len, batches[state.step :]))
             if state.step:
@@ -209,7 +213,12 @@ def run_epochs(
 
 
 def _refresh_labels(
-    state: State, source: ImageSource, config: Config, epoch: int, name_of: Callable[[int], str]
+    state: State,
+    source: ImageSource,
+    config: Config,
+    epoch: int,
+    name_of: Callable[[int], str],
+    on_stock: Callable[[Stock], None] | None,
 ) -> None:
     """Before the first step of an epoch: encode label features anew if due, call ``survey``, settle the anchors.
 
@@ -217,7 +226,7 @@ def _refresh_labels(
     """
     fresh = source.start_epoch(epoch)
     if not epoch:
-        take_stock(state, source, config)
+        take_stock(state, source, config, on_stock=on_stock)
     if state.method.surveys:
         state.method.survey(source.whole_images(epoch))
     if fresh:

@@ -3,6 +3,10 @@
 Both look at the features of all images as the start encodes them, and at the start's classifier. No label is read.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -10,7 +14,7 @@ from torch.nn.functional import normalize
 from finealign.config import Config
 from finealign.method.base import SelfTrainingMethod
 from finealign.method.class_prior import estimated_shares, even_or
-from finealign.method.copies import copies
+from finealign.method.copies import Floats, Ints, copies
 from finealign.method.strangers import fit, p_none
 from finealign.training.features import ImageSource
 from finealign.training.state import State
@@ -19,31 +23,48 @@ CHUNK = 1024  # images whose crops are in memory together
 LEAST_BELONGING = 0.01  # so that a batch of strangers alone still has a mean prediction
 
 
+@dataclass(frozen=True, eq=False)
+class Stock:
+    """What the start tells of n images, before the first step."""
+
+    weak: Floats  # (n, D) features of the whole images
+    probabilities: Floats  # (n, C) by the start's classifier on the whole images
+    shares: Floats  # (C,) estimated share of the images that each class has
+    class_text: Floats  # (C, D) the start's classifier
+    groups: Ints  # (n,) near copies of one image share a number
+
+
 @torch.no_grad()
-def take_stock(state: State, source: ImageSource, config: Config) -> None:
+def take_stock(
+    state: State, source: ImageSource, config: Config, *, on_stock: Callable[[Stock], None] | None = None
+) -> None:
     """Set how far each image belongs to the classes, and what share of the images each class is expected to have.
 
-    ``training.strangers`` off lets all images belong. A share is estimated where ``method.class_prior`` is auto; near
-    copies of one image count once for it, and strangers as little as they belong.
+    ``training.strangers`` off lets all images belong. The estimated shares become the class prior where
+    ``method.class_prior`` is auto; near copies of one image count once for it, and strangers as little as they belong.
+    ``on_stock``, if given, is called with what was seen.
     """
     method = state.method
     if not isinstance(method, SelfTrainingMethod):
         return
     estimates = method.options.class_prior == "auto"
-    if not estimates and config.training.strangers == "off":
+    if not estimates and config.training.strangers == "off" and on_stock is None:
         return
     weak, mean_crops = _features(source, len(state.labels), config)
     anchors = normalize(method.classifier().mean(1), dim=1).to(weak.device)
     if config.training.strangers == "auto":
-        state.belonging = (
-            (1 - p_none(fit(weak, mean_crops, anchors), weak, mean_crops)).clamp_min(LEAST_BELONGING).cpu()
-        )
+        doubts = p_none(fit(weak, mean_crops, anchors), weak, mean_crops)
+        state.belonging = (1 - doubts).clamp_min(LEAST_BELONGING).cpu()
+    groups = copies(weak.float().cpu().numpy())
+    counts = state.belonging / torch.from_numpy(np.bincount(groups)[groups])
+    shares = estimated_shares(weak, mean_crops, anchors, logit_scale=method.logit_scale, weights=counts)
     if estimates:
-        group = torch.from_numpy(copies(weak.float().cpu().numpy()))
-        counts = state.belonging / torch.bincount(group)[group]
-        shares = estimated_shares(weak, mean_crops, anchors, logit_scale=method.logit_scale, weights=counts)
         method.expect(even_or(shares, float(counts.sum())).to(method.class_prior))
     state.ranks.follow([state.belonging, *state.tensors().values()])  # rounding may have made the ranks differ
+    if on_stock is not None:
+        probabilities = method.probabilities(weak @ anchors.T)
+        weak, probabilities, anchors = weak.float().cpu(), probabilities.float().cpu(), anchors.float().cpu()
+        on_stock(Stock(weak.numpy(), probabilities.numpy(), shares.cpu().numpy(), anchors.numpy(), groups))
 
 
 def _features(source: ImageSource, images: int, config: Config) -> tuple[Tensor, Tensor | None]:
