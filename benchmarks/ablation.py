@@ -139,7 +139,7 @@ class EncodedSet:
             elif self.strong == WHOLE_IMAGE:
                 yield self.encoded.weak[batch]
             else:
-                yield self.encoded.strong[epoch % STRONG, batch]
+                yield self.encoded.strong[epoch % len(self.encoded.strong), batch]
 
 
 class Sets:

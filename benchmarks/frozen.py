@@ -1,0 +1,161 @@
+"""Sets encoded once by two backbones, and folders of all kinds drawn from them, for runs with a frozen encoder.
+
+MiniCLIP's features are made here, of at most ``MOST`` images a class, and kept in a folder; those of the genuine CLIP
+B/16 tower lie in FINEALIGN_SHARED/features/clip-b16, and only the class texts are encoded.
+"""
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from ablation import CHUNK, Encoded
+from folders import COPIES, NONE, STRANGERS, VARIANTS, chosen_per_class
+from safetensors.torch import load_file, save_file
+
+from finealign.backbone.base import Backbone
+from finealign.classifier import FineAlign
+from finealign.config import make_config
+from finealign.images.decoding import read_pixels
+from finealign.images.listing import list_images
+from finealign.images.views import PREDICTION_EPOCH, Views
+from finealign.texts.prompts import make_texts, read_classes, read_descriptions
+from finealign.types import TextFeatures, Texts
+
+SETS = {
+    "miniclip": ("eurosat", "ucmerced", "dtd10", "flowers12", "food10", "pets37-small", "cifar100"),
+    "clip-b16": ("eurosat", "ucmerced", "dtd10", "flowers12", "pets37-small", "cifar100"),
+}
+MOST = {"cifar100": 8}  # images a class that are encoded; else USUAL
+USUAL, TESTED = 45, 200
+CROPS, STRONG = 8, 2
+
+
+class Frozen:
+    """The encoded sets of both backbones."""
+
+    def __init__(self, shared: Path, out: Path) -> None:
+        self.shared, self.out = shared, out
+        self.loaded: dict[str, Backbone] = {}
+        self.kept: dict[tuple[str, str], Encoded] = {}
+        out.mkdir(parents=True, exist_ok=True)
+
+    def encoded(self, backbone: str, name: str) -> Encoded:
+        """Return a set as a backbone sees it; it is encoded when first asked for."""
+        if (backbone, name) not in self.kept:
+            file = self.out / f"{backbone}-{name}.safetensors"
+            if not file.exists():
+                print(f"encoding {name} by {backbone}", file=sys.stderr, flush=True)
+                made = self._images(name) if backbone == "miniclip" else self._ready(name)
+                made |= self._texts(backbone, name)
+                save_file({key: value.contiguous() for key, value in made.items()}, file)
+            found = load_file(file)
+            texts = TextFeatures(found.pop("names"), found.pop("descriptions"), found.pop("class_of"))
+            scale = float(found.pop("logit_scale"))
+            self.kept[backbone, name] = Encoded(**found, texts=texts, logit_scale=scale)
+        return self.kept[backbone, name]
+
+    def folder(self, backbone: str, name: str, variant: str, seed: int, *, most: int) -> Encoded:
+        """Draw a variant of ``folders.py`` from at most ``most`` images a class; strangers have the label ``NONE``."""
+        whole, rng = self.encoded(backbone, name), np.random.default_rng((seed, VARIANTS.index(variant)))
+        hidden = whole.hidden.numpy()
+        places = [rng.permutation(np.flatnonzero(hidden == c))[:most] for c in range(whole.texts.num_classes)]
+        counts = chosen_per_class([len(of_class) for of_class in places], variant, rng)
+        chosen = np.sort(np.concatenate([of_class[:count] for of_class, count in zip(places, counts, strict=True)]))
+        if variant == "copies":
+            chosen = np.concatenate([chosen, *[chosen[::10]] * COPIES])
+        drawn = _rows(whole, torch.from_numpy(chosen))
+        if variant != "strangers":
+            return drawn
+        others = [self.encoded(backbone, other) for other in SETS[backbone] if other != name]
+        pool = [(other, row) for other in others for row in range(len(other.weak))]
+        picked = [pool[place] for place in rng.permutation(len(pool))[: round(STRANGERS * len(chosen))]]
+        strangers = [_rows(other, torch.tensor([row])) for other, row in picked]
+        return replace(
+            drawn,
+            weak=torch.cat([drawn.weak, *[one.weak for one in strangers]]),
+            crops=torch.cat([drawn.crops, *[one.crops for one in strangers]]),
+            strong=torch.cat([drawn.strong, *[one.strong for one in strangers]], dim=1),
+            hidden=torch.cat([drawn.hidden, torch.full((len(strangers),), NONE)]),
+        )
+
+    def _backbone(self, backbone: str) -> Backbone:
+        if backbone not in self.loaded:
+            folder = self.shared / "models" / backbone
+            if backbone == "clip-b16":
+                folder = self.out / "clip-b16"
+                if not (folder / "open_clip_config.json").exists():
+                    build = self.shared / "models" / "clip-b16" / "build.py"
+                    subprocess.run([sys.executable, str(build), str(folder)], check=True)
+            config = make_config({"backbone": f"local-dir:{folder}"})
+            self.loaded[backbone] = FineAlign(["one", "other"]).load_backbone(config)
+        return self.loaded[backbone]
+
+    def _of(self, name: str) -> Texts:
+        data = self.shared / "data" / name
+        return make_texts(read_classes(data / "classes.txt"), read_descriptions(data / "descriptions.json"))
+
+    def _texts(self, backbone: str, name: str) -> dict[str, torch.Tensor]:
+        loaded = self._backbone(backbone)
+        features = loaded.encode_texts(self._of(name))
+        return {
+            "names": features.names,
+            "descriptions": features.descriptions,
+            "class_of": features.class_of,
+            "logit_scale": torch.tensor(loaded.logit_scale),
+        }
+
+    def _ready(self, name: str) -> dict[str, torch.Tensor]:
+        found = load_file(self.shared / "features" / "clip-b16" / f"{name}.safetensors")
+        wanted = ("weak", "crops", "strong", "hidden", "test_weak", "test_crops", "labels")
+        return {key: found[key].float() if found[key].is_floating_point() else found[key].long() for key in wanted}
+
+    def _images(self, name: str) -> dict[str, torch.Tensor]:
+        backbone, classes = self._backbone("miniclip"), self._of(name).classes
+        settings = make_config({"views": {"crops": CROPS}}).views
+        views = Views(settings, size=backbone.input_size, geometry=backbone.geometry, mean=backbone.mean, seed=0)
+        found: dict[str, torch.Tensor] = {}
+        for split, most in (("train", MOST.get(name, USUAL)), ("test", max(2, TESTED // len(classes)))):
+            prefix = "test_" if split == "test" else ""
+            paths, labels = [], []
+            for label, of_class in enumerate(classes):
+                photos = list_images(self.shared / "data" / name / split / of_class)
+                order = np.random.default_rng((7, label)).permutation(len(photos))[:most]
+                paths += [photos[place] for place in sorted(order)]
+                labels += [label] * len(order)
+            parts: dict[str, list[torch.Tensor]] = {"weak": [], "crops": [], "strong": []}
+            for start in range(0, len(paths), CHUNK):
+                seen = [read_pixels(path, shorter_side=2 * views.size) for path in paths[start : start + CHUNK]]
+                drawn = [(PREDICTION_EPOCH, 0) if prefix else (0, start + i) for i in range(len(seen))]
+                crops = [
+                    views.crops(pixels, epoch=epoch, image=image)
+                    for pixels, (epoch, image) in zip(seen, drawn, strict=True)
+                ]
+                parts["weak"].append(backbone.embed(torch.stack([views.weak(pixels) for pixels in seen])))
+                parts["crops"].append(backbone.embed(torch.cat(crops)).reshape(len(seen), CROPS, -1))
+                if not prefix:
+                    strong = [
+                        views.strong(pixels, epoch=epoch, image=start + i)
+                        for epoch in range(STRONG)
+                        for i, pixels in enumerate(seen)
+                    ]
+                    parts["strong"].append(backbone.embed(torch.stack(strong)).reshape(STRONG, len(seen), -1))
+            found |= {
+                f"{prefix}{key}": torch.cat(rows, dim=1 if key == "strong" else 0)
+                for key, rows in parts.items()
+                if rows
+            }
+            found["labels" if prefix else "hidden"] = torch.tensor(labels)
+        return found
+
+
+def _rows(encoded: Encoded, rows: torch.Tensor) -> Encoded:
+    return replace(
+        encoded,
+        weak=encoded.weak[rows],
+        crops=encoded.crops[rows, :CROPS],
+        strong=encoded.strong[:STRONG, rows],
+        hidden=encoded.hidden[rows],
+    )
