@@ -34,7 +34,7 @@ from finealign.evaluate.truth import read_truth
 from finealign.images.decoding import read_pixels
 from finealign.images.listing import list_images
 from finealign.images.views import PREDICTION_EPOCH, Views
-from finealign.method.base import Method
+from finealign.method.base import Method, SelfTrainingMethod
 from finealign.method.registry import create_method
 from finealign.runtime.progress import Progress
 from finealign.texts.prompts import make_texts, read_classes, read_descriptions
@@ -218,14 +218,19 @@ class NoBackbone:
     """Stands where nothing of the backbone learns."""
 
 
-def trained(encoded: Encoded, settings: Settings, seed: int) -> tuple[Method, int]:
-    """A method that has learned from the encoded set, and how many crops of an image it looks at."""
+def trained(encoded: Encoded, settings: Settings, seed: int, *, shares: Tensor | None = None) -> tuple[Method, int]:
+    """A method that has learned from the encoded set, and how many crops of an image it looks at.
+
+    ``shares`` (C,) is the class prior, in place of the one in the settings.
+    """
     values = {**settings, "seed": seed, "training": {"encoder": "frozen", **settings.get("training", {})}}
     strong = values.pop("strong", STRONG_VIEW)
     config = resolve(make_config(values), images=len(encoded.weak), classes=encoded.texts.num_classes, input_size=1)
     crops, epochs = config.views.crops, config.training.epochs
     assert epochs != "auto"
     method = create_method(config.method, encoded.texts, logit_scale=encoded.logit_scale)
+    if shares is not None and isinstance(method, SelfTrainingMethod):
+        method.expect(shares)
     if method.trains:
         state = begin(NoBackbone(), method, config, images=len(encoded.weak))  # type: ignore[arg-type]
         for _ in run_epochs(state, EncodedSet(encoded, crops, strong, seed), config, range(epochs), Progress()):

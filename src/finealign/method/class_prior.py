@@ -22,9 +22,12 @@ PLAIN_DIRECTIONS, SPARSE_DIRECTIONS = 32, 24  # Q
 PLAIN_IMAGES, SPARSE_IMAGES = 2.0, 10.0  # images that the prior of a class's mean counts as
 SPARSITY = 0.1  # of the Dirichlet prior: images that each class has before any is seen
 LAPLACE = 0.5  # images added to each class at the end: a share of zero would be a claim that no folder supports
-# Total variation from even shares below which an estimate says nothing: a part for the errors of the start, and a part
-# of what drawing n images from even shares gives by itself, which is about 0.4 sqrt(C / n).
-EVEN_ENOUGH, DRAWN = 0.14, 0.2
+# An estimate is believed only if it differs from even shares, in total variation, by more than the errors of the start
+# and the draw of n images explain; drawing alone gives about 0.4 sqrt(C / n).
+EVEN_ENOUGH, DRAWN = 0.14, 0.25
+# And only if it rests on clusters of many images, at least FEW_A_CLASS for each class that it sees, or if one class has
+# at least DOMINANT of the images. With fewer images a class, clusters of siblings merge, and shares follow the mergers.
+FEW_A_CLASS, DOMINANT = 8.0, 1 / 3
 
 
 def even_shares(num_classes: int) -> Tensor:
@@ -71,13 +74,17 @@ def estimated_shares(
 
 
 def even_or(shares: Tensor, images: float) -> Tensor:
-    """Return even shares if the estimate from ``images`` images does not differ from them by more than it may err.
+    """Return even shares unless the estimate from ``images`` images is to be believed.
 
-    shares (C,) -> (C,). The bound is ``EVEN_ENOUGH + DRAWN sqrt(C / n)`` in total variation.
+    shares (C,), sum 1 -> (C,). It has to differ from even shares by more than ``EVEN_ENOUGH + DRAWN sqrt(C / n)`` in
+    total variation. The classes that it sees, whose number is the exponential of its entropy, must have
+    ``FEW_A_CLASS`` images each, or its largest share must be ``DOMINANT``.
     """
-    even = even_shares(len(shares)).to(shares)
-    bound = EVEN_ENOUGH + DRAWN * (len(shares) / max(images, 1.0)) ** 0.5
-    return even if total_variation(shares, even) <= bound else shares
+    even, images = even_shares(len(shares)).to(shares), max(images, 1.0)
+    differs = total_variation(shares, even) > EVEN_ENOUGH + DRAWN * (len(shares) / images) ** 0.5
+    seen = float(torch.special.entr(shares).sum().exp())
+    rests = images / seen >= FEW_A_CLASS or float(shares.max()) >= DOMINANT
+    return shares if differs and rests else even
 
 
 def total_variation(first: Tensor, second: Tensor) -> float:
