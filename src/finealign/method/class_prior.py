@@ -39,38 +39,54 @@ def even_shares(num_classes: int) -> Tensor:
 def estimated_shares(
     weak: Tensor, mean_crops: Tensor | None, anchors: Tensor, *, logit_scale: float, weights: Tensor | None = None
 ) -> Tensor:
-    """Estimate the share of the images that each class has.
+    """Estimate the share of the images that each class has: (C,), all above 0, sum 1.
+
+    The arguments are those of ``mixture_assignments``; of more than ``MOST_IMAGES`` images, evenly spaced ones are
+    looked at. Nothing is drawn. Shares are even where that function assigns all images evenly.
+    """
+    step = -(-len(weak) // MOST_IMAGES)
+    crops = None if mean_crops is None else mean_crops[::step]
+    counts = None if weights is None else weights[::step]
+    first, second = mixture_assignments(weak[::step], crops, anchors, logit_scale=logit_scale, weights=counts)
+    counts = torch.ones_like(first[:, 0]) if counts is None else counts.to(first)
+    shares = (_smoothed(first, counts) + _laplace(second, counts)) / 2
+    return (shares / shares.sum()).float()
+
+
+@torch.no_grad()
+def mixture_assignments(
+    weak: Tensor, mean_crops: Tensor | None, anchors: Tensor, *, logit_scale: float, weights: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Assign images to classes by the first, plain mixture and by the second, sparse one: (n, C) each, rows sum to 1.
 
     weak (n, D) are the features of whole images, mean_crops (n, D) the mean features of each image's crops or None,
     anchors (C, D) the start's classifier, rows of length 1, and weights (n,) in [0, 1] how far each image counts, by
-    default 1 -> (C,), all above 0, sum 1. Nothing is drawn. Even shares are returned if there are fewer than
-    ``FEWEST_IMAGES`` images, if they are all alike, or if their weights add up to less than one image.
+    default 1. All images are assigned evenly if there are fewer than ``FEWEST_IMAGES`` of them, if they are all alike,
+    or if their weights add up to less than one image.
     """
-    step = -(-len(weak) // MOST_IMAGES)
-    weak = weak[::step].double()
-    whole = normalize(weak, dim=1)
-    counts = torch.ones_like(whole[:, 0]) if weights is None else weights[::step].to(whole)
+    whole = normalize(weak.double(), dim=1)
+    counts = torch.ones_like(whole[:, 0]) if weights is None else weights.to(whole)
     classes, anchors = len(anchors), anchors.to(whole)
     by_whole = whole @ anchors.T
     joint, by_both = whole, by_whole
     if mean_crops is not None:
-        crops = mean_crops[::step].double()
+        crops = mean_crops.double()
         joint = normalize(whole + normalize(crops, dim=1), dim=1)
         by_both = (by_whole + crops @ anchors.T) / 2
+    evenly = torch.full_like(by_whole, 1 / classes)
     total = counts.sum()
     if len(whole) < FEWEST_IMAGES or float(total) < 1:
-        return even_shares(classes)
+        return evenly, evenly
     mean = (counts[:, None] * joint).sum(0) / total
     axes = _principal_axes(joint - mean, counts)
     if not axes.shape[1]:
-        return even_shares(classes)
+        return evenly, evenly
     points = (joint - mean) @ axes
     first = _plain(points[:, :PLAIN_DIRECTIONS], torch.log_softmax(logit_scale * by_both, dim=1), counts)
     points, directions = points[:, :SPARSE_DIRECTIONS], axes[:, :SPARSE_DIRECTIONS]
     texts = (anchors - anchors.mean(0)) @ directions
     second = _sparse(points, torch.log_softmax(logit_scale * by_whole, dim=1), counts, texts, first)
-    shares = (_smoothed(first, counts) + _laplace(second, counts)) / 2
-    return (shares / shares.sum()).float()
+    return first, second
 
 
 def even_or(shares: Tensor, images: float) -> Tensor:
