@@ -48,7 +48,7 @@ def estimated_shares(
     crops = None if mean_crops is None else mean_crops[::step]
     counts = None if weights is None else weights[::step]
     first, second = mixture_assignments(weak[::step], crops, anchors, logit_scale=logit_scale, weights=counts)
-    counts = torch.ones_like(first[:, 0]) if counts is None else counts.to(first)
+    counts = torch.ones_like(first[:, 0]) if counts is None or float(counts.sum()) < 1 else counts.to(first)
     shares = (_smoothed(first, counts) + _laplace(second, counts)) / 2
     return (shares / shares.sum()).float()
 
