@@ -25,9 +25,10 @@ LAPLACE = 0.5  # images added to each class at the end: a share of zero would be
 # An estimate is believed only if it differs from even shares, in total variation, by more than the errors of the start
 # and the draw of n images explain; drawing alone gives about 0.4 sqrt(C / n).
 EVEN_ENOUGH, DRAWN = 0.14, 0.25
-# And only if it rests on clusters of many images, at least FEW_A_CLASS for each class that it sees, or if one class has
-# at least DOMINANT of the images. With fewer images a class, clusters of siblings merge, and shares follow the mergers.
-FEW_A_CLASS, DOMINANT = 8.0, 1 / 3
+# And only if it rests on clusters of many images, FEW_A_CLASS for each class that it sees, or claims much: one class
+# with DOMINANT of the images, or half of the classes not seen. With few images a class, clusters of siblings merge, and
+# smaller claims follow the mergers.
+FEW_A_CLASS, DOMINANT = 10.0, 1 / 3
 
 
 def even_shares(num_classes: int) -> Tensor:
@@ -94,13 +95,13 @@ def even_or(shares: Tensor, images: float) -> Tensor:
 
     shares (C,), sum 1 -> (C,). It has to differ from even shares by more than ``EVEN_ENOUGH + DRAWN sqrt(C / n)`` in
     total variation. The classes that it sees, whose number is the exponential of its entropy, must have
-    ``FEW_A_CLASS`` images each, or its largest share must be ``DOMINANT``.
+    ``FEW_A_CLASS`` images each or be at most half of all, or its largest share must be ``DOMINANT``.
     """
     even, images = even_shares(len(shares)).to(shares), max(images, 1.0)
     differs = total_variation(shares, even) > EVEN_ENOUGH + DRAWN * (len(shares) / images) ** 0.5
     seen = float(torch.special.entr(shares).sum().exp())
-    rests = images / seen >= FEW_A_CLASS or float(shares.max()) >= DOMINANT
-    return shares if differs and rests else even
+    claims_much = float(shares.max()) >= DOMINANT or seen <= len(shares) / 2
+    return shares if differs and (claims_much or images / seen >= FEW_A_CLASS) else even
 
 
 def total_variation(first: Tensor, second: Tensor) -> float:
