@@ -11,12 +11,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from finealign.classifier import FineAlign
+from finealign.method.base import Method
+from finealign.method.class_prior import mixture_assignments
+from finealign.method.strangers import joint_features
 from finealign.model.calibration import sample
 from finealign.runtime.progress import Progress
-from finealign.types import ImageFeatures, Use
+from finealign.types import ImageFeatures, Score, Use
 
 Floats = NDArray[np.floating[Any]]
 Ints = NDArray[np.integer[Any]]
@@ -26,7 +30,17 @@ MANY_A_CLASS = 100.0  # images per class above which the evidence "images_a_clas
 
 # Fitted by benchmarks/verdict.py to changes of accuracy in points, clipped to 8: the score of a run is the weighted sum
 # of the evidence plus the constant. docs/ABLATION.md reports how often its sign is right.
-WEIGHTS = {"structure": 11.978, "images_a_class": 2.011, "confidence": 11.214, "anchors_kept": 11.846}
+WEIGHTS = {
+    "structure": 11.978,
+    "margin": 0.0,
+    "images_a_class": 2.011,
+    "confidence": 11.214,
+    "anchors_kept": 11.846,
+    "unevenness": 0.0,
+    "shift": 0.0,
+    "off_prior": 0.0,
+    "mixture": 0.0,
+}
 CONSTANT = -22.499
 HELPED, HURT = 5.05, 0.0  # scores above the first are called "helped", below the second "hurt"
 
@@ -63,16 +77,8 @@ def judge_model(
     paths = sample(images, seed=model.model_.inference.seed)
     with (progress or Progress()).stage("judging without labels", None):
         before, after = model.sampled_features(images, start=start)
-    method, first = model.method_, model.start_method_
-    scores = method.score(after, model.score_)
     evidence = gather(
-        crops=before.crops.mean(1).cpu().numpy(),
-        start=first.score(before, "global").cpu().numpy(),
-        end=scores.detach().cpu().numpy(),
-        end_probabilities=method.probabilities(scores).detach().cpu().numpy(),
-        start_anchors=first.classifier().mean(1).cpu().numpy(),
-        end_anchors=method.classifier().mean(1).detach().cpu().numpy(),
-        images=len(images),
+        before, after, first=model.start_method_, method=model.method_, score=model.score_, images=len(images)
     )
     return judge(evidence, images=len(paths))
 
@@ -86,43 +92,89 @@ def start_features(model: FineAlign, images: Sequence[Path]) -> ImageFeatures:
     return features
 
 
+@torch.no_grad()
 def gather(
-    *,
-    crops: Floats,
-    start: Floats,
-    end: Floats,
-    end_probabilities: Floats,
-    start_anchors: Floats,
-    end_anchors: Floats,
-    images: int,
+    before: ImageFeatures, after: ImageFeatures, *, first: Method, method: Method, score: Score, images: int
 ) -> dict[str, float]:
-    """The evidence by name, for n judged images, C classes and embedding width D.
+    """The evidence by name, from the features of n judged images before and after adaptation. No true label is read.
 
     Args:
-        crops: (n, D) the mean of each image's crops before adaptation.
-        start: (n, C) the start's scores of the whole images.
-        end: (n, C) the adapted model's scores, by its own score.
-        end_probabilities: (n, C) the adapted model's probabilities; rows sum to 1.
-        start_anchors: (C, D) one vector per class before adaptation.
-        end_anchors: (C, D) one vector per class after it.
+        before: with crops where the method uses them.
+        after: with crops unless ``score`` is global.
+        first: the method of the start, which scores whole images.
+        method: the adapted method.
+        score: the one it classifies by.
         images: how many images the model was adapted to.
 
     Returns:
-        - structure: relative increase in the variance of ``crops`` that the labels explain, from old to new labels;
+        - structure: relative increase in the variance of the images that the labels explain, from old to new labels;
+        - margin: mean margin of the new labels, see ``mean_margin``;
         - images_a_class: natural logarithm of the images per class, of at most MANY_A_CLASS;
         - confidence: mean probability of the new label;
         - anchors_kept: mean cosine of each class's vectors before and after, each less the mean of the classes;
+        - unevenness: total variation of the class prior that the run expected from even shares, in [0, 1];
+        - shift: total variation between the shares of the old and the new labels, in [0, 1];
+        - off_prior: total variation between the class prior and the shares of the new labels, in [0, 1];
+        - mixture: mean probability of the new labels, less that of the old ones, by the mixtures of
+          ``method.class_prior``, which know nothing of the adaptation, in [-1, 1];
         - relabelled: share of images whose label differs from the start's. It has no weight; it bounds the change.
     """
-    before, after = start.argmax(1), end.argmax(1)
-    old, new = explained_variance(crops, before), explained_variance(crops, after)
+    scores = method.score(after, score)
+    old, new = first.score(before, "global").argmax(1).cpu().numpy(), scores.argmax(1).cpu().numpy()
+    crops = before.crops.mean(1) if before.crops.shape[1] else None
+    anchors = first.classifier().mean(1)
+    classes = anchors.shape[0]
+    plain, sparse = mixture_assignments(before.weak, crops, anchors, logit_scale=first.logit_scale)
+    assigned = ((plain + sparse) / 2).cpu().numpy()
+    everyone = np.arange(len(new))
+    looks = (before.weak if crops is None else crops).double().cpu().numpy()
+    explained = explained_variance(looks, old)
+    joint = joint_features(before.weak, crops).double().cpu().numpy()
+    prior = getattr(method, "class_prior", anchors.new_full((classes,), 1 / classes)).double().cpu().numpy()
+    shares = [np.bincount(labels, minlength=classes) / len(labels) for labels in (old, new)]
     return {
-        "structure": (new - old) / max(old, 0.01),
-        "images_a_class": float(np.log(min(images / start.shape[1], MANY_A_CLASS))),
-        "confidence": float(end_probabilities.max(1).mean()),
-        "anchors_kept": anchors_kept(start_anchors, end_anchors),
-        "relabelled": float((after != before).mean()),
+        "structure": (explained_variance(looks, new) - explained) / max(explained, 0.01),
+        "margin": mean_margin(joint, new),
+        "images_a_class": float(np.log(min(images / classes, MANY_A_CLASS))),
+        "confidence": float(method.probabilities(scores).amax(1).mean()),
+        "anchors_kept": anchors_kept(anchors.cpu().numpy(), method.classifier().mean(1).detach().cpu().numpy()),
+        "unevenness": _variation(prior, np.full(classes, 1 / classes)),
+        "shift": _variation(*shares),
+        "off_prior": _variation(prior, shares[1]),
+        "mixture": float((assigned[everyone, new] - assigned[everyone, old]).mean()),
+        "relabelled": float((new != old).mean()),
     }
+
+
+def _variation(first: Floats, second: Floats) -> float:
+    """Total variation of two distributions over the classes, (C,) each: in [0, 1]."""
+    return float(np.abs(first - second).sum() / 2)
+
+
+def mean_margin(features: Floats, labels: Ints) -> float:
+    """How much nearer images are to their own class than to the nearest other one, in [-2, 2]; 0 for one class.
+
+    features: (n, D). labels: (n,). The mean over images of the cosine with the mean of the images of the same label,
+    the image itself left out, less the largest cosine with the mean of another label. The mean of all features is
+    subtracted first. An image that is alone with its label counts 0.
+    """
+    present = np.unique(labels)
+    if len(present) < 2:
+        return 0.0
+    rows = _units(features - features.mean(0))
+    own = np.searchsorted(present, labels)
+    sums = np.zeros((len(present), rows.shape[1]))
+    np.add.at(sums, own, rows)
+    cosines = rows @ _units(sums).T
+    cosines[np.arange(len(rows)), own] = -np.inf
+    margins = (_units(sums[own] - rows) * rows).sum(1) - cosines.max(1)
+    return float(np.where(np.bincount(own)[own] > 1, margins, 0.0).mean())
+
+
+def _units(rows: Floats) -> Floats:
+    lengths = np.linalg.norm(rows, axis=1, keepdims=True)
+    found: Floats = rows / np.maximum(lengths, 1e-12)
+    return found
 
 
 def explained_variance(features: Floats, labels: Ints) -> float:
