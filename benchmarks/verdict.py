@@ -72,7 +72,7 @@ def standardised(rows: Sequence[Row]) -> Floats:
 
 
 def fit(rows: Sequence[Row]) -> tuple[Floats, float]:
-    """Ridge regression of the clipped gain on the standardised evidence, as weights of the plain one, and a constant."""
+    """Ridge regression of the clipped gain on the evidence: a weight for each piece of it, and a constant."""
     x, y = standardised(rows), np.clip([row["gain"] for row in rows], -CLIP, CLIP)
     middle, spread = x.mean(0), x.std(0) + 1e-9
     z = np.c_[(x - middle) / spread, np.ones(len(x))]

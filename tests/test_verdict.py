@@ -8,17 +8,24 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn.functional import normalize
 
 from conftest import CLASSES, predictions, tiny_config
 from finealign import FineAlign
+from finealign.config import MethodSettings
 from finealign.images.listing import list_images
+from finealign.method.base import SelfTrainingMethod
+from finealign.method.registry import create_method
 from finealign.model.calibration import SAMPLE, sample
 from finealign.run import adapt as run_folder
 from finealign.run import verdict
 from finealign.run.adapt import adapt_into
-from finealign.run.verdict import Verdict, anchors_kept, explained_variance, gather, judge, judge_model
+from finealign.run.verdict import Verdict, anchors_kept, explained_variance, gather, judge, judge_model, mean_margin
+from finealign.types import ImageFeatures, TextFeatures
 
 Tiny = Callable[[str], str]
 
@@ -46,36 +53,106 @@ def test_explained_variance__degenerate() -> None:
 
 
 def evidence(**values: float) -> dict[str, float]:
-    usual = {"structure": 0.2, "images_a_class": 3.0, "confidence": 0.8, "anchors_kept": 0.8}
+    usual = {"structure": 0.2, "margin": 0.15, "images_a_class": 3.0, "confidence": 0.8, "anchors_kept": 0.8}
+    usual |= {"unevenness": 0.1, "shift": 0.1, "off_prior": 0.05, "mixture": 0.1}
     return {**usual, "relabelled": 0.3, **values}
 
 
-def test_gather__by_hand() -> None:
-    """Four images in two clusters: the start took one for the wrong class, the adapted model does not."""
-    crops = np.array([[0.0, 0], [0, 2], [10, 0], [10, 2]])
-    start = np.array([[3.0, 1], [1, 2], [1, 2], [0, 5]])  # labels 0 1 1 1
-    end = np.array([[3.0, 1], [4, 1], [1, 2], [0, 5]])  # labels 0 0 1 1
-    probabilities = np.array([[0.9, 0.1], [0.8, 0.2], [0.3, 0.7], [0.0, 1.0]])
-    before_anchors, after_anchors = np.array([[1.0, 0], [0, 1]]), np.array([[1.0, 0], [0.6, 0.8]])
-    found = gather(
-        crops=crops,
-        start=start,
-        end=end,
-        end_probabilities=probabilities,
-        start_anchors=before_anchors,
-        end_anchors=after_anchors,
-        images=40,
-    )
-    total = spread(crops.tolist())
-    before = 1 - (0 + spread(crops[1:].tolist())) / total
-    after = 1 - (spread(crops[:2].tolist()) + spread(crops[2:].tolist())) / total
-    assert found["structure"] == pytest.approx(after / before - 1)
-    assert found["images_a_class"] == pytest.approx(math.log(20))
-    assert found["relabelled"] == 0.25
-    assert found["confidence"] == pytest.approx((0.9 + 0.8 + 0.7 + 1.0) / 4)
-    # Less their mean, the start's two are (1, -1) / 2 and its opposite; the new ones (0.4, -0.8) / 2 and its opposite.
-    assert found["anchors_kept"] == pytest.approx((0.4 + 0.8) / math.sqrt(2 * (0.4**2 + 0.8**2)))
+def unit(*shape: int, seed: int) -> Tensor:
+    return normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)), dim=-1)
+
+
+def example(n: int = 30, *, c: int = 3, d: int = 8, prior: list[float] | None = None) -> dict[str, Any]:
+    """Images before and after adaptation, the start's method, and one whose anchors have moved."""
+    class_of = torch.arange(c).repeat_interleave(2)
+    texts = TextFeatures(unit(c, d, seed=1), unit(2 * c, d, seed=2), class_of)
+    first = create_method(MethodSettings(name="cupl"), texts, logit_scale=10.0)
+    method = create_method(MethodSettings(name="fair"), texts, logit_scale=10.0)
+    assert isinstance(method, SelfTrainingMethod)
+    with torch.no_grad():
+        method.anchors += 0.8 * unit(c, 1, d, seed=3)
+        if prior:
+            method.expect(torch.tensor(prior))
+    method.requires_grad_(False)
+    before = ImageFeatures(unit(n, d, seed=4), unit(n, 5, d, seed=5))
+    after = ImageFeatures(unit(n, d, seed=6), unit(n, 5, d, seed=7))
+    return {"before": before, "after": after, "first": first, "method": method, "score": "las", "images": n}
+
+
+def labels_of(scores: Tensor) -> list[int]:
+    return [row.index(max(row)) for row in scores.tolist()]
+
+
+def test_gather__against_plain_statements() -> None:
+    made = example(prior=[0.5, 0.3, 0.2])
+    found = gather(**made)
+    scores = made["method"].score(made["after"], "las")
+    old, new = labels_of(made["first"].score(made["before"], "global")), labels_of(scores)
+    crops = [[sum(column) / 5 for column in zip(*image, strict=True)] for image in made["before"].crops.tolist()]
+
+    def within(labels: list[int]) -> float:
+        groups = [[row for row, label in zip(crops, labels, strict=True) if label == c] for c in set(labels)]
+        return 1 - sum(spread(group) for group in groups) / spread(crops)
+
+    shares = [[labels.count(c) / 30 for c in range(3)] for labels in (old, new)]
+    assert found["structure"] == pytest.approx((within(new) - within(old)) / max(within(old), 0.01), rel=1e-4)
+    assert found["images_a_class"] == pytest.approx(math.log(10))
+    assert found["relabelled"] == pytest.approx(sum(a != b for a, b in zip(old, new, strict=True)) / 30)
+    largest = [max(row) for row in made["method"].probabilities(scores).tolist()]
+    assert found["confidence"] == pytest.approx(sum(largest) / 30, rel=1e-5)
+    assert found["unevenness"] == pytest.approx(sum(abs(p - 1 / 3) for p in (0.5, 0.3, 0.2)) / 2, abs=1e-6)
+    assert found["shift"] == pytest.approx(sum(abs(a - b) for a, b in zip(*shares, strict=True)) / 2)
+    expected = zip(shares[1], (0.5, 0.3, 0.2), strict=True)
+    assert found["off_prior"] == pytest.approx(sum(abs(a - b) for a, b in expected) / 2, abs=1e-6)
+    assert -1 <= found["mixture"] <= 1
     assert set(verdict.WEIGHTS) < set(found)
+
+
+def test_gather__without_adaptation_says_nothing_changed() -> None:
+    made = example()
+    method = create_method(
+        MethodSettings(name="fair"),
+        TextFeatures(unit(3, 8, seed=1), unit(6, 8, seed=2), torch.arange(3).repeat_interleave(2)),
+        logit_scale=10.0,
+    ).requires_grad_(False)
+    found = gather(**{**made, "method": method, "score": "global", "after": made["before"]})
+    assert found["relabelled"] == found["structure"] == found["shift"] == found["mixture"] == 0
+    assert found["anchors_kept"] == pytest.approx(1, abs=1e-5)
+
+
+def test_gather__whole_images_without_crops() -> None:
+    made = example()
+    bare = {key: ImageFeatures(made[key].weak, made[key].weak[:, None][:, :0]) for key in ("before", "after")}
+    found = gather(**{**made, **bare, "score": "global"})
+    assert all(math.isfinite(value) for value in found.values())
+
+
+@pytest.mark.parametrize("n", [1, 2, 5])
+def test_gather__of_few_images_is_finite(n: int) -> None:
+    assert all(math.isfinite(value) for value in gather(**example(n)).values())
+
+
+def test_mean_margin__by_hand() -> None:
+    """Two pairs at right angles, around their mean; each image is at -1 to the other pair's mean direction or so."""
+    rows = np.array([[1.0, 0.1], [1.0, -0.1], [-1.0, 0.1], [-1.0, -0.1]])
+    right = mean_margin(rows, np.array([0, 0, 1, 1]))
+    cosine = (1 - 0.01) / (1 + 0.01)  # with the other image of the pair
+    apart = -1 / math.hypot(1, 0.1)  # with the mean of the other pair
+    assert right == pytest.approx(cosine - apart)
+    assert mean_margin(rows, np.array([0, 1, 0, 1])) < 0 < right
+    assert mean_margin(rows, np.zeros(4, int)) == 0
+    assert mean_margin(rows, np.arange(4)) == 0  # each alone with its label
+    assert mean_margin(np.ones((4, 2)), np.array([0, 0, 1, 1])) == 0
+
+
+@given(st.integers(0, 10**6), st.integers(2, 30), st.integers(2, 5))
+def test_mean_margin__is_bounded_and_blind_to_names_and_order(seed: int, n: int, classes: int) -> None:
+    rng = np.random.default_rng(seed)
+    features, labels, order = rng.normal(size=(n, 3)), rng.integers(classes, size=n), rng.permutation(n)
+    found = mean_margin(features, labels)
+    assert -2 <= found <= 2
+    assert mean_margin(features[order], labels[order]) == pytest.approx(found, abs=1e-9)
+    assert mean_margin(features + 3, rng.permutation(classes)[labels] * 2) == pytest.approx(found, abs=1e-6)
 
 
 def test_anchors_kept__is_one_for_what_all_classes_share() -> None:
