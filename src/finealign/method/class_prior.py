@@ -43,7 +43,7 @@ def estimated_shares(
     default 1 -> (C,), all above 0, sum 1. Nothing is drawn. Even shares are returned if there are fewer than
     ``FEWEST_IMAGES`` images, if they are all alike, or if their weights add up to less than one image.
     """
-    step = -(-len(weak) // MOST_IMAGES)
+    step = max(1, -(-len(weak) // MOST_IMAGES))
     weak = weak[::step].double()
     whole = normalize(weak, dim=1)
     counts = torch.ones_like(whole[:, 0]) if weights is None else weights[::step].to(whole)
