@@ -1,6 +1,6 @@
 """Folders as people have them: uneven classes, absent classes, strangers, copies; adapted in full, and measured.
 
-    python benchmarks/folders.py --out runs/folders [--sets eurosat,dtd10] [--variants even,half] [--seeds 0,1] [--set ...]
+    python benchmarks/folders.py --out runs/folders [--sets eurosat,dtd10] [--variants even,half] [--seeds 0,1]
 
 Each variant is drawn from the images of a set with its seed: links to the photos, class folders left out. Own images
 are measured without strangers, each copy counted; the test images are those of the set, all classes evenly. A run is a
