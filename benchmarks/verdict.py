@@ -175,7 +175,8 @@ def main() -> None:
             )
     weights, constant = fit(rows)
     own = estimates(rows, weights, constant)
-    helped, hurt = thresholds(gain, own)
+    # Where no set was seen by its own weights, so that the thresholds hold for sets that are not here.
+    helped, hurt = thresholds(gain, estimate)
     print(report("all, by the weights below", gain, own, [called(float(one), helped, hurt) for one in own]))
     print("\nWEIGHTS =", {name: round(float(weight), 3) for name, weight in zip(WEIGHTS, weights, strict=True)})
     print(f"CONSTANT = {constant:.3f}\nHELPED, HURT = {helped:.2f}, {hurt:.2f}\n")

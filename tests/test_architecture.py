@@ -21,7 +21,14 @@ HOUSE = Path(finealign.__file__).parent
 
 TABLE = Path(__file__).parents[1] / "docs" / "ARCHITECTURE.md"
 ORDER = re.findall(r"^\| `(\w+)(?:\.py|/)` \|", TABLE.read_text(encoding="utf-8"), flags=re.MULTILINE)
-PURE_MATHS = ["method.alignment", "method.pseudo_labels", "method.losses", "method.mixture"]
+PURE_MATHS = [
+    "method.alignment",
+    "method.class_prior",
+    "method.losses",
+    "method.mixture",
+    "method.pseudo_labels",
+    "method.strangers",
+]
 MAY_READ_TRUTH = {"evaluate", "cli", "demo", "benchmark"}  # stages
 PICKLES = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
 NETWORK = {
@@ -237,8 +244,8 @@ def test_order__the_demo_is_entered_by_its_runner(room: str) -> None:
 
 @pytest.mark.parametrize("room", PURE_MATHS)
 def test_order__pure_maths_knows_tensors_alone(room: str) -> None:
-    assert outsiders(room) <= {"torch", "typing"}
-    assert set(imported_rooms(room)) <= {"types"}
+    assert outsiders(room) <= {"torch", "typing", "math", "collections", "dataclasses"}
+    assert set(imported_rooms(room)) <= {"types", *PURE_MATHS}
 
 
 @rooms

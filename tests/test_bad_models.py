@@ -488,6 +488,45 @@ MODELS: dict[str, tuple[Change, str]] = {
     ),
     "a tensor of the method extra": (tensors(method__more=torch.ones(1)), "the method's tensors are .*more"),
     "a tensor extra": (tensors(more=torch.ones(1)), "holds a tensor 'more' that no such model has"),
+    # what tells strangers
+    **{
+        f"{use}'s {name} {how}": (
+            tensors(**{f"strangers__{use}__{name}": value}),
+            f"cannot be read: .*{name} of a stranger model is {told}",
+        )
+        for use in ("start", "adapted")
+        for name, how, value, told in (
+            ("mean", "not finite", NAN[0], "torch.float32 of shape .32,., not finite"),
+            ("anchors", "not finite", NAN, "torch.float32 of shape .3, 32., not finite"),
+            ("bias", "not finite", torch.tensor(float("-inf")), "torch.float32 of shape .., not finite"),
+            ("weights", "short", torch.ones(2), "torch.float32 of shape .2,., not"),
+            ("quantiles", "short", torch.ones(100), "torch.float32 of shape .100,., not"),
+            ("quantiles", "out of range", torch.full((101,), 1.5), r"not in \[0, 1\]"),
+            ("openness", "in double", torch.tensor(0.5).double(), "torch.float64"),
+            ("openness", "a vector", torch.ones(2), "torch.float32 of shape .2,., not"),
+            ("openness", "out of range", torch.tensor(-1.0), r"not in \[0, 1\]"),
+            ("scale", "nought", torch.tensor(0.0), "not above 0"),
+            ("cosine_deviation", "of two classes", torch.ones(2), "torch.float32 of shape .2,., not"),
+            ("cosine_deviation", "negative", -torch.ones(3), "not above 0"),
+            ("claim_deviation", "nought", torch.zeros(2), "not above 0"),
+        )
+    },
+    "strangers of four classes": (
+        tensors(
+            strangers__start__anchors=torch.ones(4, 32),
+            strangers__start__cosine_mean=torch.ones(4),
+            strangers__start__cosine_deviation=torch.ones(4),
+        ),
+        r"what tells strangers is for \(4, 32\), not \(3, 32\)",
+    ),
+    "strangers of a scalar mean": (tensors(strangers__start__mean=torch.tensor(1.0)), "cannot be read"),
+    "strangers of anchors in a row": (tensors(strangers__start__anchors=torch.ones(32)), "cannot be read"),
+    "strangers without a tensor": (tensors(strangers__adapted__share=None), "the tensors of a stranger model are "),
+    "strangers with one more": (tensors(strangers__start__more=torch.ones(1)), "the tensors of a stranger model are "),
+    "strangers of another model": (
+        tensors(strangers__other__mean=torch.ones(32)),
+        "holds a tensor 'strangers.other.mean' that no such model has",
+    ),
     "a text extra": (tensors(texts__more=torch.ones(1)), "holds a tensor 'texts.more' that no such model has"),
     "a start's parameter extra": (tensors(start__more=torch.ones(1)), "the start model's parameters are not those"),
     "a start's parameter lacking": (tensors(start__ln_post__bias=None), "the start model's parameters are not those"),

@@ -8,6 +8,7 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from conftest import CLASSES, predictions, tiny_config, write_photos
@@ -82,6 +83,49 @@ def test_use__of_a_model_that_is_not_there(fitted: FineAlign, tmp_path: Path) ->
         fitted.use("stort")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="Valid: adapted, start"):  # before the folder is looked at
         FineAlign.load(tmp_path / "no such folder", use="before")  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Tiny) -> FineAlign:
+    """An adapted model of enough photos, among them noise, that it can tell strangers."""
+    place = write_photos(tmp_path_factory.mktemp("many") / "photos", each=8)
+    for number in range(10):
+        pixels = np.random.default_rng(number).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(place / f"noise {number}.png")
+    config = tiny_config(tiny_backbone("transformer"), training__epochs=1, training__anchor_steps=2)
+    return FineAlign(CLASSES, config=config).fit(place)
+
+
+def doubts(model: FineAlign, weak: torch.Tensor) -> dict[str, torch.Tensor]:
+    found = {use: model.use(use).model_.p_none(weak) for use in USES}
+    assert all(value is not None and bool(((value >= 0) & (value <= 1)).all()) for value in found.values())
+    return {use: value for use, value in found.items() if value is not None}
+
+
+@pytest.mark.parametrize("used", USES)
+def test_save__what_tells_strangers_comes_back_bit_for_bit(many: FineAlign, tmp_path: Path, used: Use) -> None:
+    weak = torch.nn.functional.normalize(torch.randn(20, 32, generator=torch.Generator().manual_seed(0)), dim=1)
+    known, found = many.use(used).model_.strangers, doubts(many, weak)
+    assert set(known) == set(USES)
+    many.use(used).save(tmp_path / "saved")
+    again = load(tmp_path / "saved")
+    assert again.use_ == used
+    for use in USES:
+        tensors = again.model_.strangers[use].tensors()
+        for name, value in known[use].tensors().items():
+            assert torch.equal(tensors[name], value), name
+    for use, value in doubts(again, weak).items():
+        assert torch.equal(value, found[use])
+    for place in ("saved", "again"):  # and once more, from what was loaded
+        again.use(used).save(tmp_path / "again")
+        assert load_file(tmp_path / place / "finealign.safetensors").keys() >= {f"strangers.{use}.mean" for use in USES}
+    assert torch.equal(doubts(load(tmp_path / "again"), weak)[used], found[used])
+
+
+def test_p_none__of_a_model_without_what_tells_strangers_is_unknown(tiny_backbone: Tiny) -> None:
+    config = tiny_config(tiny_backbone("transformer"))
+    assert FineAlign(CLASSES, config=config).unlearned().model_.p_none(torch.ones(2, 32)) is None
+    assert load(OLD).model_.p_none(torch.ones(2, 32)) is None
 
 
 # --- saved and loaded -------------------------------------------------------------------------------------------------

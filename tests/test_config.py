@@ -111,6 +111,7 @@ training_values = st.fixed_dictionaries(
         "anchor_batch_size": count,
         "last_label_pass": st.booleans(),
         "checkpoint_minutes": st.just(0.0) | rate,
+        "strangers": st.sampled_from(["auto", "off"]),
         "strong_views": count,
     }
 )
@@ -133,7 +134,9 @@ config_values = st.fixed_dictionaries(
         "views": views_values,
         "method": st.fixed_dictionaries({"name": word, "an_option": plain}),
         "training": training_values,
-        "prediction": st.fixed_dictionaries({"score": st.sampled_from(["auto", "global", "las", "fused"])}),
+        "prediction": st.fixed_dictionaries(
+            {"score": st.sampled_from(["auto", "global", "las", "fused"]), "calibrate": st.booleans()}
+        ),
     }
 ).map(without_contradictions)
 
@@ -485,8 +488,8 @@ WHERE = {"cache", "workers"}
 
 
 def autos(config: Config) -> list[str]:
-    """The settings of data, views and training that are still "auto", but for those that say where a run runs."""
-    dump = config.model_dump(exclude={"data": WHERE})
+    """Settings of data, views and training that are still "auto", but for those that wait for the machine or images."""
+    dump = config.model_dump(exclude={"data": WHERE, "training": {"strangers"}})
     return [
         f"{section}.{key}"
         for section in ("data", "views", "training")

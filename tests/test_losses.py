@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from finealign.method.losses import fairness, running_mean, weighted_cross_entropy
+from finealign.method.losses import fairness, mean_over, running_mean, weighted_cross_entropy
 
 Vector = list[float]
 
@@ -42,6 +42,10 @@ def surprise(logits: Vector, label: int) -> float:
 def shares(c: int, seed: int) -> Tensor:
     raw = torch.rand(c, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) + 0.01
     return raw / raw.sum()
+
+
+def even(c: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.full((c,), 1 / c, dtype=dtype)
 
 
 # --- weighted_cross_entropy -------------------------------------------------------------------------------------------
@@ -122,42 +126,72 @@ def test_weighted_cross_entropy__gradient_is_the_weighted_error_a_share_of_the_b
 
 @pytest.mark.parametrize("c", [2, 3, 10, 200])
 @pytest.mark.parametrize("seed", range(3))
-def test_fairness__is_minus_the_mean_log(c: int, seed: int) -> None:
+def test_fairness__with_an_even_prior_is_minus_the_mean_log(c: int, seed: int) -> None:
     mean = shares(c, seed)
-    agree(fairness(mean), -math.fsum(math.log(value) for value in mean.tolist()) / c)
+    agree(fairness(mean, even(c)), -math.fsum(math.log(value) for value in mean.tolist()) / c)
+
+
+@pytest.mark.parametrize("c", [2, 3, 10, 200])
+@pytest.mark.parametrize("seed", range(3))
+def test_fairness__is_minus_the_log_that_the_prior_expects(c: int, seed: int) -> None:
+    mean, prior = shares(c, seed), shares(c, seed + 100)
+    wanted = -math.fsum(pi * math.log(value) for pi, value in zip(prior.tolist(), mean.tolist(), strict=True))
+    agree(fairness(mean, prior), wanted)
 
 
 @pytest.mark.parametrize("c", [2, 3, 10, 1000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_fairness__of_uniform_is_log_of_the_classes(c: int, dtype: torch.dtype) -> None:
-    assert fairness(torch.full((c,), 1 / c, dtype=dtype)).item() == pytest.approx(math.log(c), rel=1e-6)
+    assert fairness(even(c, dtype), even(c, dtype)).item() == pytest.approx(math.log(c), rel=1e-6)
+
+
+@st.composite
+def two_distributions(draw: st.DrawFn) -> tuple[Tensor, Tensor]:
+    """A prior (C,), of which some shares are 0, and a mean prediction (C,) without zeros."""
+    c = draw(st.integers(2, 12))
+    prior = draw(st.lists(st.one_of(st.just(0.0), st.floats(1e-3, 1.0)), min_size=c, max_size=c).filter(any))
+    mean = draw(st.lists(st.floats(1e-6, 1.0), min_size=c, max_size=c))
+    return tuple(torch.tensor(raw, dtype=torch.float64) / math.fsum(raw) for raw in (prior, mean))  # type: ignore[return-value]
 
 
 @few
-@given(st.lists(st.floats(1e-6, 1.0), min_size=2, max_size=12))
-def test_fairness__is_least_at_uniform(raw: Vector) -> None:
-    mean = torch.tensor(raw, dtype=torch.float64)
-    mean = mean / mean.sum()
-    found = fairness(mean).item()
-    assert found >= math.log(len(raw)) - 1e-12
-    if float(mean.max() - mean.min()) > 1e-3:
-        assert found > math.log(len(raw))
+@given(two_distributions())
+def test_fairness__is_least_where_the_mean_is_the_prior(drawn: tuple[Tensor, Tensor]) -> None:
+    prior, mean = drawn
+    least = -math.fsum(pi * math.log(pi) for pi in prior.tolist() if pi)  # Gibbs: the prior's entropy
+    found = fairness(mean, prior).item()
+    assert fairness(prior, prior).item() == pytest.approx(least, abs=1e-12)
+    assert found >= least - 1e-12
+    if float((mean - prior).abs().max()) > 1e-3:
+        assert found > least
 
 
 def test_fairness__pulls_towards_the_rarest_class_most_and_rests_at_uniform() -> None:
     mean = torch.tensor([0.7, 0.2, 0.1], dtype=torch.float64, requires_grad=True)
-    (pull,) = torch.autograd.grad(fairness(mean), mean)
+    (pull,) = torch.autograd.grad(fairness(mean, even(3)), mean)
     agree(pull, [-1 / (3 * value) for value in mean.tolist()])
     uniform = torch.zeros(4, dtype=torch.float64, requires_grad=True)
-    (rest,) = torch.autograd.grad(fairness(torch.softmax(uniform, dim=0)), uniform)
+    (rest,) = torch.autograd.grad(fairness(torch.softmax(uniform, dim=0), even(4)), uniform)
     agree(rest, [0.0] * 4)
+
+
+def test_fairness__pulls_by_what_is_missing_and_rests_at_the_prior() -> None:
+    mean, prior = shares(5, 0).requires_grad_(), shares(5, 1)
+    (pull,) = torch.autograd.grad(fairness(mean, prior), mean)
+    agree(pull, [-pi / value for pi, value in zip(prior.tolist(), mean.tolist(), strict=True)])
+    logits = shares(5, 2).log().requires_grad_()
+    (pull,) = torch.autograd.grad(fairness(torch.softmax(logits, dim=0), prior), logits)
+    agree(pull, (shares(5, 2) - prior).tolist())  # as that of a cross-entropy
+    logits = prior.log().requires_grad_()
+    (rest,) = torch.autograd.grad(fairness(torch.softmax(logits, dim=0), prior), logits)
+    agree(rest, [0.0] * 5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("mean", [[1.0, 0.0], [0.5, 0.5, 0.0], [0.0, 0.0, 1.0, 0.0]])
 def test_fairness__a_class_of_no_mass_stays_finite(mean: Vector, dtype: torch.dtype) -> None:
     leaf = torch.tensor(mean, dtype=dtype, requires_grad=True)
-    found = fairness(leaf)
+    found = fairness(leaf, even(len(mean), dtype))
     (pull,) = torch.autograd.grad(found, leaf)
     smallest = torch.finfo(dtype).tiny
     wanted = -math.fsum(math.log(max(value, smallest)) for value in mean) / len(mean)
@@ -166,9 +200,53 @@ def test_fairness__a_class_of_no_mass_stays_finite(mean: Vector, dtype: torch.dt
     assert bool(pull.isfinite().all())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("mean", [[0.5, 0.25, 0.25], [0.5, 0.5, 0.0], [0.0, 0.0, 1.0]])
+def test_fairness__a_class_that_is_not_expected_counts_for_nothing(mean: Vector, dtype: torch.dtype) -> None:
+    leaf = torch.tensor(mean, dtype=dtype, requires_grad=True)
+    found = fairness(leaf, torch.tensor([0.75, 0.25, 0.0], dtype=dtype))
+    (pull,) = torch.autograd.grad(found, leaf)
+    smallest = torch.finfo(dtype).tiny
+    wanted = -0.75 * math.log(max(mean[0], smallest)) - 0.25 * math.log(max(mean[1], smallest))
+    assert found.item() == pytest.approx(wanted, rel=1e-6)
+    assert bool(pull.isfinite().all()) and pull[2] == 0
+
+
 def test_fairness__order_of_classes_does_not_matter() -> None:
-    mean = shares(5, 0)
-    agree(fairness(mean[torch.tensor([3, 0, 4, 1, 2])]), fairness(mean).item())
+    mean, prior, order = shares(5, 0), shares(5, 1), torch.tensor([3, 0, 4, 1, 2])
+    agree(fairness(mean[order], prior[order]), fairness(mean, prior).item())
+
+
+# --- mean_over --------------------------------------------------------------------------------------------------------
+
+
+@over_shapes
+def test_mean_over__counts_each_image_as_far_as_it_belongs(b: int, c: int) -> None:
+    logits, _, belonging = example(b, c)
+    rows = torch.softmax(logits, dim=1)
+    wanted = [
+        math.fsum(far * row[k] for far, row in zip(belonging.tolist(), rows.tolist(), strict=True))
+        / math.fsum(belonging.tolist())
+        for k in range(c)
+    ]
+    agree(mean_over(rows, belonging), wanted)
+    agree(mean_over(rows, belonging).sum(), 1.0)
+
+
+@over_shapes
+def test_mean_over__where_all_belong_alike_is_the_mean(b: int, c: int) -> None:
+    rows = torch.softmax(example(b, c)[0], dim=1)
+    agree(mean_over(rows, None), [math.fsum(column) / b for column in rows.T.tolist()])
+    for far in (1.0, 0.01):
+        agree(mean_over(rows, torch.full((b,), far, dtype=torch.float64)), rows.mean(0).tolist())
+
+
+def test_mean_over__two_halves_of_an_image_are_one_and_one_that_hardly_belongs_is_none() -> None:
+    rows = torch.softmax(example(4, 3)[0], dim=1)
+    halved = mean_over(torch.cat([rows, rows[:1]]), torch.tensor([0.5, 1, 1, 1, 0.5], dtype=torch.float64))
+    agree(halved, mean_over(rows, None).tolist())
+    without = mean_over(rows, torch.tensor([1e-30, 1, 1, 1], dtype=torch.float64))
+    agree(without, rows[1:].mean(0).tolist())
 
 
 # --- running_mean -----------------------------------------------------------------------------------------------------
@@ -205,7 +283,7 @@ def test_running_mean__is_as_wide_open_as_its_current_batch_and_changes_neither(
 def test_running_mean__no_gradient_through_previous() -> None:
     previous, current = shares(4, 0).requires_grad_(), shares(4, 1).requires_grad_()
     found = running_mean(previous, current, momentum=0.9)
-    (pull,) = torch.autograd.grad(fairness(found), previous, allow_unused=True)
+    (pull,) = torch.autograd.grad(fairness(found, even(4)), previous, allow_unused=True)
     assert pull is None or not pull.any()
 
 
@@ -214,4 +292,4 @@ def test_losses__keep_the_dtype(dtype: torch.dtype) -> None:
     logits, labels, weights = example(3, 4)
     mean = shares(4, 0).to(dtype)
     assert weighted_cross_entropy(logits.to(dtype), labels, weights.to(dtype)).dtype == dtype
-    assert fairness(mean).dtype == running_mean(mean, mean, momentum=0.5).dtype == dtype
+    assert fairness(mean, mean).dtype == running_mean(mean, mean, momentum=0.5).dtype == dtype

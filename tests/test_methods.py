@@ -243,8 +243,9 @@ def mean_prediction(logits: Matrix) -> Vector:
     return [math.fsum(column) / len(logits) for column in zip(*map(softmax, logits), strict=True)]
 
 
-def unfairness(mean: Vector) -> float:
-    return -math.fsum(math.log(value) for value in mean) / len(mean)
+def unfairness(mean: Vector, prior: Vector | None = None) -> float:
+    prior = prior or [1 / len(mean)] * len(mean)
+    return -math.fsum(pi * math.log(value) for pi, value in zip(prior, mean, strict=True))
 
 
 # --- scores -----------------------------------------------------------------------------------------------------------
@@ -500,8 +501,9 @@ def test_pseudo_label__carries_no_gradient_and_changes_no_anchor(name: str) -> N
     open_features = ImageFeatures(features.weak.requires_grad_(), features.crops.requires_grad_())
     before = method.anchors.detach().clone()
     found = method.pseudo_label(open_features)
-    for field in fields(PseudoLabels):
-        assert not getattr(found, field.name).requires_grad
+    assert found.belonging is None  # which the loop knows, not the method
+    for tensor in (found.labels, found.weights, found.probabilities):
+        assert not tensor.requires_grad
     assert torch.equal(method.anchors, before)
     assert method.anchors.requires_grad
     assert not any(value.requires_grad for value in method.buffers())
@@ -612,6 +614,90 @@ def test_loss__fairness_temperature_divides_the_logits_of_that_term_alone(name: 
     agree(found.parts["cross_entropy"], believed(logits, pseudo.labels.tolist(), pseudo.weights.tolist()))
     agree(found.parts["fairness"], unfairness(mean_prediction(softened)))
     agree(found.total.detach(), (found.parts["cross_entropy"] + 2 * found.parts["fairness"]).item())
+
+
+UNEVEN = [0.5, 0.3, 0.15, 0.05]
+
+
+@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize("fairness", ["running", "batch"])
+def test_loss__is_fair_to_what_is_expected_of_those_who_belong(name: str, fairness: str) -> None:
+    options: dict[str, Any] = {"fairness": fairness, "fairness_weight": 2.0, "fairness_window": 10}
+    method = make_trained(name, logit_scale=SCALE, **options)
+    move(method)
+    method.expect(torch.tensor(UNEVEN, dtype=torch.float64))
+    agree(method.mean_prediction, UNEVEN)  # where the running mean begins
+    anchors, mean = normalised(method.anchors), UNEVEN
+    for seed in (0, 1):
+        strong, pseudo = believed_batch(4, 4, seed=seed)
+        belonging = [1.0, 0.25, 0.01, 0.5]
+        logits = logit_rows(strong.tolist(), anchors)
+        here = [
+            math.fsum(far * p for far, p in zip(belonging, column, strict=True)) / math.fsum(belonging)
+            for column in zip(*map(softmax, logits), strict=True)
+        ]
+        mean = [0.6 * old + 0.4 * new for old, new in zip(mean, here, strict=True)] if fairness == "running" else here
+        found = method.loss(strong, replace(pseudo, belonging=torch.tensor(belonging, dtype=torch.float64)))
+        agree(found.parts["fairness"], unfairness(mean, UNEVEN))
+        agree(found.parts["cross_entropy"], believed(logits, pseudo.labels.tolist(), pseudo.weights.tolist()))
+
+
+@pytest.mark.parametrize("fairness", get_args(Fairness))
+@pytest.mark.parametrize("name", TRAINED)
+def test_loss__where_all_belong_is_the_loss_without(name: str, fairness: Fairness) -> None:
+    strong, pseudo = believed_batch(4, 4)
+    found = []
+    for belonging in (None, torch.ones(4, dtype=torch.float64)):
+        method = make_trained(name, fairness=fairness)
+        move(method)
+        loss = method.loss(strong, replace(pseudo, belonging=belonging))
+        backward(loss.total)
+        assert method.anchors.grad is not None
+        found.append((loss.total.detach(), method.anchors.grad, method.mean_prediction))
+    for without, wholly in zip(*found, strict=True):
+        agree(wholly, without.tolist())
+
+
+@pytest.mark.parametrize("fairness", get_args(Fairness))
+def test_loss__an_image_that_hardly_belongs_hardly_counts(fairness: Fairness) -> None:
+    """Its label is weighted by the loop; here it is the mean prediction that it must not move."""
+    strong, pseudo = believed_batch(4, 4)
+    other = torch.cat([unit(1, 6, seed=77), strong[1:]])
+    weights = torch.cat([torch.zeros(1, dtype=torch.float64), pseudo.weights[1:]])
+    belonging = torch.tensor([1e-9, 1, 1, 1], dtype=torch.float64)
+    found = []
+    for rows in (strong, other):
+        method = make_trained("fair", fairness=fairness, fairness_weight=1.0, fairness_window=10)
+        move(method)
+        loss = method.loss(rows, replace(pseudo, weights=weights, belonging=belonging))
+        found.append((loss.total.detach(), method.mean_prediction.clone()))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-7, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_expect__every_running_mean_begins_at_the_prior(name: str) -> None:
+    method = make_trained(name)
+    means = [key for key in method.state_dict() if key == "class_prior" or key.startswith("mean_")]
+    assert {"class_prior", "mean_prediction"} <= set(means)
+    for key in means:
+        agree(method.state_dict()[key], [1 / 4] * 4)
+    anchors = method.anchors.detach().clone()
+    method.expect(torch.tensor(UNEVEN))
+    for key in means:
+        torch.testing.assert_close(method.state_dict()[key], torch.tensor(UNEVEN, dtype=torch.float64))
+    assert torch.equal(method.anchors.detach(), anchors)
+
+
+def test_pseudo_label__of_fair_balance_is_towards_what_is_expected() -> None:
+    """As below: of four images between two classes, the one nearest the second is its, if a quarter is to be."""
+    known = TextFeatures(torch.eye(2), torch.eye(2), torch.arange(2))
+    angles = torch.tensor([0.1, 0.2, 0.6, 0.9])
+    weak = torch.stack([angles.cos(), angles.sin()], dim=1)
+    features = ImageFeatures(weak, weak[:, None])
+    for prior, labels in (([0.5, 0.5], [0, 0, 1, 1]), ([0.9, 0.1], [0, 0, 0, 0])):
+        method = make_trained("fair", known, label_balance=1.0, fairness_window=1, logit_scale=1.0)
+        method.expect(torch.tensor(prior))
+        assert method.pseudo_label(features).labels.tolist() == labels
 
 
 def slope(of: Callable[[Matrix], float], at: Matrix, step: float = 1e-5) -> Matrix:
@@ -780,7 +866,7 @@ def test_state_dict__lets_training_go_on_as_if_never_stopped(name: str, options:
 
 
 def test_state_dict__holds_what_is_remembered() -> None:
-    learned = {"anchors", "mean_prediction"}
+    learned = {"anchors", "mean_prediction", "class_prior"}
     assert set(make("fair").state_dict()) == learned | {"pair_counts", "fixed", "teacher", "mean_label"}
     assert set(make("self-training").state_dict()) == learned | {"fixed"}
     assert set(make("dpa").state_dict()) == learned | {"image_prototypes", "mean_text"}
@@ -880,6 +966,8 @@ def test_create_method__an_unknown_option_is_answered_with_the_valid_ones(name: 
         ("fair", "fairness_window", 0, ("greater than or equal to 1", "auto")),
         ("fair", "anchors_per_class", [2], ("integer",)),
         ("zero-shot", "logit_scale", "low", ("number", "auto")),
+        ("fair", "class_prior", "uneven", ("auto", "even")),
+        ("dpa", "class_prior", 0.5, ("auto", "even")),
     ],
 )
 def test_create_method__a_wrong_value_is_answered_with_what_is_wanted(
@@ -903,6 +991,19 @@ def test_create_method__options_of_one_method_are_unknown_to_another() -> None:
     make("fair", weight="none")
     with pytest.raises(ConfigError, match="Unknown setting 'weight'"):
         make("self-training", weight="none")
+
+
+@pytest.mark.parametrize("name", UNTRAINED)
+def test_create_method__a_method_that_expects_nothing_has_no_class_prior(name: str) -> None:
+    for prior in ("even", {"a": 1.0}):
+        with pytest.raises(ConfigError, match=r"method\.class_prior: Unknown setting 'class_prior'\. .*Valid: "):
+            make(name, class_prior=prior)
+
+
+@pytest.mark.parametrize("value", [-1.0, math.nan, math.inf, True, "many", None])
+def test_create_method__a_share_that_is_none_is_refused(value: object) -> None:
+    with pytest.raises(ConfigError, match=r"method\.class_prior"):
+        make("fair", class_prior={"robin": 0.5, "wren": value})
 
 
 # --- no labels in the training path -----------------------------------------------------------------------------------

@@ -259,52 +259,89 @@ def test_confusion_weight__a_close_race_counts_less_between_siblings_than_betwee
 # --- balanced ---------------------------------------------------------------------------------------------------------
 
 
+def even(c: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.full((c,), 1 / c, dtype=dtype)
+
+
 @over_shapes
 @pytest.mark.parametrize("sharpness", SHARPNESS)
 @pytest.mark.parametrize("strength", [0.0, 0.3, 1.0])
-def test_balanced__is_each_class_over_its_mean_made_to_sum_to_one(
-    b: int, c: int, sharpness: float, strength: float
+@pytest.mark.parametrize("expected", ["even", "uneven"])
+def test_balanced__is_each_class_by_what_is_expected_over_its_mean_made_to_sum_to_one(
+    b: int, c: int, sharpness: float, strength: float, expected: str
 ) -> None:
     probabilities = predictions(b, c, sharpness=sharpness)
     mean = predictions(1, c, seed=1)[0]
+    prior = even(c) if expected == "even" else predictions(1, c, seed=2)[0]
     wanted = []
     for row in probabilities.tolist():
-        divided = [q / p**strength for q, p in zip(row, mean.tolist(), strict=True)]
-        wanted.append([value / math.fsum(divided) for value in divided])
-    found = balanced(probabilities, mean, strength)
+        scaled = [q * (pi / p) ** strength for q, pi, p in zip(row, prior.tolist(), mean.tolist(), strict=True)]
+        wanted.append([value / math.fsum(scaled) for value in scaled])
+    found = balanced(probabilities, mean, prior, strength)
     agree(found, wanted)
     assert found.dtype == probabilities.dtype
 
 
 def test_balanced__by_an_even_mean_changes_nothing() -> None:
     probabilities = predictions(5, 4)
-    agree(balanced(probabilities, torch.full((4,), 0.25, dtype=torch.float64), 1.0), probabilities.tolist())
+    agree(balanced(probabilities, even(4), even(4), 1.0), probabilities.tolist())
+
+
+def test_balanced__by_a_mean_as_expected_changes_nothing() -> None:
+    probabilities, mean = predictions(5, 4), predictions(1, 4, seed=1)[0]
+    agree(balanced(probabilities, mean, mean, 1.0), probabilities.tolist())
 
 
 def test_balanced__level_predictions_go_to_the_class_seen_least() -> None:
-    even = torch.full((1, 3), 1 / 3, dtype=torch.float64)
     mean = torch.tensor([0.5, 0.2, 0.3], dtype=torch.float64)
-    found = balanced(even, mean, 1.0)[0]
+    found = balanced(even(3)[None], mean, even(3), 1.0)[0]
     agree(found / found[0], [1.0, 0.5 / 0.2, 0.5 / 0.3])
+
+
+@few
+@given(st.integers(0, 10_000), st.integers(2, 8), st.floats(0.05, 1))
+def test_balanced__brings_the_mean_nearer_to_what_is_expected(seed: int, c: int, strength: float) -> None:
+    """Nearer in the sense of Kullback and Leibler, of which one step of scaling to given shares is a descent."""
+    probabilities, prior = predictions(20, c, sharpness=6.0, seed=seed), predictions(1, c, seed=seed + 1)[0]
+    mean = probabilities.mean(0)
+
+    def away(shares: Tensor) -> float:
+        return math.fsum(pi * math.log(pi / p) for pi, p in zip(prior.tolist(), shares.tolist(), strict=True))
+
+    assert away(balanced(probabilities, mean, prior, strength).mean(0)) <= away(mean) + 1e-12
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_balanced__a_class_never_predicted_before_stays_finite(dtype: torch.dtype) -> None:
     probabilities = torch.tensor([[0.5, 0.5, 0.0], [1.0, 0.0, 0.0]], dtype=dtype)
-    found = balanced(probabilities, torch.tensor([1.0, 0.0, 0.0], dtype=dtype), 1.0)
+    found = balanced(probabilities, torch.tensor([1.0, 0.0, 0.0], dtype=dtype), even(3, dtype), 1.0)
     agree(found, [[0.0, 1.0, 0.0], [1.0, 0.0, 0.0]])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_balanced__a_class_that_is_not_expected_loses_all_unless_there_is_no_other(dtype: torch.dtype) -> None:
+    probabilities = torch.tensor([[0.9, 0.1, 0.0], [0.9, 0.05, 0.05], [1.0, 0.0, 0.0]], dtype=dtype)
+    prior = torch.tensor([0.0, 0.5, 0.5], dtype=dtype)
+    found = balanced(probabilities, probabilities.mean(0), prior, 1.0)
+    assert float(found[:2, 0].max()) < 1e-30
+    agree(found[[0, 2]], [[0.0, 1.0, 0.0], [1.0, 0.0, 0.0]])
+    agree(found.sum(1), [1.0] * 3)
+
+
 @few
-@given(coarse_predictions(), st.floats(0, 1))
-def test_balanced__is_a_prediction_and_leaves_its_arguments_alone(probabilities: Tensor, strength: float) -> None:
+@given(coarse_predictions(), st.floats(0, 1), st.lists(st.integers(0, 3), min_size=6, max_size=6).filter(any))
+def test_balanced__is_a_prediction_and_leaves_its_arguments_alone(
+    probabilities: Tensor, strength: float, counts: list[int]
+) -> None:
     mean = probabilities.mean(0)
-    before = probabilities.clone(), mean.clone()
-    found = balanced(probabilities, mean, strength)
+    prior = torch.tensor(counts[: len(mean)], dtype=torch.float64)
+    prior = prior / prior.sum() if prior.any() else even(len(mean))
+    before = [value.clone() for value in (probabilities, mean, prior)]
+    found = balanced(probabilities, mean, prior, strength)
     agree(found.sum(1), [1.0] * len(probabilities))
     assert bool((found >= 0).all())
-    assert torch.equal(probabilities, before[0])
-    assert torch.equal(mean, before[1])
+    for value, old in zip((probabilities, mean, prior), before, strict=True):
+        assert torch.equal(value, old)
 
 
 # --- count_pairs ------------------------------------------------------------------------------------------------------

@@ -50,7 +50,10 @@ class Settings(BaseModel):
     @classmethod
     def _refuse_truth_as_number(cls, value: Any, info: ValidationInfo) -> Any:
         """Refuse booleans for numbers: Python takes true for 1, and YAML reads yes, no, on and off as booleans."""
-        if isinstance(value, bool) and _is_number(cls.model_fields[info.field_name or ""].annotation):
+        given = value.values() if isinstance(value, Mapping) else (value,)
+        if any(isinstance(one, bool) for one in given) and _is_number(
+            cls.model_fields[info.field_name or ""].annotation
+        ):
             raise PydanticCustomError("truth", "A number is wanted, not true or false (yes, no, on and off are those)")
         return value
 

@@ -45,7 +45,7 @@ def estimated_shares(
     The arguments are those of ``mixture_assignments``; of more than ``MOST_IMAGES`` images, evenly spaced ones are
     looked at. Nothing is drawn. Shares are even where that function assigns all images evenly.
     """
-    step = -(-len(weak) // MOST_IMAGES)
+    step = max(1, -(-len(weak) // MOST_IMAGES))
     crops = None if mean_crops is None else mean_crops[::step]
     counts = None if weights is None else weights[::step]
     first, second = mixture_assignments(weak[::step], crops, anchors, logit_scale=logit_scale, weights=counts)

@@ -83,6 +83,12 @@ class StrangerModel:
             if tuple(value.shape) != wanted or value.dtype != torch.float32 or not bool(value.isfinite().all()):
                 found = f"{value.dtype} of shape {tuple(value.shape)}"
                 raise ValueError(f"{name} of a stranger model is {found}, not finite float32 of shape {wanted}")
+        for name in ("cosine_deviation", "claim_deviation", "scale"):
+            if not bool((values[name] > 0).all()):
+                raise ValueError(f"{name} of a stranger model is not above 0")
+        for name in ("openness", "share", "quantiles"):
+            if not bool(((values[name] >= 0) & (values[name] <= 1)).all()):
+                raise ValueError(f"{name} of a stranger model is not in [0, 1]")
         return cls(**values)
 
 

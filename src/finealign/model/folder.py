@@ -225,9 +225,8 @@ def _refuse_misfits(
         if not tensors[name].isfinite().all():
             raise ValueError(f"{name} is not finite")
     known = {"texts.names", "texts.descriptions", "texts.class_of"}
-    unknown = [
-        name for name in tensors if name not in known and not name.startswith(("method.", "strangers.", f"{other}."))
-    ]
+    sections = ("method.", f"{other}.", *(f"strangers.{use}." for use in get_args(Use)))
+    unknown = [name for name in tensors if name not in known and not name.startswith(sections)]
     if unknown:
         raise ValueError(f"it holds a tensor {unknown[0]!r:.100} that no such model has")
 

@@ -12,6 +12,8 @@ from finealign.runtime.textfile import TextFileError, read_text
 from finealign.texts.prompts import fold
 
 WANTED = 'JSON {"class": share or count}, or CSV with the columns class and share (or count)'
+MOST = 1e15  # of a count: floats are exact up to there, and sums stay finite
+NUMBER = "Wanted: a share or a count, at least 0 and at most 1e15."
 ROUNDING = 0.01  # by which shares that leave no class out may miss 1
 
 
@@ -37,10 +39,10 @@ def read_shares(path: Path) -> dict[str, float]:
 
 def _from_json(text: str, shown: str) -> list[tuple[str, float]]:
     try:
-        parsed = json.loads(text, object_pairs_hook=lambda pairs: list(pairs))
+        parsed = json.loads(text, object_pairs_hook=tuple)  # an object is a tuple, an array a list
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"The class prior {shown} is not JSON: {error}. Wanted: {WANTED}.") from None
-    if not isinstance(parsed, list) or not all(isinstance(pair, tuple) for pair in parsed):
+    if not isinstance(parsed, tuple):
         raise ConfigError(f"The class prior {shown} is not an object of classes. Wanted: {WANTED}.")
     return [(str(name), _number(name, value, shown)) for name, value in parsed]
 
@@ -66,12 +68,10 @@ def _from_csv(text: str, shown: str) -> list[tuple[str, float]]:
 def _number(name: object, value: object, shown: str) -> float:
     try:
         number = math.nan if isinstance(value, bool) else float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
-    if not math.isfinite(number) or number < 0:
-        raise ConfigError(
-            f"The class prior {shown} has {value!r:.60} for {str(name)!r:.100}. Wanted: a share or a count, at least 0."
-        )
+    if not 0 <= number <= MOST:
+        raise ConfigError(f"The class prior {shown} has {value!r:.60} for {str(name)!r:.100}. {NUMBER}")
     return number
 
 
@@ -81,16 +81,16 @@ def class_shares(given: Mapping[str, float], classes: Sequence[str]) -> list[flo
     Whole numbers are counts, and a class that is not named has none. Other numbers are shares, and so are zeros alone:
     classes that are not named have what is left of 1 in equal parts. A name matches a class exactly, or else up to
     case, Unicode form and the difference between ``_``, ``-`` and white space. Raises ConfigError for a name that
-    matches no class or several, for two names of one class, a number below 0, shares that add up to more than 1, or to
-    less without leaving a class out, and if no class is above 0.
+    matches no class or several, for two names of one class, a number below 0 or beyond ``MOST``, shares that add up to
+    more than 1, or to less without leaving a class out, and if no class is above 0.
     """
     values: dict[int, float] = {}
     for name, value in given.items():
         index = _class_of(name, classes)
         if index in values:
             raise ConfigError(f"The class prior names {classes[index]!r:.100} twice. Keep one number a class.")
-        if not math.isfinite(value) or value < 0:
-            raise ConfigError(f"The class prior has {value} for {name!r:.100}. Wanted: at least 0.")
+        if not 0 <= value <= MOST:
+            raise ConfigError(f"The class prior has {value} for {name!r:.100}. {NUMBER}")
         values[index] = value
     total, unnamed = math.fsum(values.values()), len(classes) - len(values)
     if total == 0 and not unnamed:
