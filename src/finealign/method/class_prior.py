@@ -8,6 +8,8 @@ the first ended, is sparse and leaves out too many. The estimate is the mean of 
 n images, C classes, D embedding width, Q principal directions.
 """
 
+from math import log2
+
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -24,7 +26,8 @@ SPARSITY = 0.1  # of the Dirichlet prior: images that each class has before any 
 LAPLACE = 0.5  # images added to each class at the end: a share of zero would be a claim that no folder supports
 # An estimate is believed only if it differs from even shares, in total variation, by more than the errors of the start
 # and the draw of n images explain; drawing alone gives about 0.4 sqrt(C / n).
-EVEN_ENOUGH, DRAWN = 0.14, 0.25
+# The start errs more among more classes: MANY_CLASSES for every doubling beyond ten of them.
+EVEN_ENOUGH, MANY_CLASSES, DRAWN = 0.14, 0.02, 0.25
 # And only if it rests on clusters of many images, FEW_A_CLASS for each class that it sees, or claims much: one class
 # with DOMINANT of the images, or half of the classes not seen. With few images a class, clusters of siblings merge, and
 # smaller claims follow the mergers.
@@ -45,7 +48,9 @@ def estimated_shares(
     The arguments are those of ``mixture_assignments``; of more than ``MOST_IMAGES`` images, evenly spaced ones are
     looked at. Nothing is drawn. Shares are even where that function assigns all images evenly.
     """
-    step = max(1, -(-len(weak) // MOST_IMAGES))
+    if not len(weak):
+        return even_shares(len(anchors))
+    step = -(-len(weak) // MOST_IMAGES)
     crops = None if mean_crops is None else mean_crops[::step]
     counts = None if weights is None else weights[::step]
     first, second = mixture_assignments(weak[::step], crops, anchors, logit_scale=logit_scale, weights=counts)
@@ -93,12 +98,14 @@ def mixture_assignments(
 def even_or(shares: Tensor, images: float) -> Tensor:
     """Return even shares unless the estimate from ``images`` images is to be believed.
 
-    shares (C,), sum 1 -> (C,). It has to differ from even shares by more than ``EVEN_ENOUGH + DRAWN sqrt(C / n)`` in
-    total variation. The classes that it sees, whose number is the exponential of its entropy, must have
-    ``FEW_A_CLASS`` images each or be at most half of all, or its largest share must be ``DOMINANT``.
+    shares (C,), sum 1 -> (C,). It has to differ from even shares, in total variation, by more than ``EVEN_ENOUGH +
+    MANY_CLASSES log2(C / 10) + DRAWN sqrt(C / n)``, of which the second part is at least 0. The classes that it sees,
+    whose number is the exponential of its entropy, must have ``FEW_A_CLASS`` images each or be at most half of all, or
+    its largest share must be ``DOMINANT``.
     """
     even, images = even_shares(len(shares)).to(shares), max(images, 1.0)
-    differs = total_variation(shares, even) > EVEN_ENOUGH + DRAWN * (len(shares) / images) ** 0.5
+    bound = EVEN_ENOUGH + MANY_CLASSES * max(0.0, log2(len(shares) / 10)) + DRAWN * (len(shares) / images) ** 0.5
+    differs = total_variation(shares, even) > bound
     seen = float(torch.special.entr(shares).sum().exp())
     claims_much = float(shares.max()) >= DOMINANT or seen <= len(shares) / 2
     return shares if differs and (claims_much or images / seen >= FEW_A_CLASS) else even
