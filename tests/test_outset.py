@@ -245,8 +245,8 @@ def test_fit__resumed_goes_by_what_was_found_at_first(
     backbone, kept = tiny_backbone("transformer"), tmp_path / "kept"
     found = []
 
-    def watched(state: State, source: Any, config: Config) -> None:
-        take_stock(state, source, config)
+    def watched(state: State, source: Any, config: Config, **told: Any) -> None:
+        take_stock(state, source, config, **told)
         # Told by force, since a tower of random weights tells little.
         state.belonging = torch.linspace(0.1, 1, len(state.labels))
         method = state.method

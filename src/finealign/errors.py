@@ -13,6 +13,10 @@ class FinealignError(Exception):
     """Base class of the errors that a user can fix. The command line prints the message without a traceback."""
 
 
+class CautionWarning(UserWarning):
+    """Something speaks against adapting to these images, seen before training."""
+
+
 class ConfigError(FinealignError):
     """A setting is unknown, has the wrong type, is out of range, or contradicts another setting."""
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
-from finealign.errors import StoppedError
+from finealign.errors import CautionWarning, StoppedError
 from finealign.runtime.distributed import Ranks
 
 IMAGES_BETWEEN = 32  # two checks for a stop, because in each check the ranks have to communicate
@@ -52,8 +52,8 @@ class Progress:
         return advance
 
     def caution(self, message: str) -> None:
-        """Tell the user what speaks against the run; here as a Python warning."""
-        warnings.warn(message, stacklevel=2)
+        """Tell the user what speaks against the run; here as a ``CautionWarning``."""
+        warnings.warn(message, CautionWarning, stacklevel=2)
 
     @contextmanager
     def stage(self, name: str, total: int | None) -> Iterator[Stage]:
