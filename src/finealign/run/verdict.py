@@ -40,6 +40,8 @@ WEIGHTS = {
     "shift": 0.0,
     "off_prior": 0.0,
     "mixture": 0.0,
+    "mixtures_agree": 0.0,
+    "text": 0.0,
 }
 CONSTANT = -22.499
 HELPED, HURT = 5.05, 0.0  # scores above the first are called "helped", below the second "hurt"
@@ -117,6 +119,8 @@ def gather(
         - off_prior: total variation between the class prior and the shares of the new labels, in [0, 1];
         - mixture: mean probability of the new labels, less that of the old ones, by the mixtures of
           ``method.class_prior``, which know nothing of the adaptation, in [-1, 1];
+        - mixtures_agree: share of images that both mixtures label alike; they differ where a cluster's name is doubtful;
+        - text: mean logarithm of the start's probability of the new label over its largest one, at most 0;
         - relabelled: share of images whose label differs from the start's. It has no weight; it bounds the change.
     """
     scores = method.score(after, score)
@@ -126,6 +130,7 @@ def gather(
     classes = anchors.shape[0]
     plain, sparse = mixture_assignments(before.weak, crops, anchors, logit_scale=first.logit_scale)
     assigned = ((plain + sparse) / 2).cpu().numpy()
+    at_start = first.probabilities(first.score(before, "global")).double().cpu().numpy()
     everyone = np.arange(len(new))
     looks = (before.weak if crops is None else crops).double().cpu().numpy()
     explained = explained_variance(looks, old)
@@ -141,6 +146,8 @@ def gather(
         "unevenness": _variation(prior, np.full(classes, 1 / classes)),
         "shift": _variation(*shares),
         "off_prior": _variation(prior, shares[1]),
+        "mixtures_agree": float((plain.argmax(1) == sparse.argmax(1)).double().mean()),
+        "text": float(np.log(np.maximum(at_start[everyone, new], 1e-6) / at_start.max(1)).mean()),
         "mixture": float((assigned[everyone, new] - assigned[everyone, old]).mean()),
         "relabelled": float((new != old).mean()),
     }
