@@ -139,7 +139,7 @@ def test_adapt_into__run_json_says_what_was_done(finished: Path, tiny_backbone: 
         "why_kept": "that was asked for, whatever the verdict",
     }
     assert {name: found[name] for name in fixed} == fixed
-    assert set(found) == {*fixed, "identity", "versions", "started", "seconds", "verdict", "learned"}
+    assert set(found) == {*fixed, "identity", "versions", "started", "seconds", "verdict", "learned", "cautions"}
     assert found["verdict"]["call"] in ("helped", "unclear", "hurt")
     assert set(found["identity"]) == {"settings", "texts", "images", "weights"}
     assert {"python", "finealign", "torch", "open_clip_torch", "timm", "accelerate"} <= set(found["versions"])
@@ -195,7 +195,11 @@ def test_adapt_into__the_configuration_is_resolved_and_gives_the_same_run(
         for key in written[section]
     }
     # Where a run runs may differ, so it is written as it was asked for.
-    assert {name for name, value in resolved.items() if value == "auto"} == {"data.cache", "data.workers"}
+    assert {name for name, value in resolved.items() if value == "auto"} == {
+        "data.cache",
+        "data.workers",
+        "training.strangers",
+    }
     assert resolved["training.epochs"] == 2
     assert resolved["data.working_size"] == 64  # 32 pixels, crops of half a side
     adapt(tmp_path / "second", album, read_config(tmp_path / "first" / "config.yaml"))

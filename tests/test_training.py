@@ -203,10 +203,10 @@ def test_adapt__names_the_images_of_the_batch_that_was_not_finite_and_keeps_what
     calls = 0
     step = training.step
 
-    def poisoned(state: State, features: Any, strong: torch.Tensor) -> Any:
+    def poisoned(state: State, features: Any, strong: torch.Tensor, belonging: torch.Tensor) -> Any:
         nonlocal calls
         calls += 1
-        loss, pseudo = step(state, features, strong)
+        loss, pseudo = step(state, features, strong, belonging)
         if calls == number:
             NOT_FINITE[what](state, loss)
         return loss, pseudo
@@ -658,7 +658,7 @@ def test_settle_anchors__takes_each_image_in_turn_by_one_of_its_crops(
     state, source, config = begun(photos, tiny_backbone("transformer"), tmp_path, training__anchor_batch_size=12)
     seen: list[tuple[int, int]] = []
 
-    def watched(_: State, features: Any, strong: torch.Tensor) -> tuple[Loss, None]:
+    def watched(_: State, features: Any, strong: torch.Tensor, belonging: torch.Tensor) -> tuple[Loss, None]:
         for row in strong:
             ((image, crop),) = (source.bank["crops"] == row).all(-1).nonzero().tolist()
             seen.append((image, crop))

@@ -119,7 +119,7 @@ def gather(
         - off_prior: total variation between the class prior and the shares of the new labels, in [0, 1];
         - mixture: mean probability of the new labels, less that of the old ones, by the mixtures of
           ``method.class_prior``, which know nothing of the adaptation, in [-1, 1];
-        - mixtures_agree: share of images that both mixtures label alike; they differ where a cluster's name is doubtful;
+        - mixtures_agree: share of images that both mixtures label alike; they differ where a name is doubtful;
         - text: mean logarithm of the start's probability of the new label over its largest one, at most 0;
         - relabelled: share of images whose label differs from the start's. It has no weight; it bounds the change.
     """

@@ -50,7 +50,7 @@ def take_stock(
     estimates = method.options.class_prior == "auto"
     if not estimates and config.training.strangers == "off" and on_stock is None:
         return
-    weak, mean_crops = _features(source, len(state.labels), config)
+    weak, mean_crops = _features(source, len(state.labels))
     anchors = normalize(method.classifier().mean(1), dim=1).to(weak.device)
     if config.training.strangers == "auto":
         doubts = p_none(fit(weak, mean_crops, anchors), weak, mean_crops)
@@ -67,10 +67,8 @@ def take_stock(
         on_stock(Stock(weak.numpy(), probabilities.numpy(), shares.cpu().numpy(), anchors.numpy(), groups))
 
 
-def _features(source: ImageSource, images: int, config: Config) -> tuple[Tensor, Tensor | None]:
-    """The weak features of all images (n, D), and the mean of each image's crops (n, D); None if no crops are kept."""
-    if config.views.refresh_epochs == 0 and config.training.encoder == "full":
-        return source.whole_images(0), None
+def _features(source: ImageSource, images: int) -> tuple[Tensor, Tensor | None]:
+    """The weak features of all images (n, D), and the mean of each image's crops (n, D); None without crops."""
     parts = [source.label_features(chunk, 0) for chunk in torch.split(torch.arange(images), CHUNK)]
     weak = torch.cat([part.weak for part in parts])
     if not parts[0].crops.shape[1]:
