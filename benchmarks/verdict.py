@@ -26,7 +26,7 @@ from real_data import require_shared
 from finealign.config import make_config
 from finealign.method.registry import create_method
 from finealign.model.calibration import SAMPLE
-from finealign.run.verdict import CONSTANT, HELPED, HURT, WEIGHTS, gather
+from finealign.run.verdict import CONSTANT, HELPED, HURT, MOST_RELABELLED, WEIGHTS, gather
 from finealign.types import ImageFeatures
 
 FEWEST = 20  # images of a folder
@@ -86,9 +86,12 @@ def estimates(rows: Sequence[Row], weights: Floats, constant: float) -> Floats:
     return found
 
 
-def thresholds(gain: Floats, estimate: Floats) -> tuple[float, float]:
-    """Above the first no run lost more than BEARABLE points; below the second are FOUND of those that lost RUIN."""
-    lost, ruined = estimate[gain < -BEARABLE], np.sort(estimate[gain < -RUIN])
+def thresholds(gain: Floats, estimate: Floats, relabelled: Floats) -> tuple[float, float]:
+    """Above the first no run lost more than BEARABLE points; below the second are FOUND of those that lost RUIN.
+
+    The second is at most 0. Runs with more than MOST_RELABELLED of their labels new are never called "helped".
+    """
+    lost, ruined = estimate[(gain < -BEARABLE) & (relabelled <= MOST_RELABELLED)], np.sort(estimate[gain < -RUIN])
     helped = float(lost.max()) if len(lost) else 0.0
     hurt = float(ruined[int(np.ceil(FOUND * len(ruined))) - 1]) if len(ruined) else 0.0
     return max(helped, 0.0), min(hurt, 0.0)
@@ -97,20 +100,28 @@ def thresholds(gain: Floats, estimate: Floats) -> tuple[float, float]:
 def left_out(rows: Sequence[Row]) -> tuple[Floats, list[str]]:
     """The estimate and the call of every run, by weights and thresholds of the other sets."""
     names = np.array([row["set"] for row in rows])
-    gains = np.array([row["gain"] for row in rows])
+    gains, changed = np.array([row["gain"] for row in rows]), relabelled(rows)
     estimate, calls = np.zeros(len(rows)), [""] * len(rows)
     for name in sorted(set(names)):
         others = [row for row in rows if row["set"] != name]
         weights, constant = fit(others)
-        helped, hurt = thresholds(gains[names != name], estimates(others, weights, constant))
+        helped, hurt = thresholds(gains[names != name], estimates(others, weights, constant), changed[names != name])
         for place in np.flatnonzero(names == name).tolist():
             estimate[place] = estimates([rows[place]], weights, constant)[0]
-            calls[place] = called(float(estimate[place]), helped, hurt)
+            calls[place] = called(float(estimate[place]), helped, hurt, float(changed[place]))
     return estimate, calls
 
 
-def called(estimate: float, helped: float, hurt: float) -> str:
-    return "helped" if estimate > helped else "hurt" if estimate < hurt else "unclear"
+def relabelled(rows: Sequence[Row]) -> Floats:
+    found: Floats = np.array([row["evidence"]["relabelled"] for row in rows])
+    return found
+
+
+def called(estimate: float, helped: float, hurt: float, changed: float) -> str:
+    """The call of ``run.verdict.judge`` by other thresholds; ``changed`` is the share of labels that are new."""
+    if estimate > helped and changed <= MOST_RELABELLED:
+        return "helped"
+    return "hurt" if estimate < hurt else "unclear"
 
 
 def report(title: str, gain: Floats, estimate: Floats, calls: Sequence[str]) -> str:
@@ -176,17 +187,21 @@ def main() -> None:
     weights, constant = fit(rows)
     own = estimates(rows, weights, constant)
     # Where no set was seen by its own weights, so that the thresholds hold for sets that are not here.
-    helped, hurt = thresholds(gain, estimate)
-    print(report("all, by the weights below", gain, own, [called(float(one), helped, hurt) for one in own]))
+    changed = relabelled(rows)
+    helped, hurt = thresholds(gain, estimate, changed)
+    own_calls = [called(float(one), helped, hurt, float(new)) for one, new in zip(own, changed, strict=True)]
+    print(report("all, by the weights below", gain, own, own_calls))
     print("\nWEIGHTS =", {name: round(float(weight), 3) for name, weight in zip(WEIGHTS, weights, strict=True)})
     print(f"CONSTANT = {constant:.3f}\nHELPED, HURT = {helped:.2f}, {hurt:.2f}\n")
     for path in known.folders:
         lines = (path / "results.jsonl").read_text(encoding="utf-8").splitlines()
         runs = [row for row in map(json.loads, lines) if row["verdict"]]
-        judged = [{"evidence": row["verdict"]["evidence"]} for row in runs]
+        judged: list[Row] = [{"evidence": row["verdict"]["evidence"]} for row in runs]
         score = estimates(judged, np.array(list(WEIGHTS.values())), CONSTANT)
         gains = np.array([row["own"]["adapted"] - row["own"]["start"] for row in runs])
-        print(report(f"{path.name}, as the package judges", gains, score, [called(s, HELPED, HURT) for s in score]))
+        new = [float(row["evidence"]["relabelled"]) for row in judged]
+        calls = [called(float(one), HELPED, HURT, there) for one, there in zip(score, new, strict=True)]
+        print(report(f"{path.name}, as the package judges", gains, score, calls))
 
 
 if __name__ == "__main__":

@@ -158,12 +158,12 @@ def test_take_stock__a_hundred_copies_of_one_image_are_one_image() -> None:
     assert method.class_prior.tolist() == pytest.approx(EVEN)
 
 
-def test_take_stock__without_kept_crops_looks_at_whole_images() -> None:
+def test_take_stock__without_kept_features_looks_at_crops_all_the_same() -> None:
     made = folder(TAIL, 128)
     config = configured(made)
     views = config.views.model_copy(update={"refresh_epochs": 0})
     state, method = looked_at(made, config.model_copy(update={"views": views}))
-    assert made.asked == {"whole"}
+    assert made.asked == {"crops"}
     assert state.belonging[made.labels < 0].mean() < 0.5
     assert far_from(method.class_prior, EVEN) > 0.15
 

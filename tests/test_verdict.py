@@ -54,7 +54,7 @@ def test_explained_variance__degenerate() -> None:
 
 def evidence(**values: float) -> dict[str, float]:
     usual = {"structure": 0.2, "margin": 0.15, "images_a_class": 3.0, "confidence": 0.8, "anchors_kept": 0.8}
-    usual |= {"unevenness": 0.1, "shift": 0.1, "off_prior": 0.05, "mixture": 0.1}
+    usual |= {"unevenness": 0.1, "shift": 0.1, "off_prior": 0.05, "mixture": 0.1, "mixtures_agree": 0.9, "text": -0.2}
     return {**usual, "relabelled": 0.3, **values}
 
 
@@ -182,19 +182,23 @@ def test_judge__favours_the_likelier_model(structure: float, favoured: str, monk
     assert judge(evidence(structure=structure), images=10).favours == favoured
 
 
-@pytest.mark.parametrize(("name", "worse"), [("structure", -0.5), ("images_a_class", 1.0), ("anchors_kept", 0.1)])
+@pytest.mark.parametrize(
+    ("name", "worse"),
+    [("mixture", -0.3), ("mixtures_agree", 0.4), ("off_prior", 0.5), ("confidence", 0.2), ("text", -2.0)],
+)
 def test_judge__what_speaks_against_a_run(name: str, worse: float) -> None:
-    """Labels that leave the images' structure, few images a class, anchors far from their texts."""
+    """Labels that clusters and texts do not bear out, shares that nobody expected, an unsure model."""
     assert judge(evidence(**{name: worse}), images=10).score < judge(evidence(), images=10).score
     assert verdict.HURT < verdict.HELPED
 
 
 def test_judge__a_collapse_is_hurt_and_a_clear_gain_is_helped() -> None:
-    collapsed = evidence(structure=-0.9, confidence=1.0, anchors_kept=0.1)
+    collapsed = evidence(structure=-0.9, mixture=-0.4, off_prior=0.6, mixtures_agree=0.7, text=-1.5)
     assert judge(collapsed, images=256).call == "hurt"
-    gained = evidence(structure=0.5, images_a_class=4.5, confidence=0.85, anchors_kept=0.7)
+    gained = evidence(mixture=0.25, mixtures_agree=0.95, confidence=0.85, off_prior=0.03)
     found = judge(gained, images=256)
     assert (found.call, found.most, found.images) == ("helped", 30.0, 256)
+    assert judge({**gained, "relabelled": 0.5}, images=256).call == "unclear"  # whole clusters may have got wrong names
 
 
 def test_sample__is_bounded_drawn_by_the_seed_and_in_order(tmp_path: Path) -> None:
