@@ -401,7 +401,7 @@ def test_evaluate__an_unreadable_image_is_counted_apart(made: Made, tmp_path: Pa
 def test_predict__prints_csv(made: Made) -> None:
     result = command("predict", made.run, made.photos, *PRECISE)
     rows = table(result.stdout)
-    assert result.stdout.startswith("path,label,confidence\n")
+    assert result.stdout.startswith("path,label,confidence,none\n")
     assert [row["path"] for row in rows] == [str(path) for path in list_images(made.photos)]
     assert {row["label"] for row in rows} <= set(CLASSES)
     assert all(1 / 7 <= float(row["confidence"]) <= 1 for row in rows)
@@ -435,6 +435,7 @@ def test_predict__json_is_the_csv(made: Made) -> None:
     for row, entry in zip(rows, found["predictions"], strict=True):
         assert (entry["path"], entry["label"], str(entry["confidence"])) == tuple(list(row.values())[:3])
         assert [top["label"] for top in entry["top"]] == [row["label"], row["label_2"]]
+        assert row["none"] == ("" if entry["none"] is None else str(entry["none"]))
 
 
 @pytest.mark.parametrize("ending", [".csv", ".jsonl", ".parquet"])
@@ -739,6 +740,16 @@ MISTAKES: dict[str, tuple[Arguments, str, str]] = {
         lambda made, here: ["predict", made.run, made.photos, "--out", here / "labels.xlsx"],
         "Valid: .csv, .jsonl, .parquet",
         "OutputError",
+    ),
+    "a share to reject that is none": (
+        lambda made, here: ["predict", made.run, made.photos, "--reject", "5%"],
+        "reject: found '5%'. Valid: auto",
+        "ConfigError",
+    ),
+    "a share to reject out of range": (
+        lambda made, here: ["serve", made.run, "--reject", "1"],
+        "reject: found 1.0. Valid: auto",
+        "ConfigError",
     ),
     "no model to evaluate": (
         lambda made, here: ["evaluate", here / "nowhere", made.photos],

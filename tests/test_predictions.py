@@ -30,16 +30,18 @@ EXPECTED: list[tuple[str, list[str], list[float]]] = [
     ("caf\\xe9/\\xff.png", [NAMES[2], NAMES[1], NAMES[0]], [0.75, 0.25, 0.0]),
     ("two\nlines.png", [NAMES[0], NAMES[1], NAMES[2]], [0.9, 0.06, 0.04]),
 ]
+NONE = [0.25, None, 0.75, 1 / 3]  # how likely each shows none of the classes; the second is of a model that cannot say
+NONE_WRITTEN = [0.25, None, 0.75, 0.333333]
 ENDINGS = [".csv", ".jsonl", ".parquet"]
 
 
-def prediction(path: str | Path, probabilities: list[float]) -> Prediction:
+def prediction(path: str | Path, probabilities: list[float], none: float | None = None) -> Prediction:
     values = np.array(probabilities, dtype=np.float32)
-    return Prediction(Path(path), scores=np.log(values + 1e-9), probabilities=values)
+    return Prediction(Path(path), scores=np.log(values + 1e-9), probabilities=values, none=none)
 
 
 def predictions() -> list[Prediction]:
-    return [prediction(path, row) for path, row in zip(PATHS, PROBABILITIES, strict=True)]
+    return [prediction(path, row, none) for path, row, none in zip(PATHS, PROBABILITIES, NONE, strict=True)]
 
 
 def read_csv(path: Path) -> list[list[str]]:
@@ -64,10 +66,11 @@ def test_write_predictions__csv(tmp_path: Path) -> None:
     out = tmp_path / "new" / "folder" / "labels.csv"
     assert write_predictions(predictions(), NAMES, out) == 4
     header, *rows = read_csv(out)
-    assert header == ["path", "label", "confidence"]
-    assert [(path, label, float(confidence)) for path, label, confidence in rows] == [
+    assert header == ["path", "label", "confidence", "none"]
+    assert [(path, label, float(confidence)) for path, label, confidence, _ in rows] == [
         (path, labels[0], confidences[0]) for path, labels, confidences in EXPECTED
     ]
+    assert [row[-1] for row in rows] == ["0.25", "", "0.75", "0.333333"]
     assert not leftovers(tmp_path)
 
 
@@ -76,11 +79,11 @@ def test_write_predictions__csv_with_the_next_best(tmp_path: Path, top_k: int, k
     assert write_predictions(predictions(), NAMES, tmp_path / "labels.csv", top_k=top_k) == 4
     header, *rows = read_csv(tmp_path / "labels.csv")
     wanted = ["path", "label", "confidence", "label_2", "confidence_2", "label_3", "confidence_3"]
-    assert header == wanted[: 1 + 2 * kept]
+    assert header == [*wanted[: 1 + 2 * kept], "none"]
     for row, (path, labels, confidences) in zip(rows, EXPECTED, strict=True):
         assert row[0] == path
-        assert row[1::2] == labels[:kept]
-        assert [float(value) for value in row[2::2]] == confidences[:kept]
+        assert row[1:-1:2] == labels[:kept]
+        assert [float(value) for value in row[2:-1:2]] == confidences[:kept]
 
 
 @pytest.mark.parametrize(("top_k", "kept"), [(1, 1), (2, 2), (50, 3)])
@@ -97,8 +100,9 @@ def test_write_predictions__jsonl(tmp_path: Path, top_k: int, kept: int) -> None
                 {"label": label, "confidence": confidence}
                 for label, confidence in zip(labels[:kept], confidences[:kept], strict=True)
             ],
+            "none": none,
         }
-        for path, labels, confidences in EXPECTED
+        for (path, labels, confidences), none in zip(EXPECTED, NONE_WRITTEN, strict=True)
     ]
     assert "日本の犬" in out.read_text(encoding="utf-8")  # legible, not escaped
 
@@ -112,7 +116,8 @@ def test_write_predictions__parquet(
     out = tmp_path / "labels.parquet"
     assert write_predictions(predictions(), NAMES, out, top_k=top_k) == 4
     rows = read_parquet(out)
-    assert list(rows[0]) == ["path", "label", "confidence", "top_labels", "top_confidences"]
+    assert list(rows[0]) == ["path", "label", "confidence", "top_labels", "top_confidences", "none"]
+    assert [row["none"] for row in rows] == pytest.approx(NONE, abs=1e-6)
     for row, (path, labels, confidences) in zip(rows, EXPECTED, strict=True):
         assert (row["path"], row["label"], row["top_labels"]) == (path, labels[0], labels[:kept])
         assert row["confidence"] == pytest.approx(confidences[0])
@@ -121,7 +126,7 @@ def test_write_predictions__parquet(
 
 def test_write_predictions__csv_of_a_path_with_a_carriage_return(tmp_path: Path) -> None:
     write_predictions([prediction("one\rfile.png", [1, 0, 0])], NAMES, tmp_path / "labels.csv")
-    assert read_csv(tmp_path / "labels.csv")[1:] == [["one\rfile.png", NAMES[0], "1.0"]]
+    assert read_csv(tmp_path / "labels.csv")[1:] == [["one\rfile.png", NAMES[0], "1.0", ""]]
 
 
 @pytest.mark.parametrize("ending", ENDINGS)
@@ -129,7 +134,7 @@ def test_write_predictions__none_at_all(tmp_path: Path, ending: str) -> None:
     out = tmp_path / f"labels{ending}"
     assert write_predictions([], NAMES, out, top_k=2) == 0
     if ending == ".csv":
-        assert read_csv(out) == [["path", "label", "confidence", "label_2", "confidence_2"]]
+        assert read_csv(out) == [["path", "label", "confidence", "label_2", "confidence_2", "none"]]
     elif ending == ".jsonl":
         assert out.read_bytes() == b""
     else:
@@ -141,6 +146,47 @@ def test_write_csv__to_a_stream_is_as_to_a_file(tmp_path: Path) -> None:
     assert write_csv(best_rows(predictions(), NAMES, 2), stream, 2) == 4
     write_predictions(predictions(), NAMES, tmp_path / "labels.csv", top_k=2)
     assert stream.getvalue().encode() == (tmp_path / "labels.csv").read_bytes()
+
+
+# --- images that are refused ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 3, 50])
+def test_best_rows__a_refused_image_is_none_of_these_and_then_its_classes(top_k: int) -> None:
+    plain = list(best_rows(predictions(), NAMES, top_k))
+    for row, usual, none in zip(
+        best_rows(predictions(), NAMES, top_k, refused_from=0.75), plain, NONE_WRITTEN, strict=True
+    ):
+        assert row.none == none
+        if none == 0.75:  # as much as is asked for is refused, too
+            assert row.labels == ["none of these", *usual.labels[:-1]]
+            assert row.confidences == [0.75, *usual.confidences[:-1]]
+        else:
+            assert row == usual
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_write_predictions__with_refused_images(tmp_path: Path, ending: str) -> None:
+    out = tmp_path / f"labels{ending}"
+    assert write_predictions(predictions(), NAMES, out, top_k=50, refused_from=0.3) == 4
+    if ending == ".csv":
+        labels = [row[1] for row in read_csv(out)[1:]]
+        assert {len(row) for row in read_csv(out)} == {8}
+    elif ending == ".jsonl":
+        labels = [json.loads(line)["label"] for line in out.read_text(encoding="utf-8").splitlines()]
+    else:
+        labels = [row["label"] for row in read_parquet(out)]
+    assert labels == [NAMES[1], NAMES[1], "none of these", "none of these"]
+
+
+def test_write_csv__none_is_last_after_the_start(tmp_path: Path) -> None:
+    values = np.array([0.75, 0.25], dtype=np.float32)
+    found = Prediction(Path("a.png"), values, values, values, values, none=0.875)
+    write_predictions([found], ["robin", "wren"], tmp_path / "labels.csv", with_start=True)
+    assert read_csv(tmp_path / "labels.csv") == [
+        ["path", "label", "confidence", "start_label", "start_confidence", "none"],
+        ["a.png", "robin", "0.75", "robin", "0.75", "0.875"],
+    ]
 
 
 # --- the order of a row -----------------------------------------------------------------------------------------------

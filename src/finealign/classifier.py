@@ -30,6 +30,7 @@ from finealign.model.fitted import FittedModel, check_use, inference_settings, w
 from finealign.model.folder import own_norms, read_model, write_model
 from finealign.model.inference import Predictor
 from finealign.model.prepare import Prepared, check_settings, given_shares, prepare
+from finealign.model.refusal import NONE_OF_THESE, cutoff
 from finealign.runtime.atomic import save_text
 from finealign.runtime.devices import choose_device, choose_precision
 from finealign.runtime.distributed import Ranks
@@ -43,6 +44,7 @@ from finealign.types import (
     Explanation,
     ImageFeatures,
     Prediction,
+    Reject,
     Score,
     SetAside,
     TextFeatures,
@@ -342,18 +344,29 @@ class FineAlign:
 
     # --- predicting ---------------------------------------------------------------------------------------------------
 
-    def predict(self, images: Images, *, score: Score | None = None) -> NDArray[np.object_]:
+    def predict(
+        self, images: Images, *, score: Score | None = None, reject: Reject | None = None
+    ) -> NDArray[np.object_]:
         """Predict the class name of each image, in the order of ``list_images``: (n,) str.
 
         An image that cannot be read gets None, a warning, and an entry in ``set_aside_``. ``score`` is global, las or
-        fused; None is the model's own. Raises ImageInputError if there is no image, and ConfigError for a score that
-        the method does not have.
+        fused; None is the model's own.
+
+        With ``reject`` the label is "none of these" where an image likelier shows none of the classes than one
+        ("auto"), or for about that share of images like those adapted to, as 0.05, whose ``Prediction.none`` is
+        highest. Raises ImageInputError if there is no image, and ConfigError for a score that the method does not have
+        or another ``reject``, and with ``reject`` also for a model that cannot tell such images.
         """
         self._require_fitted()
-        probabilities = self.predict_proba(images, score=score)
-        names = np.array([*self.classes_, None], dtype=object)
-        unread = np.isnan(probabilities[:, 0])
-        return names[np.where(unread, len(self.classes_), np.nan_to_num(probabilities).argmax(1))]
+        refused_from = cutoff(self._model, reject)
+        probabilities, none = self._predicted(images, score)
+        names = np.array([*self.classes_, NONE_OF_THESE, None], dtype=object)
+        chosen = np.nan_to_num(probabilities).argmax(1)
+        if refused_from is not None:
+            chosen[none >= refused_from] = len(self.classes_)
+        chosen[np.isnan(probabilities[:, 0])] = len(self.classes_) + 1
+        labels: NDArray[np.object_] = names[chosen]
+        return labels
 
     def predict_proba(self, images: Images, *, score: Score | None = None) -> NDArray[np.float32]:
         """Predict the probability of each class: (n, C) float32, columns in the order of ``classes_``.
@@ -363,23 +376,30 @@ class FineAlign:
         not have.
         """
         self._require_fitted()
+        return self._predicted(images, score)[0]
+
+    def _predicted(self, images: Images, score: Score | None) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
+        """The probabilities (n, C), and how likely each image shows none of the classes (n,); NaN if unknown."""
         paths = list_images(images)
         rows = np.full((len(paths), len(self.classes_)), np.nan, dtype=np.float32)
+        none = np.full(len(paths), np.nan)
         set_aside = []
-        for row, outcome in zip(rows, self.iter_predictions(paths, score=score), strict=True):
+        for index, outcome in enumerate(self.iter_predictions(paths, score=score)):
             if isinstance(outcome, SetAside):
                 set_aside.append(outcome)
-            else:
-                row[:] = outcome.probabilities
+                continue
+            rows[index] = outcome.probabilities
+            if outcome.none is not None:
+                none[index] = outcome.none
         self.set_aside_ = set_aside
         if set_aside:
             first = set_aside[0]
             warnings.warn(
                 f"{len(set_aside)} of {len(paths)} images could not be read and have no prediction; "
                 f"the first: {first.path} ({first.reason}). All are in set_aside_.",
-                stacklevel=2,
+                stacklevel=3,  # the caller of ``predict`` or ``predict_proba``
             )
-        return rows
+        return rows, none
 
     def iter_predictions(
         self, paths: Iterable[Path], *, score: Score | None = None, with_start: bool = False

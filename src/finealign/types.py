@@ -17,6 +17,7 @@ Score = Literal["global", "las", "fused"]
 Use = Literal["start", "adapted"]  # the model before adaptation, or the adapted one
 Precision = Literal["fp32", "bf16"]
 WantedPrecision = Literal["auto", "fp32", "bf16"]  # auto: bf16 where the processor computes it faster than fp32
+Reject = Literal["auto"] | float  # refuse what likelier shows no class than one, or this share of the images
 Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels; right and bottom are exclusive
 
 
@@ -128,6 +129,7 @@ class Explanation:
     probabilities: NDArray[np.float32]  # (C,)
     start_scores: NDArray[np.float32] | None = None  # (C,)
     start_probabilities: NDArray[np.float32] | None = None  # (C,)
+    none: float | None = None  # as in Prediction
 
 
 @dataclass(frozen=True)

@@ -108,8 +108,15 @@ def _show_summary(summary: dict[str, Any], as_json: bool) -> None:
     )
     if summary["verdict"]:
         verdict_lines(summary["verdict"], summary["kept"], summary["why_kept"], screen)
-    tell_set_aside(summary["set_aside"], Console(stderr=True))
     folder = escape(summary["out"])
+    if summary["strangers"] and summary["strangers"]["likely"]:
+        screen.print(
+            f"[yellow]{summary['strangers']['likely']} of {summary['images']} images seem to show none of the "
+            f"classes[/]; finealign predict {folder} IMAGES --reject auto labels such images so.",
+            soft_wrap=True,
+            highlight=False,
+        )
+    tell_set_aside(summary["set_aside"], Console(stderr=True))
     screen.print(f"Run folder: [bold]{folder}[/]", soft_wrap=True, highlight=False)
     if summary["report"]:
         screen.print(f"Report: [bold]{escape(summary['report'])}[/]", soft_wrap=True, highlight=False)

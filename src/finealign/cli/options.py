@@ -16,6 +16,14 @@ UsedModel = Annotated[
     Literal["start", "adapted"] | None,
     typer.Option("--use", help="adapted, or start: the one before adaptation. Default: the one the run chose."),
 ]
+RejectShare = Annotated[
+    str | None,
+    typer.Option(
+        "--reject",
+        metavar="auto|SHARE",
+        help="Label 'none of these' what likelier shows no class than one, or about that share, as 0.05.",
+    ),
+]
 Model = Annotated[Path, typer.Argument(help="A run folder, or its model/.")]
 Classes = Annotated[str, typer.Option(help="A file with one class name a line, or names with commas between.")]
 Templates = Annotated[Path | None, typer.Option(help="A file with one template a line, {} for the name.")]

@@ -1,10 +1,11 @@
 """`finealign predict`: classify images with an adapted model."""
 
 import sys
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -12,7 +13,10 @@ from rich.markup import escape
 
 from finealign.cli.app import app
 from finealign.cli.guards import print_json, stoppable, tell_set_aside, working
-from finealign.cli.options import AsJson, Device, Model, Precision, ScoreKind, UsedModel
+from finealign.cli.options import AsJson, Device, Model, Precision, RejectShare, ScoreKind, UsedModel
+
+if TYPE_CHECKING:  # it imports torch, which is slow
+    from finealign.types import Prediction
 
 
 @app.command()
@@ -23,6 +27,7 @@ def predict(
     top_k: Annotated[int, typer.Option(min=1, help="Classes a row.")] = 1,
     use: UsedModel = None,
     score: ScoreKind = None,
+    reject: RejectShare = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace --out if it is there.")] = False,
     device: Device = "auto",
     precision: Precision = "auto",
@@ -36,10 +41,20 @@ def predict(
         from finealign.images.tables import set_aside_csv
         from finealign.model.fitted import CALLED
         from finealign.model.inference import readable
-        from finealign.model.predictions import Row, beside, best_rows, check_destination, write_csv, write_predictions
+        from finealign.model.predictions import (
+            Row,
+            beside,
+            best_rows,
+            check_destination,
+            refused,
+            write_csv,
+            write_predictions,
+        )
+        from finealign.model.refusal import NONE_OF_THESE, cutoff, read_reject
         from finealign.runtime.distributed import Ranks
         from finealign.types import SetAside
 
+        share = read_reject(reject)
         ranks = Ranks.launched(device)
 
         if out:
@@ -47,9 +62,17 @@ def predict(
             check_destination(beside(out), overwrite=overwrite)
         paths = list_images(images)
         loaded = FineAlign.load(model, use=use, device=device, precision=precision, ranks=ranks)
+        refused_from = cutoff(loaded.model_, share)
         names = loaded.texts_.classes
         set_aside: list[SetAside] = []
         rows: list[Row] = []
+        refusals = 0
+
+        def counted(predictions: Iterable["Prediction"]) -> Iterator["Prediction"]:
+            nonlocal refusals
+            for prediction in predictions:
+                refusals += refused(prediction, refused_from)
+                yield prediction
 
         def go_on() -> str:
             return "No file was written; the same command starts again."
@@ -59,16 +82,17 @@ def predict(
             progress.stage("predicting", len(paths)) as stage,
         ):
             outcomes = loaded.iter_predictions(paths, score=score)
-            predictions = readable(outcomes, set_aside, progress.between(stage, ranks))
+            predictions = counted(readable(outcomes, set_aside, progress.between(stage, ranks)))
             if not ranks.first:
                 count = sum(1 for _ in predictions)
             elif out:
-                count = write_predictions(predictions, names, out, top_k=top_k)
+                count = write_predictions(predictions, names, out, top_k=top_k, refused_from=refused_from)
             elif as_json:
-                rows = list(best_rows(predictions, names, top_k))
+                rows = list(best_rows(predictions, names, top_k, refused_from=refused_from))
                 count = len(rows)
             else:
-                count = write_csv(best_rows(predictions, names, top_k), sys.stdout, min(top_k, len(names)))
+                found = best_rows(predictions, names, top_k, refused_from=refused_from)
+                count = write_csv(found, sys.stdout, min(top_k, len(names)))
         ranks.leave()
         if not ranks.first:
             return
@@ -83,6 +107,8 @@ def predict(
                 "images": count,
                 "set_aside": [asdict(row) for row in set_aside],
             }
+            if share is not None:
+                result["refused"] = refusals
             print_json(result | ({"out": str(out)} if out else {"predictions": [row.as_json() for row in rows]}))
             return
         notes = Console(stderr=True)
@@ -92,4 +118,6 @@ def predict(
             notes.print(
                 f"These are predictions by {CALLED['start']}; --use adapted takes the adapted one.", soft_wrap=True
             )
+        if share is not None:
+            notes.print(f"{refusals} of {count} are '{NONE_OF_THESE}' (--reject {share}).", soft_wrap=True)
         tell_set_aside([asdict(row) for row in set_aside], notes)

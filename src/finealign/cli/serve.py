@@ -6,7 +6,7 @@ import typer
 
 from finealign.cli.app import app
 from finealign.cli.guards import print_json, refuse_launcher, require, working
-from finealign.cli.options import AsJson, Device, Model, Precision, UsedModel
+from finealign.cli.options import AsJson, Device, Model, Precision, RejectShare, UsedModel
 
 
 @app.command()
@@ -24,6 +24,7 @@ def serve(
     waiting: Annotated[int, typer.Option(min=1, help="Requests under way at once; one more is refused.")] = 256,
     timeout: Annotated[float, typer.Option(min=0.1, help="Seconds to upload in, and to wait for an answer.")] = 30,
     use: UsedModel = None,
+    reject: RejectShare = None,
     device: Device = "auto",
     precision: Precision = "auto",
     as_json: AsJson = False,
@@ -34,9 +35,11 @@ def serve(
         require("serve", "fastapi", "uvicorn", "python_multipart")
         from finealign.classifier import FineAlign
         from finealign.model.fitted import CALLED
+        from finealign.model.refusal import read_reject
         from finealign.serve.forms import Limits
         from finealign.serve.server import serve as answer
 
+        share = read_reject(reject)
         loaded = FineAlign.load(model, use=use, device=device, precision=precision)
         limits = Limits(
             max_upload_bytes=round(1e6 * max_upload_mb),
@@ -51,4 +54,4 @@ def serve(
             else:
                 typer.echo(f"Open {address} in a browser; {CALLED[loaded.use_]} answers. Ctrl-C stops the server.")
 
-        answer(loaded, host, port, limits, allow_hosts=allow_host or (), on_listening=tell)
+        answer(loaded, host, port, limits, allow_hosts=allow_host or (), reject=share, on_listening=tell)

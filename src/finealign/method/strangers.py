@@ -63,6 +63,12 @@ class StrangerModel:
     share: Tensor  # ()
     quantiles: Tensor  # (101,) of p_none over the images that it was fitted on, from 0 to 1 in steps of 0.01
 
+    @property
+    def tells(self) -> bool:
+        """Whether p_none differs among the images that it was fitted on; it does not if they were too few or alike."""
+        lowest, highest = float(self.quantiles[0]), float(self.quantiles[-1])
+        return highest - lowest > 1e-3 * highest
+
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors by name, to be saved."""
         return {field.name: getattr(self, field.name) for field in fields(self)}

@@ -94,9 +94,15 @@ class FittedModel:
         check_use(use)
         return self.start() if use == "start" else self.adapted or self
 
+    @property
+    def tells_strangers(self) -> StrangerModel | None:
+        """What tells images that show none of the classes; None if this model cannot tell them."""
+        strangers = self.strangers.get(self.use)
+        return strangers if strangers is not None and strangers.tells else None
+
     def p_none(self, weak: Tensor) -> Tensor | None:
         """How likely each image shows none of the classes: weak features (B, D) -> (B,) in [0, 1]; None if unknown."""
-        strangers = self.strangers.get(self.use)
+        strangers = self.tells_strangers
         return None if strangers is None else p_none(strangers, weak, None)
 
     def temperature(self, score: Score) -> float:

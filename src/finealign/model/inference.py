@@ -144,13 +144,17 @@ class Predictor:
                 for path, reason in outcomes:
                     yield next(predicted) if reason is None else SetAside(display_path(path), reason)
 
+    def _none(self, features: ImageFeatures) -> Sequence[float | None]:
+        """How likely each image shows none of the classes; None for each if the model cannot say."""
+        doubts = self.model.p_none(features.weak)
+        return [None] * len(features.weak) if doubts is None else doubts.tolist()
+
     @torch.inference_mode()
     def _predicted(
         self, paths: Sequence[Path], features: ImageFeatures, score: Score, *, at_start: ImageFeatures | None
     ) -> Iterator[Prediction]:
         scores, probabilities = self.scored(self.model, features, score)
-        doubts = self.model.p_none(features.weak)
-        none = [None] * len(paths) if doubts is None else doubts.tolist()
+        none = self._none(features)
         if at_start is None:
             for index, path in enumerate(paths):
                 yield Prediction(path=path, scores=scores[index], probabilities=probabilities[index], none=none[index])
@@ -243,6 +247,7 @@ class Predictor:
             if look.crops:
                 weights = self.model.method.crop_weights(features)
             scores, probabilities = self.scored(self.model, features, chosen)
+            none = self._none(features)
             start: tuple[Rows, Rows] | None = None
             if with_start:
                 start = self.scored(self.start, self.embed(rendered, Look(crops=False, at_start=True)), "global")
@@ -257,6 +262,7 @@ class Predictor:
                 probabilities=probabilities[index],
                 start_scores=start[0][index] if start else None,
                 start_probabilities=start[1][index] if start else None,
+                none=none[index],
             )
             for index, photo in enumerate(photos)
         ]

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finealign.errors import OutputError, display_path, unknown_name
+from finealign.model.refusal import NONE_OF_THESE
 from finealign.runtime.atomic import row_writer
 from finealign.types import Explanation, Prediction
 
@@ -27,30 +28,52 @@ class Row:
     labels: list[str]
     confidences: list[float]
     start: tuple[str, float] | None = None  # the best class by the model before adaptation, if it was scored
+    none: float | None = None  # how likely the image shows none of the classes; None if the model cannot say
 
     def as_json(self) -> dict[str, object]:
         """Return the row as a dictionary for JSON, without ``start``."""
-        return {"path": self.path} | _top(self.labels, self.confidences)
+        return {"path": self.path, **_top(self.labels, self.confidences), "none": self.none}
 
 
-def best_rows(predictions: Iterable[Prediction], classes: Sequence[str], top_k: int) -> Iterator[Row]:
-    """Yield the ``top_k`` most probable classes of each prediction. Ties go to the class named first."""
+def best_rows(
+    predictions: Iterable[Prediction], classes: Sequence[str], top_k: int, *, refused_from: float | None = None
+) -> Iterator[Row]:
+    """Yield the ``top_k`` most probable classes of each prediction. Ties go to the class named first.
+
+    Where ``none`` is at least ``refused_from``, "none of these" comes first, with ``none`` for its confidence, and then
+    the classes with theirs, ``top_k`` in all.
+    """
     for prediction in predictions:
         by_start = prediction.start_probabilities
         (label,), (confidence,) = _best(by_start, classes, 1) if by_start is not None else ([""], [0.0])
         start = None if by_start is None else (label, confidence)
-        yield Row(display_path(prediction.path), *_best(prediction.probabilities, classes, top_k), start)
+        best = _best(prediction.probabilities, classes, top_k)
+        none = _rounded(prediction.none)
+        if refused(prediction, refused_from):
+            best = _refused(best, none)
+        yield Row(display_path(prediction.path), *best, start, none)
 
 
-def explained(found: Explanation, classes: Sequence[str], top_k: int) -> dict[str, object]:
+def refused(outcome: Prediction | Explanation, refused_from: float | None) -> bool:
+    """Whether the label is "none of these"."""
+    return refused_from is not None and outcome.none is not None and outcome.none >= refused_from
+
+
+def explained(
+    found: Explanation, classes: Sequence[str], top_k: int, *, refused_from: float | None = None
+) -> dict[str, object]:
     """Return an explanation as a dictionary for JSON: the ``top_k`` best classes, and the box and weight of each crop.
 
-    ``start`` has the best classes by the model before adaptation, or None if it was not scored. Boxes are left, top,
-    right, bottom in pixels of an image of ``width`` by ``height``.
+    ``refused_from`` is as for ``best_rows``, and never meets the start. ``start`` has the best classes by the model
+    before adaptation, or None if it was not scored. Boxes are left, top, right, bottom in pixels of an image of
+    ``width`` by ``height``.
     """
     start = found.start_probabilities
+    best, none = _best(found.probabilities, classes, top_k), _rounded(found.none)
+    if refused(found, refused_from):
+        best = _refused(best, none)
     return {
-        **_top(*_best(found.probabilities, classes, top_k)),
+        **_top(*best),
         "start": None if start is None else _top(*_best(start, classes, top_k)),
         "score": found.score,
         "width": found.width,
@@ -59,12 +82,22 @@ def explained(found: Explanation, classes: Sequence[str], top_k: int) -> dict[st
             {"box": list(box), "weight": round(float(weight), 6)}
             for box, weight in zip(found.boxes, found.weights, strict=True)
         ],
+        "none": none,
     }
 
 
 def _best(probabilities: NDArray[np.float32], classes: Sequence[str], top_k: int) -> tuple[list[str], list[float]]:
     order = np.argsort(-probabilities, kind="stable")[:top_k]
     return [classes[index] for index in order], [round(float(probabilities[index]), 6) for index in order]
+
+
+def _refused(best: tuple[list[str], list[float]], none: float | None) -> tuple[list[str], list[float]]:
+    labels, confidences = best
+    return [NONE_OF_THESE, *labels[:-1]], [none or 0.0, *confidences[:-1]]
+
+
+def _rounded(none: float | None) -> float | None:
+    return None if none is None else round(none, 6)
 
 
 def _top(labels: list[str], confidences: list[float]) -> dict[str, object]:
@@ -92,13 +125,19 @@ def beside(out: Path) -> Path:
 
 
 def write_predictions(
-    predictions: Iterable[Prediction], classes: Sequence[str], path: Path, *, top_k: int = 1, with_start: bool = False
+    predictions: Iterable[Prediction],
+    classes: Sequence[str],
+    path: Path,
+    *,
+    top_k: int = 1,
+    with_start: bool = False,
+    refused_from: float | None = None,
 ) -> int:
     """Write the predictions, in the format of the file's suffix, and return how many there were.
 
     The file is complete or not there. ``with_start``, for CSV only, adds two columns for the model before adaptation;
-    the predictions must have been made with it. Raises OutputError if the file cannot be written, and ValueError if
-    ``with_start`` is used with another format.
+    the predictions must have been made with it. ``refused_from`` is as for ``best_rows``. Raises OutputError if the
+    file cannot be written, and ValueError if ``with_start`` is used with another format.
     """
     if with_start and path.suffix != ".csv":
         raise ValueError(f"the start has columns in CSV alone, not in {path.suffix}")
@@ -106,7 +145,8 @@ def write_predictions(
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write = partial(_write_csv, with_start=True) if with_start else WRITERS[path.suffix]
-        count = write(best_rows(predictions, classes, top_k), temporary, min(top_k, len(classes)))
+        top_k = min(top_k, len(classes))
+        count = write(best_rows(predictions, classes, top_k, refused_from=refused_from), temporary, top_k)
         temporary.replace(path)
     except OSError as error:
         raise OutputError(f"{path} cannot be written: {error}. Choose another --out.") from error
@@ -119,15 +159,16 @@ def write_predictions(
 def write_csv(rows: Iterable[Row], stream: TextIO, top_k: int, *, with_start: bool = False) -> int:
     """Write rows as CSV and return how many there were.
 
-    The columns are ``path,label,confidence``, then ``label_2,confidence_2`` and so on up to ``top_k``, and then, with
-    ``with_start``, ``start_label,start_confidence`` for the model before adaptation.
+    The columns are ``path,label,confidence``, then ``label_2,confidence_2`` and so on up to ``top_k``, then, with
+    ``with_start``, ``start_label,start_confidence`` for the model before adaptation, and last ``none``, which is empty
+    if the model cannot say.
     """
     write = row_writer(stream)
     header = ["path", "label", "confidence"]
     header += [f"{name}_{rank}" for rank in range(2, top_k + 1) for name in ("label", "confidence")]
     if with_start:
         header += ["start_label", "start_confidence"]
-    write(header)
+    write([*header, "none"])
     count = 0
     for row in rows:
         count += 1
@@ -135,7 +176,7 @@ def write_csv(rows: Iterable[Row], stream: TextIO, top_k: int, *, with_start: bo
         values = [row.path, *(value for pair in best for value in pair)]
         if with_start and row.start:
             values += row.start
-        write(values)
+        write([*values, "" if row.none is None else row.none])
     return count
 
 
@@ -162,6 +203,7 @@ def _write_parquet(rows: Iterable[Row], path: Path, top_k: int) -> int:
             ("confidence", pyarrow.float32()),
             ("top_labels", pyarrow.list_(pyarrow.string())),
             ("top_confidences", pyarrow.list_(pyarrow.float32())),
+            ("none", pyarrow.float32()),
         ]
     )
     iterator, count = iter(rows), 0
@@ -173,6 +215,7 @@ def _write_parquet(rows: Iterable[Row], path: Path, top_k: int) -> int:
                 [row.confidences[0] for row in chunk],
                 [row.labels for row in chunk],
                 [row.confidences for row in chunk],
+                [row.none for row in chunk],
             ]
             writer.write_table(pyarrow.table(columns, schema=schema))
             count += len(chunk)

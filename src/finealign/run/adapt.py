@@ -33,7 +33,7 @@ from finealign.run.contract import (
     RUN,
     SET_ASIDE,
 )
-from finealign.run.examples import Watch, write_examples
+from finealign.run.examples import Strangers, Watch, write_examples
 from finealign.run.folder import Metrics, check_room, identity_of, versions, write_json
 from finealign.run.report import write_report
 from finealign.run.verdict import Verdict, judge_model
@@ -61,6 +61,7 @@ class RunSummary:
     verdict: Verdict | None  # whether adaptation helped, judged without labels; None where nothing was learned
     kept: Use  # which of the two models that were saved is the one in use
     why_kept: str  # why it is, as a clause
+    strangers: Strangers | None  # images that seem to show none of the classes; None where the model cannot say
     report: Path | None  # report.html; None on all ranks but the first, and where it could not be written
     report_problem: str  # why the report could not be written, otherwise empty
 
@@ -79,6 +80,7 @@ class RunSummary:
             "verdict": _told(self.verdict),
             "kept": self.kept,
             "why_kept": self.why_kept,
+            "strangers": _strangers_told(self.strangers),
             "report": str(self.report) if self.report else None,
             "report_problem": self.report_problem,
         }
@@ -136,6 +138,7 @@ class _Run:
         self.kept: Use = "adapted"
         self.why_kept = f"there is no verdict on {prepared.config.method.name}, which does not train"
         self.set_aside: list[SetAside] = []
+        self.strangers: Strangers | None = None
 
     def open(self, *, resume: bool, overwrite: bool) -> None:
         """Remove what the run replaces and write its first files. Raises OutputError where the run may not begin."""
@@ -221,6 +224,7 @@ class _Run:
                 write_predictions(predictions, classes, self.folder / PREDICTIONS, top_k=2, with_start=True)
             else:
                 deque(predictions, maxlen=0)  # predicting is shared by the ranks, so each has to consume the iterator
+        self.strangers = watch.strangers
         if self.ranks.first:
             with self.progress.stage("drawing the report", None):
                 write_examples(self.model, watch.chosen, self.folder / EXAMPLES)
@@ -236,6 +240,7 @@ class _Run:
             "precision": self.model.backbone_.precision,
             "processes": self.ranks.count,
             "set_aside": len(self.set_aside),
+            "strangers": _strangers_told(self.strangers),
             "epochs": epochs,
             "seconds": {"fit": round(self.fitted - self.began, 2), "total": round(seconds, 2)},
         }
@@ -257,6 +262,7 @@ class _Run:
             verdict=self.verdict,
             kept=self.kept,
             why_kept=self.why_kept,
+            strangers=self.strangers,
             report=report,
             report_problem=report_problem,
         )
@@ -318,6 +324,11 @@ def _favoured(verdict: Verdict) -> tuple[Use, str]:
 def _told(verdict: Verdict | None) -> dict[str, Any] | None:
     """The verdict as JSON values."""
     return asdict(verdict) | {"favours": verdict.favours} if verdict else None
+
+
+def _strangers_told(strangers: Strangers | None) -> dict[str, Any] | None:
+    """The images that seem to show none of the classes as JSON values."""
+    return {"share": round(strangers.share, 6), "likely": strangers.likely} if strangers else None
 
 
 def _why_stopped(model: FineAlign) -> str:

@@ -1,4 +1,6 @@
-"""Example images for the report: those whose label adaptation changed and those the model is least sure of."""
+"""Example images for the report: those whose label adaptation changed, those the model is least sure of, and those that
+seem to show none of the classes, which are counted as well.
+"""
 
 import heapq
 import json
@@ -16,6 +18,7 @@ from finealign.errors import display_path
 from finealign.images.decoding import read_image
 from finealign.images.files import ImageReadError
 from finealign.model.predictions import explained
+from finealign.model.refusal import LIKELY
 from finealign.run.contract import EXAMPLES_LIST
 from finealign.runtime.atomic import make_folder, save_bytes, save_text
 from finealign.types import Prediction
@@ -26,16 +29,29 @@ QUALITY = 82  # JPEG quality of a saved picture
 TOP = 3  # classes listed for an image
 
 
+@dataclass(frozen=True)
+class Strangers:
+    """What the images that seem to show none of the classes amount to."""
+
+    share: float  # the estimated share of them, the mean of ``Prediction.none``
+    likely: int  # images that likelier show none of the classes than one
+
+
 @dataclass
 class Watch:
     """Selects example images from a stream of predictions, at most EACH of each kind.
 
     ``changed`` are images whose label differs from the start's, ranked by half the sum of the absolute changes in
     probability, largest first. ``unsure`` are those whose two most probable classes are closest in probability.
+    ``strangers`` are those likeliest to show none of the classes, of those that likelier do than not.
     """
 
     _changed: list[tuple[float, int, Path]] = field(default_factory=list)
     _unsure: list[tuple[float, int, Path]] = field(default_factory=list)
+    _strangers: list[tuple[float, int, Path]] = field(default_factory=list)
+    _likely: int = 0
+    _judged: int = 0  # images of which the model can say whether they show none of the classes
+    _none_sum: float = 0.0
 
     def over(self, predictions: Iterable[Prediction]) -> Iterator[Prediction]:
         """Record the predictions while passing them on unchanged.
@@ -48,6 +64,12 @@ class Watch:
                 self._keep(self._changed, float(np.abs(now - before).sum()) / 2, index, prediction.path)
             second, first = np.partition(now, -2)[-2:]
             self._keep(self._unsure, float(second - first), index, prediction.path)
+            if prediction.none is not None:
+                self._none_sum += prediction.none
+                self._judged += 1
+                if prediction.none >= LIKELY:
+                    self._likely += 1
+                    self._keep(self._strangers, prediction.none, index, prediction.path)
             yield prediction
 
     @staticmethod
@@ -58,9 +80,16 @@ class Watch:
 
     @property
     def chosen(self) -> dict[str, list[Path]]:
-        """The selected paths by kind, "changed" and "unsure": the largest change and the least sure image first."""
-        kinds = {"changed": self._changed, "unsure": self._unsure}
+        """The selected paths by kind, "changed", "unsure" and "strangers": the most changed, least sure and least like
+        any of the classes first.
+        """
+        kinds = {"changed": self._changed, "unsure": self._unsure, "strangers": self._strangers}
         return {kind: [path for _, _, path in sorted(heap, reverse=True)] for kind, heap in kinds.items()}
+
+    @property
+    def strangers(self) -> Strangers | None:
+        """How many images seem to show none of the classes; None if the model cannot say of any."""
+        return Strangers(share=self._none_sum / self._judged, likely=self._likely) if self._judged else None
 
 
 def write_examples(model: FineAlign, chosen: dict[str, list[Path]], folder: Path) -> None:

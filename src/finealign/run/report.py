@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from finealign.config import without_folder
 from finealign.errors import ModelError, OutputError, display_path, printable
+from finealign.model.refusal import LIKELY
 from finealign.run.charts import Curve, by_epoch, calibration
 from finealign.run.contract import (
     CONFIG,
@@ -114,6 +115,7 @@ def render(folder: Path, *, measured: bool = True) -> str:
             "predicted": predicted,
             "balance": _balance(predicted, classes),
             "examples": _examples(folder / EXAMPLES),
+            "likely": LIKELY,
             "texts": manifest["descriptions"],
             "templates": manifest["templates"],
             "aside": list(_rows(folder / SET_ASIDE)),

@@ -13,7 +13,10 @@ class Choice(BaseModel):
 
 
 class Guess(Choice):
-    """The most probable class, and the ``top_k`` most probable ones in descending order."""
+    """The most probable class, and the ``top_k`` most probable ones in descending order.
+
+    Before them is "none of these", with ``none`` for its confidence, where --reject asks for it.
+    """
 
     top: list[Choice] = Field(min_length=1)
 
@@ -33,6 +36,9 @@ class Predicted(Guess):
     width: int = Field(ge=1, description="Of the image as it is shown, in pixels.")
     height: int = Field(ge=1)
     crops: list[Crop] = Field(description="None by the score 'global', which looks at the image as a whole.")
+    none: float | None = Field(
+        ge=0, le=1, description="How likely the image shows none of the classes; null if the model cannot say."
+    )
 
 
 class Health(BaseModel):
@@ -61,6 +67,9 @@ class About(BaseModel):
     backbone: str
     score: str = Field(description="What it scores by when nothing else is asked for.")
     scores: list[str]
+    refused_from: float | None = Field(
+        description="From which `none` on the label is 'none of these', as --reject asks; null: never."
+    )
     input_size: int
     version: str
     limits: Bounds

@@ -22,12 +22,13 @@ from finealign.config import without_folder
 from finealign.images.files import ImageReadError
 from finealign.model.fitted import CALLED
 from finealign.model.predictions import explained
+from finealign.model.refusal import cutoff
 from finealign.runtime.render import base_style
 from finealign.serve.answers import About, Bounds, Health, Predicted, Refusal
 from finealign.serve.batches import Batches, FullError
 from finealign.serve.forms import Limits, RefusedError, most_bytes, read_upload, refuse_declared, require_form
 from finealign.serve.guard import LOOPBACK, Guard, refusal
-from finealign.types import Explanation, Score
+from finealign.types import Explanation, Reject, Score
 
 CLOSE_SECONDS = 5  # for the threads to end, on top of the time limit of a request
 RETRY_AFTER = 1  # seconds
@@ -62,15 +63,18 @@ def create_app(
     *,
     hosts: frozenset[str] | None = LOOPBACK,
     allow_hosts: Sequence[str] = (),
+    reject: Reject | None = None,
 ) -> FastAPI:
     """Create the application around a fitted model.
 
     ``hosts`` are the host names that it answers to; None means any. ``allow_hosts`` are additional ones, such as the
-    names of a reverse proxy in front of it. Pages from ``allow_hosts`` may also send requests.
+    names of a reverse proxy in front of it. Pages from ``allow_hosts`` may also send requests. ``reject`` is
+    as for ``FineAlign.predict``. Raises ConfigError when the model cannot reject so.
     """
     limits = limits or Limits()
     batches = Batches(model, capacity=limits.waiting, max_pixels=limits.max_pixels)
-    about = _about(model, limits)
+    refused_from = cutoff(model.model_, reject)
+    about = _about(model, limits, refused_from)
     classes, scores = model.texts_.classes, about.scores
 
     @asynccontextmanager
@@ -122,7 +126,7 @@ def create_app(
                 "timeout",
                 f"There was no answer within {limits.timeout:g} s. Ask again when less is waiting.",
             ) from None
-        return Predicted.model_validate(explained(explanation, classes, top_k))
+        return Predicted.model_validate(explained(explanation, classes, top_k, refused_from=refused_from))
 
     _add_pages(app, batches, about)
     return app
@@ -158,7 +162,7 @@ def _add_pages(app: FastAPI, batches: Batches, about: About) -> None:
     app.add_api_route("/base.css", _asset(base_style().encode(), "text/css"), include_in_schema=False)
 
 
-def _about(model: FineAlign, limits: Limits) -> About:
+def _about(model: FineAlign, limits: Limits, refused_from: float | None) -> About:
     return About(
         classes=list(model.texts_.classes),
         use=model.use_,
@@ -166,6 +170,7 @@ def _about(model: FineAlign, limits: Limits) -> About:
         backbone=without_folder(model.model_.inference.backbone),
         score=model.score_,
         scores=list(type(model.method_).scores),
+        refused_from=refused_from,
         input_size=model.backbone_.input_size,
         version=__version__,
         limits=Bounds(**asdict(limits)),

@@ -18,9 +18,11 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from finealign.classifier import FineAlign
 from finealign.errors import FinealignError
+from finealign.model.refusal import cutoff
 from finealign.serve.app import create_app
 from finealign.serve.forms import Limits
 from finealign.serve.guard import LOG, LOOPBACK, is_loopback
+from finealign.types import Reject
 
 MAX_PORT = 65_535
 BACKLOG = 1024  # connections that the system queues until they are accepted
@@ -37,16 +39,18 @@ def serve(
     limits: Limits | None = None,
     *,
     allow_hosts: Sequence[str] = (),
+    reject: Reject | None = None,
     on_listening: Callable[[str], None] = lambda address: None,
 ) -> None:
     """Serve until SIGTERM or Ctrl-C, then finish the requests in progress; a second Ctrl-C does not wait for them.
 
     Port 0 chooses a free port. ``on_listening`` is called with the URL of the server. On a loopback address the server
-    answers only to names of this machine and to ``allow_hosts``, the names of a reverse proxy in front of it. Writes
-    one log line per request to standard error. Raises FinealignError when the address cannot be used, or when one of
-    ``allow_hosts`` is not a host name.
+    answers only to names of this machine and to ``allow_hosts``, the names of a reverse proxy in front of it.
+
+    ``reject`` is as for ``FineAlign.predict``. Writes one log line per request to standard error. Raises FinealignError
+    when the address cannot be used, when one of ``allow_hosts`` is not a host name, or when the model cannot reject so.
     """
-    server = Listener(model, host, port, limits or Limits(), allow_hosts)
+    server = Listener(model, host, port, limits or Limits(), allow_hosts, reject=reject)
     with _logging():
         server.run(on_listening)
 
@@ -54,10 +58,21 @@ def serve(
 class Listener:
     """A server that listens on its address but does not answer yet. ``address`` is the URL to open on this machine.
 
-    Raises FinealignError when the address cannot be used, or when one of ``allow_hosts`` is not a host name.
+    Raises FinealignError when the address cannot be used, when one of ``allow_hosts`` is not a host name, or when the
+    model cannot reject as ``reject`` asks.
     """
 
-    def __init__(self, model: FineAlign, host: str, port: int, limits: Limits, allow_hosts: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        model: FineAlign,
+        host: str,
+        port: int,
+        limits: Limits,
+        allow_hosts: Sequence[str] = (),
+        *,
+        reject: Reject | None = None,
+    ) -> None:
+        cutoff(model.model_, reject)  # before the address is taken
         for name in allow_hosts:
             if not NAME.fullmatch(name):
                 raise FinealignError(
@@ -67,7 +82,7 @@ class Listener:
         self._bound = _bind(host, port)
         ip, bound_port = self._bound.getsockname()[:2]
         hosts = LOOPBACK | {host.lower(), ip} if is_loopback(ip) else None
-        app = create_app(model, limits, hosts=hosts, allow_hosts=allow_hosts)
+        app = create_app(model, limits, hosts=hosts, allow_hosts=allow_hosts, reject=reject)
         self.address = f"http://{_shown(host, ip)}:{bound_port}"
         self._server = _Server(
             uvicorn.Config(

@@ -7,6 +7,7 @@ const RETRIES = 30; // of one image while the server is full
 const TOP = 10; // classes shown at most
 const TOLD = 1000; // milliseconds between two messages to a screen reader
 const PREVIEW = 480; // pixels of a preview's width
+const NOTABLE = 0.5; // from which an image seems to show none of the classes
 const IMAGE = /\.(jpe?g|jpe|png|webp|gif|bmp|tiff?)$/i;
 const FORMULA = /^[=+\-@\t\r]/; // what a spreadsheet would compute
 const SCORES = {
@@ -189,7 +190,7 @@ function result(item) {
   const { found } = item;
   const guesses = make("div", { class: "guesses" }, guess("Adapted", found, "bar"));
   if (found.start) guesses.append(guess("Start", found.start, "bar start"));
-  return [seen(item), make("div", {}, verdict(found), guesses, crops(found))];
+  return [seen(item), make("div", {}, verdict(found), ...stranger(found), guesses, crops(found))];
 }
 
 function verdict({ label, start }) {
@@ -197,6 +198,12 @@ function verdict({ label, start }) {
   if (!start) return make("p", { class: "verdict" }, name);
   if (label === start.label) return make("p", { class: "verdict same" }, name, ": same label as the start");
   return make("p", { class: "verdict changed" }, name, ": label changed, it was ", make("bdi", {}, start.label));
+}
+
+/** A word of warning for an image that seems to show none of the classes. */
+function stranger({ none }) {
+  if (none === null || none < NOTABLE) return [];
+  return [make("p", { class: "stranger" }, `It seems to show none of the classes: ${percent(none)}.`)];
 }
 
 function guess(title, { top }, kind) {
@@ -341,12 +348,12 @@ function quoted(value) {
   return /[",\r\n]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text;
 }
 
-/** Every image, in the columns of `finealign predict` and one for why there is no label. */
+/** Every image, in the columns of `finealign predict` and, before the last, one for why there is no label. */
 function csv() {
   const most = Math.max(1, ...items.map(({ found }) => found?.top.length ?? 1));
   const header = ["path", "label", "confidence"];
   for (let rank = 2; rank <= most; rank += 1) header.push(`label_${rank}`, `confidence_${rank}`);
-  header.push("start_label", "start_confidence", "error");
+  header.push("start_label", "start_confidence", "error", "none");
   const lines = items.map(({ name, found, error }) => {
     const line = [name];
     for (let rank = 0; rank < most; rank += 1) {
@@ -354,7 +361,7 @@ function csv() {
       line.push(choice?.label ?? "", choice?.confidence ?? "");
     }
     line.push(found?.start?.label ?? "", found?.start?.confidence ?? "");
-    line.push(found ? "" : (error ?? "Not answered yet."));
+    line.push(found ? "" : (error ?? "Not answered yet."), found?.none ?? "");
     return line;
   });
   return [header, ...lines].map((line) => `${line.map(quoted).join(",")}\n`).join("");
