@@ -162,6 +162,7 @@ def _about(model: FineAlign, limits: Limits) -> About:
     return About(
         classes=list(model.texts_.classes),
         use=model.use_,
+        class_prior=model.class_prior_,
         method=model.model_.name,
         backbone=without_folder(model.model_.inference.backbone),
         score=model.score_,
