@@ -133,7 +133,13 @@ config_values = st.fixed_dictionaries(
         "views": views_values,
         "method": st.fixed_dictionaries({"name": word, "an_option": plain}),
         "training": training_values,
-        "prediction": st.fixed_dictionaries({"score": st.sampled_from(["auto", "global", "las", "fused"])}),
+        "prediction": st.fixed_dictionaries(
+            {
+                "score": st.sampled_from(["auto", "global", "las", "fused"]),
+                "calibrate": st.booleans(),
+                "class_prior": st.sampled_from(["folder", "even"]),
+            }
+        ),
     }
 ).map(without_contradictions)
 
