@@ -140,6 +140,7 @@ def measure(encoded: Encoded, seed: int) -> Row:
         config,
         backbone,  # type: ignore[arg-type]
         logit_scale=method.logit_scale,
+        class_prior=None,
         images=len(encoded.weak),
     )
 

@@ -249,7 +249,7 @@ def test_evaluate__has_the_documented_keys(made: Made) -> None:
     found = only_json(command("evaluate", made.run, made.labelled, *PRECISE, "--json"))
     assert set(found) == {
         "adapted", "start", "zero_shot", "difference", "use", "images", "set_aside", "per_class", "confused_pairs",
-        "adapted_to",
+        "adapted_to", "class_prior",
     }  # fmt: skip
     assert set(found["adapted"]) == set(found["start"]) == HEADLINE
     assert set(found["difference"]) == {"top1", "low", "high", "balanced", "balanced_low", "balanced_high"}
@@ -430,7 +430,7 @@ def test_predict__more_than_there_are_classes(made: Made) -> None:
 def test_predict__json_is_the_csv(made: Made) -> None:
     found = only_json(command("predict", made.run, made.photos, *PRECISE, "--top-k", "2", "--json"))
     rows = table(command("predict", made.run, made.photos, *PRECISE, "--top-k", "2").stdout)
-    assert set(found) == {"use", "images", "set_aside", "predictions"}
+    assert set(found) == {"use", "class_prior", "images", "set_aside", "predictions"}
     assert (found["images"], found["set_aside"]) == (24, [])
     for row, entry in zip(rows, found["predictions"], strict=True):
         assert (entry["path"], entry["label"], str(entry["confidence"])) == tuple(list(row.values())[:3])
@@ -455,6 +455,7 @@ def test_predict__out_in_each_format(made: Made, tmp_path: Path, ending: str) ->
     assert [path.name for path in tmp_path.iterdir()] == [out.name]
     assert only_json(command("predict", made.run, made.photos, *PRECISE, "--out", out, "--overwrite", "--json")) == {
         "use": "adapted",
+        "class_prior": "folder",
         "images": 24,
         "set_aside": [],
         "out": str(out),

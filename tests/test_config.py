@@ -135,7 +135,11 @@ config_values = st.fixed_dictionaries(
         "method": st.fixed_dictionaries({"name": word, "an_option": plain}),
         "training": training_values,
         "prediction": st.fixed_dictionaries(
-            {"score": st.sampled_from(["auto", "global", "las", "fused"]), "calibrate": st.booleans()}
+            {
+                "score": st.sampled_from(["auto", "global", "las", "fused"]),
+                "calibrate": st.booleans(),
+                "class_prior": st.sampled_from(["folder", "even"]),
+            }
         ),
     }
 ).map(without_contradictions)

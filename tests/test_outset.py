@@ -63,7 +63,8 @@ def folder(sizes: list[int], strange: int = 0, *, seed: int = 0) -> Folder:
     generator = torch.Generator().manual_seed(seed)
 
     def noise(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator) / shape[-1] ** 0.5
+        drawn: Tensor = torch.randn(shape, generator=generator) / shape[-1] ** 0.5
+        return drawn
 
     gap, domain, other, classes = noise(D), noise(D), noise(D), noise(8, D) * 0.7
     labels = torch.tensor([c for c, size in enumerate(sizes) for _ in range(size)] + [-1] * strange)

@@ -140,7 +140,7 @@ def test_cutoff__a_share_refuses_about_so_many_of_the_images_adapted_to(
 def test_cutoff__a_model_that_cannot_tell_says_what_to_do(untold: FineAlign, photos: Path) -> None:
     for reject in ("auto", 0.05):
         with pytest.raises(ConfigError, match=r"\(fair\) cannot tell .* Adapt again so, or leave reject out"):
-            untold.predict(photos, reject=reject)  # type: ignore[arg-type]
+            untold.predict(photos, reject=reject)
 
 
 def test_cutoff__a_method_that_trains_nothing(photos: Path, tiny_backbone: Tiny) -> None:

@@ -222,7 +222,7 @@ def test_healthz__tells_how_busy_it_is(address: str) -> None:
 def test_model__tells_what_answers_and_no_path_of_this_machine(model: FineAlign, address: str) -> None:
     found = ask(address, "/model").json
     assert found["classes"] == CLASSES
-    assert found["use"] == "adapted"
+    assert (found["use"], found["class_prior"]) == ("adapted", "folder")
     assert (found["method"], found["score"], found["input_size"]) == ("fair", model.score_, 32)
     assert set(found["scores"]) == {"las", "global", "fused"}
     assert found["limits"] == {

@@ -70,7 +70,7 @@ def example(n: int = 30, *, c: int = 3, d: int = 8, prior: list[float] | None = 
     method = create_method(MethodSettings(name="fair"), texts, logit_scale=10.0)
     assert isinstance(method, SelfTrainingMethod)
     with torch.no_grad():
-        method.anchors += 0.8 * unit(c, 1, d, seed=3)
+        method.anchors.add_(0.8 * unit(c, 1, d, seed=3))
         if prior:
             method.expect(torch.tensor(prior))
     method.requires_grad_(False)

@@ -26,7 +26,7 @@ from finealign.method.strangers import StrangerModel
 from finealign.method.strangers import fit as fit_strangers
 from finealign.model.calibration import Calibration, calibrate, sample
 from finealign.model.card import is_card, model_card
-from finealign.model.fitted import FittedModel, check_use, inference_settings, what_learned
+from finealign.model.fitted import FittedModel, check_class_prior, check_use, inference_settings, what_learned
 from finealign.model.folder import own_norms, read_model, write_model
 from finealign.model.inference import Predictor
 from finealign.model.prepare import Prepared, check_settings, given_shares, prepare
@@ -41,6 +41,7 @@ from finealign.training.loop import Learner, adapt
 from finealign.training.outset import Stock
 from finealign.training.state import EpochRecord
 from finealign.types import (
+    ClassPrior,
     Explanation,
     ImageFeatures,
     Prediction,
@@ -72,6 +73,7 @@ class FineAlign:
       the model's own normalisation parameters, which it lends to the backbone while it encodes;
     - ``start_method_``, ``start_norms_``: those of the model before adaptation;
     - ``score_``: the score used when no other is asked for;
+    - ``class_prior_``: how images to classify are taken to be distributed, "folder" or "even";
     - ``set_aside_``: the images that the last ``fit`` or ``predict`` could not read, and why.
 
     After ``fit`` only, it also has ``config_`` (the resolved settings), ``history_`` (one record per epoch), ``paths_``
@@ -279,6 +281,9 @@ class FineAlign:
             prepared.paths, config.data, progress=progress, ranks=self._ranks
         )
         self.paths_ = decoded.paths
+        if isinstance(method, SelfTrainingMethod) and method.teaches_shares:
+            taught = self._model.inference.model_copy(update={"images": len(decoded.paths)})
+            self._become(replace(self._model, inference=taught))
         learner = Learner(
             backbone=backbone,
             method=method,
@@ -485,6 +490,7 @@ class FineAlign:
         folder: str | Path,
         *,
         use: Use | None = None,
+        class_prior: ClassPrior | None = None,
         device: str = "auto",
         precision: WantedPrecision = "auto",
         ranks: Ranks | None = None,
@@ -492,12 +498,18 @@ class FineAlign:
         """Load a fitted model from a run folder or its ``model/``.
 
         ``use`` takes the adapted model or the start; None is the one that was in use when it was saved. Release 0.1
-        saved one model alone, which "adapted" takes. Raises ModelError, BackboneError or ConfigError.
+        saved one model alone, which "adapted" takes. ``class_prior`` is how the images to classify are distributed:
+        "folder" as those adapted to, "even" with each class as likely as another, so that no class has a lead from its
+        share there; None is what the model was saved with. Raises ModelError, BackboneError or ConfigError.
         """
         if use is not None:
             check_use(use)
+        if class_prior is not None:
+            check_class_prior(class_prior)
         on_device = choose_device(device)
         model = read_model(Path(folder), device=on_device, precision=choose_precision(precision, on_device))
+        if class_prior is not None:
+            model = model.with_prior(class_prior)
         loaded = cls(
             model.texts.classes,
             descriptions=dict(zip(model.texts.classes, model.texts.descriptions, strict=True)),
@@ -524,6 +536,15 @@ class FineAlign:
         """Which of the two models is in use: "adapted", or "start" for the model before adaptation."""
         self._require_fitted()
         return self._model.use
+
+    @property
+    def class_prior_(self) -> ClassPrior | None:
+        """How images to classify are taken to be distributed: "folder", as those adapted to, or "even".
+
+        None for the start and for methods that expect no shares of classes, where there is nothing to choose.
+        """
+        self._require_fitted()
+        return self._model.class_prior
 
     @property
     def score_(self) -> Score:

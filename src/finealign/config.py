@@ -17,6 +17,7 @@ from finealign.errors import ConfigError, unknown_name
 from finealign.runtime.atomic import save_text
 from finealign.runtime.strict_yaml import parse_yaml
 from finealign.runtime.textfile import TextFileError, read_text
+from finealign.types import ClassPrior
 
 Auto = Literal["auto"]
 Positive = Annotated[int, Field(ge=1, lt=2**63)]
@@ -148,6 +149,10 @@ class PredictionSettings(Settings):
     )
     calibrate: bool = Field(
         True, description="bring confidences near the accuracy, as estimated without labels; labels stay as they are"
+    )
+    class_prior: ClassPrior = Field(
+        "folder",
+        description="how images to classify are distributed; folder: as those adapted to; even: each class as likely",
     )
 
 

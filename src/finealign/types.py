@@ -15,6 +15,8 @@ from torch import Tensor
 
 Score = Literal["global", "las", "fused"]
 Use = Literal["start", "adapted"]  # the model before adaptation, or the adapted one
+# How the images to classify are distributed: as those that were adapted to, or with each class as likely as another.
+ClassPrior = Literal["folder", "even"]
 Precision = Literal["fp32", "bf16"]
 WantedPrecision = Literal["auto", "fp32", "bf16"]  # auto: bf16 where the processor computes it faster than fp32
 Reject = Literal["auto"] | float  # refuse what likelier shows no class than one, or this share of the images

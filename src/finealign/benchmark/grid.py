@@ -234,7 +234,7 @@ class _Runner:
         test = self._test_features(model, task, crops=crops)
         labels = torch.tensor(task.test.labels)
         right: dict[str, NDArray[np.bool_]] = {  # by score
-            score: _right(model.method_.score(test, score), labels) for score in model.method_.scores
+            score: _right(model.model_.score(test, score), labels) for score in model.method_.scores
         }
         scored = time.perf_counter()
         if task.name not in self.start:

@@ -23,6 +23,14 @@ def adapt(
     method: Annotated[
         str | None, typer.Option(help="fair or a peer, as dpa, wca@published. `finealign methods` lists them.")
     ] = None,
+    class_prior: Annotated[
+        str | None,
+        typer.Option(
+            metavar="auto|even|FILE",
+            help="The share of the images that each class has: auto, estimated without labels; even; or a FILE that "
+            'says so, JSON {"class": share or count} or CSV with the columns class and share (or count).',
+        ),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="The run folder. Default: runs/IMAGES-METHOD-seedN.")] = None,
     config: Annotated[Path | None, typer.Option(help="Settings in YAML, as a run folder's config.yaml.")] = None,
     settings: Annotated[list[str] | None, typer.Option("--set", help="section.key=value, as often as wanted.")] = None,
@@ -42,16 +50,20 @@ def adapt(
         from finealign.classifier import FineAlign
         from finealign.cli.bars import Bars
         from finealign.config import read_config
-        from finealign.method.registry import method_settings
+        from finealign.method.registry import method_settings, require_class_prior
         from finealign.run.adapt import adapt_into, default_folder, plan
         from finealign.run.contract import RUN
         from finealign.runtime.distributed import Ranks
         from finealign.texts.prompts import read_classes, read_descriptions, read_templates
+        from finealign.texts.shares import read_class_prior
 
         base = method_settings(method) if method else {}
         name = method.partition("@")[0] if method else None
         flags = {"backbone": backbone, "method__name": name, "seed": seed, "device": device, "precision": precision}
-        chosen = read_config(config, settings or (), base=base, **flags)
+        prior = None if class_prior is None else read_class_prior(class_prior)
+        chosen = read_config(config, settings or (), base=base, method__class_prior=prior, **flags)
+        if prior is not None:
+            require_class_prior(chosen.method.name)
         ranks = Ranks.launched(chosen.device)
         model = FineAlign(
             read_classes(classes),

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from finealign.cli.app import app
 from finealign.cli.guards import print_json, tell_set_aside, working
-from finealign.cli.options import AsJson, Device, Model, Precision, ScoreKind, UsedModel
+from finealign.cli.options import AsJson, Device, ExpectedPrior, Model, Precision, ScoreKind, UsedModel
 
 if TYPE_CHECKING:  # they import torch, which is slow
     from finealign.classifier import FineAlign
@@ -21,6 +21,7 @@ def evaluate(
     model: Model,
     labelled: Annotated[Path, typer.Argument(help="A folder of class folders, or a CSV with columns path and label.")],
     use: UsedModel = None,
+    class_prior: ExpectedPrior = None,
     score: ScoreKind = None,
     device: Device = "auto",
     precision: Precision = "auto",
@@ -36,7 +37,9 @@ def evaluate(
         from finealign.runtime.distributed import Ranks
 
         ranks = Ranks.launched(device)
-        loaded = FineAlign.load(model, use=use, device=device, precision=precision, ranks=ranks)
+        loaded = FineAlign.load(
+            model, use=use, class_prior=class_prior, device=device, precision=precision, ranks=ranks
+        )
         figures, set_aside = measured(loaded, model, labelled, score)
         ranks.leave()
         if not ranks.first:
@@ -55,8 +58,9 @@ def measured(
 
     ``folder`` is where the model was loaded from, and ``score`` is of the adapted model, which is the one in use
     afterwards. Returns the summary of ``evaluate_predictions``, which ``in_full`` extends by what a report draws, and
-    the labelled images that could not be read. To the summary is added ``adapted_to``: how many of the measured images
-    the model was adapted to, None where this is not known.
+    the labelled images that could not be read. To the summary are added ``adapted_to``, how many of the measured images
+    the model was adapted to, None where this is not known, and ``class_prior``, how the adapted model took the images
+    to be distributed.
     """
     from finealign.cli.bars import Bars
     from finealign.evaluate.summary import evaluate_predictions
@@ -72,4 +76,4 @@ def measured(
         predictions = list(readable(outcomes, set_aside, stage.advance))
     figures = evaluate_predictions(predictions, truth, names, set_aside=len(set_aside), in_full=in_full, use=use)
     adapted_to = count_adapted_to(folder, (prediction.path for prediction in predictions))
-    return figures | {"adapted_to": adapted_to}, set_aside
+    return figures | {"adapted_to": adapted_to, "class_prior": model.class_prior_}, set_aside

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from finealign.cli.app import app
 from finealign.cli.guards import print_json, refuse_launcher, working
-from finealign.cli.options import AsJson, Model, ScoreKind, UsedModel
+from finealign.cli.options import AsJson, ExpectedPrior, Model, ScoreKind, UsedModel
 from finealign.errors import FinealignError
 
 
@@ -20,6 +20,7 @@ def export(
         Literal["open_clip", "hf", "onnx"], typer.Option(help="open_clip; hf: transformers; onnx: one file.")
     ],
     use: UsedModel = None,
+    class_prior: ExpectedPrior = None,
     score: ScoreKind = None,
     push: Annotated[str | None, typer.Option(help="ORG/NAME on the hub to upload what was written to.")] = None,
     private: Annotated[bool, typer.Option("--private", help="For yourself alone on the hub.")] = False,
@@ -36,7 +37,7 @@ def export(
 
         if private and not push:
             raise FinealignError("--private is of what --push uploads. Give --push ORG/NAME, or leave it out.")
-        loaded = FineAlign.load(model, use=use, device="cpu", precision="fp32")
+        loaded = FineAlign.load(model, use=use, class_prior=class_prior, device="cpu", precision="fp32")
         result = write(loaded, out, format=format, score=score, overwrite=overwrite).as_json()
         result["url"] = upload(out, push, private) if push else None
         if as_json:

@@ -24,6 +24,14 @@ RejectShare = Annotated[
         help="Label 'none of these' what likelier shows no class than one, or about that share, as 0.05.",
     ),
 ]
+ExpectedPrior = Annotated[
+    Literal["folder", "even"] | None,
+    typer.Option(
+        "--class-prior",
+        help="How the images are distributed. folder: as those adapted to; even: each class as likely as another. "
+        "Default: what the model was saved with.",
+    ),
+]
 Model = Annotated[Path, typer.Argument(help="A run folder, or its model/.")]
 Classes = Annotated[str, typer.Option(help="A file with one class name a line, or names with commas between.")]
 Templates = Annotated[Path | None, typer.Option(help="A file with one template a line, {} for the name.")]

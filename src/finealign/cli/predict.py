@@ -13,7 +13,7 @@ from rich.markup import escape
 
 from finealign.cli.app import app
 from finealign.cli.guards import print_json, stoppable, tell_set_aside, working
-from finealign.cli.options import AsJson, Device, Model, Precision, RejectShare, ScoreKind, UsedModel
+from finealign.cli.options import AsJson, Device, ExpectedPrior, Model, Precision, RejectShare, ScoreKind, UsedModel
 
 if TYPE_CHECKING:  # it imports torch, which is slow
     from finealign.types import Prediction
@@ -26,6 +26,7 @@ def predict(
     out: Annotated[Path | None, typer.Option(help="FILE.csv, .jsonl or .parquet. Default: CSV to the screen.")] = None,
     top_k: Annotated[int, typer.Option(min=1, help="Classes a row.")] = 1,
     use: UsedModel = None,
+    class_prior: ExpectedPrior = None,
     score: ScoreKind = None,
     reject: RejectShare = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace --out if it is there.")] = False,
@@ -61,7 +62,9 @@ def predict(
             check_destination(out, overwrite=overwrite)
             check_destination(beside(out), overwrite=overwrite)
         paths = list_images(images)
-        loaded = FineAlign.load(model, use=use, device=device, precision=precision, ranks=ranks)
+        loaded = FineAlign.load(
+            model, use=use, class_prior=class_prior, device=device, precision=precision, ranks=ranks
+        )
         refused_from = cutoff(loaded.model_, share)
         names = loaded.texts_.classes
         set_aside: list[SetAside] = []
@@ -104,6 +107,7 @@ def predict(
         if as_json:
             result: dict[str, Any] = {
                 "use": loaded.use_,
+                "class_prior": loaded.class_prior_,
                 "images": count,
                 "set_aside": [asdict(row) for row in set_aside],
             }
@@ -112,8 +116,9 @@ def predict(
             print_json(result | ({"out": str(out)} if out else {"predictions": [row.as_json() for row in rows]}))
             return
         notes = Console(stderr=True)
+        evenly = ", which takes each class for as likely" if loaded.class_prior_ == "even" else ""
         if out:
-            notes.print(f"{count} predictions in {escape(str(out))}, by {CALLED[loaded.use_]}.", soft_wrap=True)
+            notes.print(f"{count} predictions in {escape(str(out))}, by {CALLED[loaded.use_]}{evenly}.", soft_wrap=True)
         elif loaded.use_ == "start":
             notes.print(
                 f"These are predictions by {CALLED['start']}; --use adapted takes the adapted one.", soft_wrap=True

@@ -6,7 +6,7 @@ import typer
 
 from finealign.cli.app import app
 from finealign.cli.guards import print_json, refuse_launcher, require, working
-from finealign.cli.options import AsJson, Device, Model, Precision, RejectShare, UsedModel
+from finealign.cli.options import AsJson, Device, ExpectedPrior, Model, Precision, RejectShare, UsedModel
 
 
 @app.command()
@@ -25,6 +25,7 @@ def serve(
     timeout: Annotated[float, typer.Option(min=0.1, help="Seconds to upload in, and to wait for an answer.")] = 30,
     use: UsedModel = None,
     reject: RejectShare = None,
+    class_prior: ExpectedPrior = None,
     device: Device = "auto",
     precision: Precision = "auto",
     as_json: AsJson = False,
@@ -40,7 +41,7 @@ def serve(
         from finealign.serve.server import serve as answer
 
         share = read_reject(reject)
-        loaded = FineAlign.load(model, use=use, device=device, precision=precision)
+        loaded = FineAlign.load(model, use=use, class_prior=class_prior, device=device, precision=precision)
         limits = Limits(
             max_upload_bytes=round(1e6 * max_upload_mb),
             max_pixels=round(1e6 * max_megapixels),
@@ -50,7 +51,7 @@ def serve(
 
         def tell(address: str) -> None:
             if as_json:
-                print_json({"address": address, "use": loaded.use_})
+                print_json({"address": address, "use": loaded.use_, "class_prior": loaded.class_prior_})
             else:
                 typer.echo(f"Open {address} in a browser; {CALLED[loaded.use_]} answers. Ctrl-C stops the server.")
 

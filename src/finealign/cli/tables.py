@@ -43,6 +43,8 @@ def evaluation_tables(found: dict[str, Any], console: Console) -> None:
             "tell how well it labels these, and need not hold for images that it has never seen.",
             soft_wrap=True,
         )
+    if found["class_prior"] == "even":
+        console.print("The adapted model took each class for as likely as another.")
     console.print()
     classes = Table(title="Per class", title_justify="left")
     for name in ("class", "images", "start", "adapted"):

@@ -19,7 +19,7 @@ from torch import Tensor
 from finealign.backbone.model import OpenClipBackbone
 from finealign.classifier import FineAlign
 from finealign.errors import ConfigError, ModelError, sentence
-from finealign.types import Prediction, Score, Texts, Use
+from finealign.types import ClassPrior, Prediction, Score, Texts, Use
 
 Format = Literal["open_clip", "hf", "onnx"]
 
@@ -52,6 +52,7 @@ class Exported:
     folder: Path
     format: Format
     use: Use  # which of the model's two models it is
+    class_prior: ClassPrior | None  # how the images to classify are taken to be distributed
     score: Score
     files: tuple[str, ...]  # relative to the folder, sorted
     parity: Mapping[str, Measure]
@@ -63,6 +64,7 @@ class Exported:
             "out": str(self.folder),
             "format": self.format,
             "use": self.use,
+            "class_prior": self.class_prior,
             "score": self.score,
             "files": list(self.files),
             "bytes": sum((self.folder / name).stat().st_size for name in self.files),

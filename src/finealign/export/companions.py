@@ -39,11 +39,14 @@ LIBRARIES: Mapping[Format, str] = {"open_clip": "open_clip", "hf": "transformers
 
 
 def write_classes(saved: FineAlign, kind: Score, folder: Path) -> None:
-    """Write ``classes.json``: all that is needed to score with the anchors."""
+    """Write ``classes.json``: all that is needed to score with the anchors. The scores have ``offsets`` subtracted."""
+    offsets = saved.model_.offsets()
     about = {
         "classes": list(saved.texts_.classes),
         "logit_scale": saved.method_.logit_scale,
         "temperature": saved.model_.temperature(kind),
+        "class_prior": saved.class_prior_,
+        "offsets": [0.0] * len(saved.texts_.classes) if offsets is None else offsets.tolist(),
         "score": kind,
         "templates": list(saved.texts_.templates),
     }

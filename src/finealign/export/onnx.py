@@ -42,7 +42,8 @@ def write_onnx(saved: FineAlign, kind: Score, folder: Path, aside: Path) -> Chec
     """
     backbone = open_clip_backbone(saved)
     crops = saved.model_.inference.crops if kind != "global" else 0
-    graph = Graph(backbone, saved.method_, kind, temperature=saved.model_.temperature(kind)).eval()
+    model = saved.model_
+    graph = Graph(backbone, saved.method_, kind, temperature=model.temperature(kind), offsets=model.offsets()).eval()
     beside = graph.weight_bytes > ONE_FILE
     write_graph(graph, folder / GRAPH, size=backbone.input_size, crops=crops, beside=beside)
     scores, probabilities = _compare(_open(folder / GRAPH), saved, kind, crops)
@@ -77,7 +78,7 @@ def _open(path: Path) -> Any:
 
 def _compare(session: Any, saved: FineAlign, kind: Score, crops: int) -> tuple[float, float]:
     """The largest differences from FineAlign's scores and probabilities on the same pixels."""
-    backbone, method = open_clip_backbone(saved), saved.method_
+    backbone, model = open_clip_backbone(saved), saved.model_
     generator = np.random.default_rng(0)
     differences = []
     for batch in BATCHES:
@@ -85,11 +86,9 @@ def _compare(session: Any, saved: FineAlign, kind: Score, crops: int) -> tuple[f
         inputs = {name: draw_batch(generator, shape) for name, shape in shapes.items()}
         embeddings = backbone.embed(inputs["image"])
         crop_embeddings = backbone.embed(inputs["crops"].flatten(0, 1)) if crops else embeddings[:0]
-        score = method.score(
-            ImageFeatures(embeddings, crop_embeddings.reshape(batch, crops, embeddings.shape[1])), kind
-        )
+        score = model.score(ImageFeatures(embeddings, crop_embeddings.reshape(batch, crops, embeddings.shape[1])), kind)
         outputs = session.run(OUTPUTS, {name: value.numpy() for name, value in inputs.items()})
-        expected = score, saved.model_.probabilities(score, kind)
+        expected = score, model.probabilities(score, kind)
         differences.append([largest(output, value.numpy()) for output, value in zip(outputs, expected, strict=True)])
     scores, probabilities = np.max(differences, axis=0)  # NaN if any of them is NaN
     return float(scores), float(probabilities)
@@ -117,13 +116,22 @@ OUTPUTS = ["scores", "probabilities"]
 
 
 class Graph(nn.Module):
-    """The exported module: normalisation of pixels, the image tower in float32, and the method's score."""
+    """The exported module: normalisation of pixels, the image tower in float32, and the model's score."""
 
     mean: Tensor
     std: Tensor
     anchors: Tensor | None
+    offsets: Tensor | None
 
-    def __init__(self, backbone: OpenClipBackbone, method: Method, kind: Score, *, temperature: float = 1.0) -> None:
+    def __init__(
+        self,
+        backbone: OpenClipBackbone,
+        method: Method,
+        kind: Score,
+        *,
+        temperature: float = 1.0,
+        offsets: Tensor | None = None,
+    ) -> None:
         super().__init__()
         self.visual = working_copy(backbone.model.visual, dtype=torch.float32)
         self.method = method
@@ -132,6 +140,7 @@ class Graph(nn.Module):
         mean, std = torch.tensor([backbone.preprocess["mean"], backbone.preprocess["std"]])[:, :, None, None]
         self.register_buffer("mean", mean)
         self.register_buffer("std", std)
+        self.register_buffer("offsets", offsets)
         anchors = None
         # WCA's score counts the classes while it runs, which cannot be exported. It is linear in the features of crops,
         # so its values on the unit vectors give one class vector for each class.
@@ -161,6 +170,8 @@ class Graph(nn.Module):
             score = self.method.score(features, self.kind)
         else:
             score = torch.einsum("bn,bnd,cd->bc", self.method.crop_weights(features), crop_embeddings, self.anchors)
+        if self.offsets is not None:
+            score = score - self.offsets
         return score, self.method.probabilities(score / self.temperature)
 
     def _embed(self, images: Tensor) -> Tensor:

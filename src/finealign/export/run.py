@@ -65,13 +65,13 @@ def export(
             save_text(export_card(model, format), staged / CARD)
             files = tuple(sorted({*names_in(staged, kind="export"), PARITY} - {LEFT_BY_PYTHON}))
             about: dict[str, Any] = {"finealign": __version__, "format": format, "use": model.use_, "score": kind}
-            about |= {"files": files, "notes": checked.notes}
+            about |= {"class_prior": model.class_prior_, "files": files, "notes": checked.notes}
             measured = {name: asdict(measure) for name, measure in checked.parity.items()}
             save_text(json.dumps({**about, "parity": measured}, indent=1) + "\n", staged / PARITY)
             _put(staged, folder, replaces, aside)
     except OSError as error:
         raise OutputError(f"{folder} cannot be written: {error}. Choose another with --out.") from error
-    return Exported(folder, format, model.use_, kind, files, checked.parity, checked.notes)
+    return Exported(folder, format, model.use_, model.class_prior_, kind, files, checked.parity, checked.notes)
 
 
 def _refuse_differing(parity: Mapping[str, Measure], format: Format) -> None:

@@ -80,7 +80,7 @@ def _compare(saved: FineAlign, kind: Score, folder: Path, aside: Path, texts: Se
     _refuse_other_tokens(outputs["tokens"].tolist(), tokens, texts, backbone)
     features = backbone.embed(views)
     logits = backbone.logit_scale * features @ backbone.encode_sentences(texts[:TEXTS]).T
-    scores = saved.method_.score(ImageFeatures(features, features[:, None][:, :0]), kind)
+    scores = saved.model_.score(ImageFeatures(features, features[:, None][:, :0]), kind)
     comparable = [not _is_shifted(photo, backbone) for photo in photos]
     distances = {
         backend: np.abs((outputs[backend] - pixels.numpy()) * std.numpy())[comparable].max() for backend in RESIZED

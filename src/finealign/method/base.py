@@ -161,7 +161,7 @@ class SelfTrainingMethod(Method):
     Options: ClassVar[type[MethodOptions]] = SelfTrainingOptions
     options: SelfTrainingOptions
     trains = True
-    inference_state: ClassVar[tuple[str, ...]] = ("anchors",)
+    inference_state: ClassVar[tuple[str, ...]] = ("anchors", "class_prior")
     class_prior: Tensor  # (C,), the share of the images that each class is expected to have; even until ``expect``
     mean_prediction: Tensor  # (C,), running mean over strong views; updated only where ``fairness`` is running
 
@@ -185,6 +185,22 @@ class SelfTrainingMethod(Method):
         """
         self.class_prior.copy_(class_prior)
         self.mean_prediction.copy_(class_prior)
+
+    @property
+    def teaches_shares(self) -> bool:
+        """Whether the loss draws predictions to ``class_prior``."""
+        return self.options.fairness != "off" and self.options.fairness_weight > 0
+
+    def load_inference_tensors(self, values: Mapping[str, Tensor]) -> None:
+        """Do what ``Method`` does. Models that were saved without a ``class_prior`` expected even shares.
+
+        Also raises ValueError if ``class_prior`` is no distribution.
+        """
+        even = torch.full_like(self.class_prior, 1 / self.num_classes)
+        prior = values.get("class_prior", even)
+        if not (bool(prior.isfinite().all()) and float(prior.min()) >= 0 and abs(float(prior.sum()) - 1) < 1e-3):
+            raise ValueError("class_prior is no distribution over the classes")
+        super().load_inference_tensors({**values, "class_prior": prior})
 
     def loss(self, strong: Tensor, pseudo: PseudoLabels) -> Loss:
         """Compute the weighted cross-entropy plus ``fairness_weight`` times the fairness term, of strong views (B, D).

@@ -69,6 +69,16 @@ def method_options(settings: MethodSettings) -> MethodOptions:
         raise ConfigError(readable_errors(method_class.Options, error, "method.")) from None
 
 
+def require_class_prior(name: str) -> None:
+    """Raise ConfigError if the named method expects no shares of classes. The error names those that do."""
+    valid = [known for known in method_names() if "class_prior" in find_method(known).Options.model_fields]
+    if find_method(name) and name not in valid:
+        raise ConfigError(
+            f"method.class_prior: the method {name!r} expects no shares of classes, so there is none to give. Methods "
+            f"that do: {', '.join(valid)}."
+        )
+
+
 def inference_method(settings: MethodSettings) -> MethodSettings:
     """Return the method's name and the options that scoring needs, defaults included. Raises ConfigError."""
     options = method_options(settings).model_dump(include=set(find_method(settings.name).inference_options))

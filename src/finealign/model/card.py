@@ -7,6 +7,7 @@ from typing import Any
 from finealign import __version__
 from finealign.config import without_folder
 from finealign.model.fitted import CALLED, OTHER, FittedModel
+from finealign.model.shares import shares_in_words, told_shares
 from finealign.runtime.render import fill
 
 CLASSES_SHOWN = 50
@@ -38,6 +39,9 @@ def model_card(
         ignore_metadata_errors=False,
     )
     classes, about = model.texts.classes, model if use else model.using("adapted")
+    told = told_shares(about) if about.class_prior else None
+    if told and run and run.get("class_prior"):
+        told = run["class_prior"]
     values = {
         "metadata": data.to_yaml(),
         "version": __version__,
@@ -49,6 +53,8 @@ def model_card(
         "total": len(classes),
         "texts": sum(len(group) for group in model.texts.descriptions),
         "learned": about.learned,
+        "shares": told and shares_in_words(told, [_plain(name) for name in classes]),
+        "class_prior": about.class_prior,
         "used": CALLED[model.use],
         "other": OTHER[model.use],
         "run": run,

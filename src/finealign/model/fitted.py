@@ -10,10 +10,10 @@ from torch import Tensor
 from finealign.backbone.base import Backbone
 from finealign.config import Config, Fraction, MethodSettings, Positive, Settings
 from finealign.errors import ConfigError, unknown_name
-from finealign.method.base import Method
+from finealign.method.base import Method, SelfTrainingMethod
 from finealign.method.registry import choose_score, create_method, inference_method
 from finealign.method.strangers import StrangerModel, p_none
-from finealign.types import Score, TextFeatures, Texts, Use
+from finealign.types import ClassPrior, ImageFeatures, Score, TextFeatures, Texts, Use
 
 OTHER: Mapping[Use, Use] = {"start": "adapted", "adapted": "start"}
 CALLED: Mapping[Use, str] = {"start": "the model before adaptation", "adapted": "the adapted model"}
@@ -37,6 +37,10 @@ class InferenceSettings(Settings):
         {}, description="by score, what its logits are divided by before the softmax; 1 for a score that is not named"
     )
     start_temperature: Temperature = Field(1.0, description="the same, of the model before adaptation")
+    class_prior: ClassPrior = Field("folder", description="how the images to classify are distributed")
+    images: Annotated[int, Field(ge=0, lt=2**63)] = Field(
+        0, description="images by which the model was taught the shares of the classes; 0: it was taught none"
+    )
 
 
 def inference_settings(config: Config) -> InferenceSettings:
@@ -56,6 +60,7 @@ def inference_settings(config: Config) -> InferenceSettings:
         seed=config.seed,
         working_size=config.data.working_size,
         max_pixels=config.data.max_pixels,
+        class_prior=config.prediction.class_prior,
     )
 
 
@@ -100,10 +105,46 @@ class FittedModel:
         strangers = self.strangers.get(self.use)
         return strangers if strangers is not None and strangers.tells else None
 
+    @property
+    def class_prior(self) -> ClassPrior | None:
+        """How images to classify are taken to be distributed; None for a method that expects no shares of classes."""
+        return self.inference.class_prior if isinstance(self.method, SelfTrainingMethod) else None
+
+    def with_prior(self, class_prior: ClassPrior) -> "FittedModel":
+        """Return the same model for images that are distributed so. Raises ConfigError for another word."""
+        check_class_prior(class_prior)
+        adapted = self.using("adapted")
+        changed = replace(adapted, inference=adapted.inference.model_copy(update={"class_prior": class_prior}))
+        return changed.using(self.use)
+
     def p_none(self, weak: Tensor) -> Tensor | None:
         """How likely each image shows none of the classes: weak features (B, D) -> (B,) in [0, 1]; None if unknown."""
         strangers = self.tells_strangers
         return None if strangers is None else p_none(strangers, weak, None)
+
+    def offsets(self) -> Tensor | None:
+        """What is subtracted from the scores, so that no class has a lead from its share of the images adapted to.
+
+        (C,), or None where scores stay as they are: for images distributed as those, or if the shares were even. The
+        shares p that n images were expected to have are smoothed, s_c = (n p_c + 1) / (n + C), and divided out of the
+        probabilities: log(C s_c) is subtracted from the logits.
+        """
+        method, images = self.method, self.inference.images
+        if self.class_prior != "even" or not images or not isinstance(method, SelfTrainingMethod):
+            return None
+        shares = method.class_prior.detach().cpu().double()
+        if bool((shares == shares[0]).all()):
+            return None
+        smoothed = (images * shares + 1) / (images + len(shares))
+        return ((len(shares) * smoothed).log() / method.logit_scale).float().to(method.class_prior.device)
+
+    def score(self, features: ImageFeatures, kind: Score) -> Tensor:
+        """Compute the score of every class for images distributed as ``class_prior`` says: (B, C).
+
+        ``kind`` is one of the method's scores. These are the method's own, less ``offsets``.
+        """
+        scores, offsets = self.method.score(features, kind), self.offsets()
+        return scores if offsets is None else scores - offsets
 
     def temperature(self, score: Score) -> float:
         """What the logits of a score are divided by before the softmax; 1 where they were not calibrated."""
@@ -112,7 +153,7 @@ class FittedModel:
     def probabilities(self, scores: Tensor, score: Score) -> Tensor:
         """Compute the class probabilities of an image: softmax(s * scores / T), with s the logit scale.
 
-        scores (B, C) are those of the method's ``score``, and T is its temperature -> (B, C), rows sum to 1.
+        scores (B, C) are what ``self.score`` gives for ``score``, and T is its temperature -> (B, C), rows sum to 1.
         """
         return self.method.probabilities(scores / self.temperature(score))
 
@@ -142,6 +183,12 @@ def check_use(use: str) -> None:
     """Raise ConfigError if ``use`` names neither of a fitted model's two models."""
     if use not in get_args(Use):
         raise ConfigError(f"use: {unknown_name('model', str(use), get_args(Use))}")
+
+
+def check_class_prior(class_prior: str) -> None:
+    """Raise ConfigError if ``class_prior`` does not say how images to classify are distributed."""
+    if class_prior not in get_args(ClassPrior):
+        raise ConfigError(f"class_prior: {unknown_name('class prior', str(class_prior), get_args(ClassPrior))}")
 
 
 def what_learned(method: Method, training: Mapping[str, Any]) -> str:

@@ -120,7 +120,7 @@ class Predictor:
     @staticmethod
     def scored(model: FittedModel, features: ImageFeatures, score: Score) -> tuple[Rows, Rows]:
         """Compute the scores and the probabilities of every class: (n, C) each."""
-        scores = model.method.score(features, score)
+        scores = model.score(features, score)
         return scores.cpu().numpy(), model.probabilities(scores, score).cpu().numpy()
 
     def predictions(

@@ -22,6 +22,7 @@ from finealign.images.tables import set_aside_csv
 from finealign.model.inference import readable
 from finealign.model.predictions import write_predictions
 from finealign.model.prepare import Prepared
+from finealign.model.shares import told_shares
 from finealign.run.contract import (
     CHECKPOINTS,
     CONFIG,
@@ -203,6 +204,7 @@ class _Run:
         self.told |= {
             "cautions": [asdict(caution) for caution in self.model.cautions_],
             "learned": self.model.model_.using("adapted").learned,
+            "class_prior": told_shares(self.model.model_, self.prepared.config),
             "verdict": _told(self.verdict),
             "kept": self.kept,
             "why_kept": self.why_kept,

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from finealign.config import without_folder
 from finealign.errors import ModelError, OutputError, display_path, printable
 from finealign.model.refusal import LIKELY
+from finealign.model.shares import shares_in_words
 from finealign.run.charts import Curve, by_epoch, calibration
 from finealign.run.contract import (
     CONFIG,
@@ -110,6 +111,7 @@ def render(folder: Path, *, measured: bool = True) -> str:
             "css": base_style() + (files("finealign.run") / "pages" / "report.css").read_text(encoding="utf-8"),
             "run": run,
             "classes": classes,
+            "shares": shares_in_words(run["class_prior"], classes) if run.get("class_prior") else "",
             "epochs": epochs,
             "charts": _charts(epochs, classes),
             "predicted": predicted,

@@ -28,9 +28,9 @@ Call = Literal["helped", "unclear", "hurt"]
 
 MANY_A_CLASS = 100.0  # images per class above which the evidence "images_a_class" grows no more
 
-# Fitted by benchmarks/verdict.py to changes of accuracy in points, clipped to 10. The score of a run is the weighted sum
-# of the evidence plus the constant. The pieces overlap, so a weight says little by itself. docs/ABLATION.md has how often
-# the verdict is right.
+# Fitted by benchmarks/verdict.py to changes of accuracy in points, clipped to 10. The score of a run is the weighted
+# sum of the evidence plus the constant. The pieces overlap, so a weight says little by itself. docs/ABLATION.md has how
+# often the verdict is right.
 WEIGHTS = {
     "structure": -1.207,
     "margin": -5.108,

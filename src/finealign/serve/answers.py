@@ -2,7 +2,7 @@
 
 from pydantic import BaseModel, Field
 
-from finealign.types import Use
+from finealign.types import ClassPrior, Use
 
 
 class Choice(BaseModel):
@@ -63,6 +63,9 @@ class About(BaseModel):
 
     classes: list[str]
     use: Use = Field(description="adapted, or start: the model before adaptation.")
+    class_prior: ClassPrior | None = Field(
+        description="How images are taken to be distributed: folder, as those adapted to; even: each class as likely."
+    )
     method: str
     backbone: str
     score: str = Field(description="What it scores by when nothing else is asked for.")

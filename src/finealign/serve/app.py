@@ -166,6 +166,7 @@ def _about(model: FineAlign, limits: Limits, refused_from: float | None) -> Abou
     return About(
         classes=list(model.texts_.classes),
         use=model.use_,
+        class_prior=model.class_prior_,
         method=model.model_.name,
         backbone=without_folder(model.model_.inference.backbone),
         score=model.score_,

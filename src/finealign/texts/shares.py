@@ -14,6 +14,7 @@ from finealign.texts.prompts import fold
 WANTED = 'JSON {"class": share or count}, or CSV with the columns class and share (or count)'
 MOST = 1e15  # of a count: floats are exact up to there, and sums stay finite
 NUMBER = "Wanted: a share or a count, at least 0 and at most 1e15."
+WORDS = ("auto", "even")
 ROUNDING = 0.01  # by which shares that leave no class out may miss 1
 
 
@@ -35,6 +36,19 @@ def read_shares(path: Path) -> dict[str, float]:
             raise ConfigError(f"The class prior {shown} names {name!r:.100} twice. Keep one line a class.")
         found[name] = value
     return found
+
+
+def read_class_prior(text: str) -> str | dict[str, float]:
+    """Return ``auto`` or ``even`` as they are, and of a file what ``read_shares`` reads. Raises ConfigError."""
+    if text in WORDS:
+        return text
+    path = Path(text)
+    if not path.is_file():
+        raise ConfigError(
+            f"The class prior '{display_path(path)}' is no word that is known here, and no file. Valid: "
+            f"{', '.join(WORDS)}, or a file: {WANTED}."
+        )
+    return read_shares(path)
 
 
 def _from_json(text: str, shown: str) -> list[tuple[str, float]]:
