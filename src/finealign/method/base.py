@@ -15,7 +15,13 @@ from finealign.types import Gaze, ImageFeatures, Loss, PseudoLabels, Score, Text
 
 Anchors = Tensor  # (C, J, D), rows of length 1
 # Training settings that the authors of DPA, LaFTer and microCLIP report alike. PUBLISHED_DECAY: DPA and microCLIP.
-PUBLISHED_PACE = {"epochs": 15, "batch_size": 64, "learning_rate": 1e-4, "anchor_learning_rate": 1e-4}
+PUBLISHED_PACE = {
+    "epochs": 15,
+    "batch_size": 64,
+    "learning_rate": 1e-4,
+    "anchor_learning_rate": 1e-4,
+    "strangers": "off",
+}
 PUBLISHED_DECAY = {"weight_decay": 0.1, "norm_weight_decay": 0.1}
 Share = Annotated[float, Field(ge=0, le=1)]
 
