@@ -177,7 +177,15 @@ def test_page__score_and_number_of_classes_can_be_chosen(
     expect(page.locator(".guesses li")).to_have_count(2)
     expect(page.locator(".crop")).to_have_count(0)
     expect(page.locator(".card")).to_contain_text("looks at the image as a whole")
-    assert list(downloaded(page)[0]) == ["path", "label", "confidence", "start_label", "start_confidence", "error", "none"]
+    assert list(downloaded(page)[0]) == [
+        "path",
+        "label",
+        "confidence",
+        "start_label",
+        "start_confidence",
+        "error",
+        "none",
+    ]
 
 
 def test_page__a_text_file_has_its_reason_and_the_others_go_on(
@@ -282,7 +290,9 @@ def test_page__a_folder_becomes_a_csv(
         (found,) = model.explain_pixels([np.array(read_image(photos / "red" / f"{place}.png"))], with_start=True)
         wanted: Any = explained(found, NAMES, 3)
         row = rows[f"box/{name}"]
-        columns = "path,label,confidence,label_2,confidence_2,label_3,confidence_3,start_label,start_confidence,error,none"
+        columns = (
+            "path,label,confidence,label_2,confidence_2,label_3,confidence_3,start_label,start_confidence,error,none"
+        )
         assert list(row) == columns.split(",")
         told = {row[f"label{rank}"]: float(row[f"confidence{rank}"]) for rank in ("", "_2", "_3")}
         # Two names begin as a formula would, so an apostrophe stands before them.

@@ -139,7 +139,18 @@ def test_adapt_into__run_json_says_what_was_done(finished: Path, tiny_backbone: 
         "why_kept": "that was asked for, whatever the verdict",
     }
     assert {name: found[name] for name in fixed} == fixed
-    assert set(found) == {*fixed, "identity", "versions", "started", "seconds", "verdict", "learned", "cautions"}
+    assert set(found) == {
+        *fixed,
+        "identity",
+        "versions",
+        "started",
+        "seconds",
+        "verdict",
+        "learned",
+        "cautions",
+        "strangers",
+        "class_prior",
+    }
     assert found["verdict"]["call"] in ("helped", "unclear", "hurt")
     assert set(found["identity"]) == {"settings", "texts", "images", "weights"}
     assert {"python", "finealign", "torch", "open_clip_torch", "timm", "accelerate"} <= set(found["versions"])
@@ -220,7 +231,7 @@ def test_adapt_into__its_summary_is_plain_json(album: Path, tiny_backbone: Tiny,
     }
     assert set(found) == {
         "out", "method", "backbone", "classes", "images", "set_aside", "epochs", "seconds", "stopped", "verdict",
-        "kept", "why_kept", "report", "report_problem",
+        "kept", "why_kept", "report", "report_problem", "strangers",
     }  # fmt: skip
 
 
