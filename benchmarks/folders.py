@@ -136,7 +136,8 @@ def run(
             given = {label: float(count) for label, count in zip(classes, counts, strict=True)}
             config = config.model_copy(update={"method": config.method.model_copy(update={"class_prior": given})})
         model = FineAlign(classes, descriptions=read_descriptions(data / name / "descriptions.json"), config=config)
-        loaded.setdefault(known.backbone, model.load_backbone(config) if known.backbone not in loaded else None)  # type: ignore[arg-type]
+        if known.backbone not in loaded:
+            loaded[known.backbone] = model.load_backbone(config)
         model.fit(model.prepare(list(images), backbone=loaded[known.backbone]))
         verdict = judge_model(model, list(images)) if model.method_.trains else None
         own = measured(model, images)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from finealign.method.mixture import log_likelihood, squared_deviations
+from finealign.method.mixture import LEAST_VARIANCE, log_likelihood, squared_deviations
 
 MOST_IMAGES = 20_000  # that are looked at; more tell nothing new of shares
 FEWEST_IMAGES = 8  # fewer have no clusters to speak of
@@ -157,7 +157,7 @@ def _sparse(points: Tensor, log_text: Tensor, counts: Tensor, texts: Tensor, ass
     points (n, Q), log_text (n, C), counts (n,), texts (C, Q) the anchors around their mean, assigned (n, C) where it
     begins -> the assignment (n, C). How far images lie apart for a distance between texts is fitted along.
     """
-    variance, width, classes = points.var(0).clamp_min(1e-8), points.shape[1], len(texts)
+    variance, width, classes = points.var(0).clamp_min(LEAST_VARIANCE), points.shape[1], len(texts)
     for _ in range(ROUNDS):
         weighed = counts[:, None] * assigned
         images = weighed.sum(0)
@@ -173,5 +173,5 @@ def _sparse(points: Tensor, log_text: Tensor, counts: Tensor, texts: Tensor, ass
 
 
 def _shared_variance(weighed: Tensor, points: Tensor, means: Tensor) -> Tensor:
-    variance: Tensor = (squared_deviations(weighed, points, means).sum(0) / weighed.sum()).clamp_min(1e-8)
+    variance: Tensor = (squared_deviations(weighed, points, means).sum(0) / weighed.sum()).clamp_min(LEAST_VARIANCE)
     return variance
