@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from finealign.classifier import FineAlign
 from finealign.method.base import Method
-from finealign.method.class_prior import mixture_assignments
+from finealign.method.class_prior import even_shares, mixture_assignments, total_variation
 from finealign.method.strangers import joint_features
 from finealign.model.calibration import sample
 from finealign.runtime.progress import Progress
@@ -136,27 +136,23 @@ def gather(
     looks = (before.weak if crops is None else crops).double().cpu().numpy()
     explained = explained_variance(looks, old)
     joint = joint_features(before.weak, crops).double().cpu().numpy()
-    prior = getattr(method, "class_prior", anchors.new_full((classes,), 1 / classes)).double().cpu().numpy()
-    shares = [np.bincount(labels, minlength=classes) / len(labels) for labels in (old, new)]
+    even = even_shares(classes).double()
+    prior = getattr(method, "class_prior", even).double().cpu()
+    shares = [torch.from_numpy(np.bincount(labels, minlength=classes) / len(labels)) for labels in (old, new)]
     return {
         "structure": (explained_variance(looks, new) - explained) / max(explained, 0.01),
         "margin": mean_margin(joint, new),
         "images_a_class": float(np.log(min(images / classes, MANY_A_CLASS))),
         "confidence": float(method.probabilities(scores).amax(1).mean()),
         "anchors_kept": anchors_kept(anchors.cpu().numpy(), method.classifier().mean(1).detach().cpu().numpy()),
-        "unevenness": _variation(prior, np.full(classes, 1 / classes)),
-        "shift": _variation(*shares),
-        "off_prior": _variation(prior, shares[1]),
+        "unevenness": total_variation(prior, even),
+        "shift": total_variation(*shares),
+        "off_prior": total_variation(prior, shares[1]),
         "mixtures_agree": float((plain.argmax(1) == sparse.argmax(1)).double().mean()),
         "text": float(np.log(np.maximum(at_start[everyone, new], 1e-6) / at_start.max(1)).mean()),
         "mixture": float((assigned[everyone, new] - assigned[everyone, old]).mean()),
         "relabelled": float((new != old).mean()),
     }
-
-
-def _variation(first: Floats, second: Floats) -> float:
-    """Total variation of two distributions over the classes, (C,) each: in [0, 1]."""
-    return float(np.abs(first - second).sum() / 2)
 
 
 def mean_margin(features: Floats, labels: Ints) -> float:
