@@ -306,7 +306,7 @@ class FineAlign:
                 name_of=lambda image: display_path(self.paths_[image]),
                 ranks=self._ranks,
             )
-            self._become(replace(untrained, norms=own_norms(backbone)))
+            self._become(replace(untrained, norms=own_norms(backbone)).with_own_score(config))
         finally:
             for parameter in backbone.norm_parameters().values() if untrained.start_norms else ():
                 parameter.requires_grad_(False)
@@ -432,10 +432,13 @@ class FineAlign:
         """Explain the prediction of one image: its crops, their weights, and the class scores and probabilities.
 
         The crops and, up to rounding, the scores are those with which this image is predicted by the same ``score``;
-        None is the model's own. Raises ConfigError for a score that the method does not have and for ``global``, which
-        uses no crops, and ImageInputError for an image that cannot be read.
+        None is the model's own, or ``las`` where that looks at whole images alone. Raises ConfigError for a score that
+        the method does not have and for ``global``, which uses no crops, and ImageInputError for an image that cannot
+        be read.
         """
         self._require_fitted()
+        if score is None and self.score_ == "global" and "las" in type(self.method_).scores:
+            score = "las"
         if self._predictor.choose_score(score) == "global":
             raise ConfigError(
                 "The score 'global' looks at the image as a whole, so there are no crops to explain it by. "

@@ -10,6 +10,7 @@ from torch.nn.functional import normalize
 
 from finealign.config import Auto, Settings
 from finealign.method.alignment import crop_relevance, crop_weights, global_score, learned_alignment_score
+from finealign.method.crop_trust import EQUAL
 from finealign.method.losses import fairness, mean_over, running_mean, weighted_cross_entropy
 from finealign.types import Gaze, ImageFeatures, Loss, PseudoLabels, Score, TextFeatures
 
@@ -114,14 +115,33 @@ class Method(nn.Module):
     def score(self, features: ImageFeatures, kind: Score) -> Tensor:
         """Compute the score of every class, which is on the scale of a cosine: (B, C). Step 9 of the method [R].
 
-        ``kind`` is ``global`` for the whole image, ``las`` for the crops, or ``fused`` for the mean of the two. ``las``
-        and ``fused`` need crop features.
+        ``kind`` is ``global`` for the whole image, ``las`` for the crops, or ``fused`` for a mean of the two, in which
+        the whole image has the share ``share_of_whole``. ``las`` and ``fused`` need crop features.
         """
-        anchors = self.classifier()
+        return self.score_by(self.classifier(), features, kind)
+
+    def score_by(self, anchors: Anchors, features: ImageFeatures, kind: Score) -> Tensor:
+        """Do what ``score`` does, with these anchors (C, J, D), rows of length 1."""
         if kind == "global":
             return global_score(features.weak, anchors)
         las = learned_alignment_score(features.crops, self.crop_weights(features), anchors)
-        return las if kind == "las" else (las + global_score(features.weak, anchors)) / 2
+        if kind == "las":
+            return las
+        share = self.share_of_whole()
+        return (1 - share) * las + share * global_score(features.weak, anchors)
+
+    def share_of_whole(self) -> Tensor:
+        """Return the share of the whole image, against its crops, in the score ``fused``: a scalar in [0, 1]."""
+        return torch.tensor(EQUAL)
+
+    def own_score(self) -> Score:
+        """Return the score to classify by where none is asked for: the first of ``scores``.
+
+        If that is ``fused`` and only whole image or crops have a share in it, the score of these alone.
+        """
+        first = self.scores[0]
+        only: dict[float, Score] = {0.0: "las", 1.0: "global"}
+        return only.get(float(self.share_of_whole()), first) if first == "fused" else first
 
     def probabilities(self, score: Tensor) -> Tensor:
         """Compute softmax(s * score), with s the logit scale: (B, C) -> (B, C), rows sum to 1."""
@@ -155,6 +175,11 @@ class SelfTrainingOptions(MethodOptions):
         description="share of the images that each class is expected to have: even, a share or count by class, or "
         "auto: estimated without labels",
     )
+    whole_share: Share | Auto = Field(
+        "auto",
+        description="share of the whole image, against its crops, in the score fused and in what fair labels by; auto: "
+        "decided without labels",
+    )
 
 
 class SelfTrainingMethod(Method):
@@ -167,8 +192,9 @@ class SelfTrainingMethod(Method):
     Options: ClassVar[type[MethodOptions]] = SelfTrainingOptions
     options: SelfTrainingOptions
     trains = True
-    inference_state: ClassVar[tuple[str, ...]] = ("anchors", "class_prior")
+    inference_state: ClassVar[tuple[str, ...]] = ("anchors", "class_prior", "whole_share")
     class_prior: Tensor  # (C,), the share of the images that each class is expected to have; even until ``expect``
+    whole_share: Tensor  # (), the share of the whole image in the score ``fused``; EQUAL until ``trust_whole``
     mean_prediction: Tensor  # (C,), running mean over strong views; updated only where ``fairness`` is running
 
     def __init__(
@@ -179,6 +205,8 @@ class SelfTrainingMethod(Method):
         even = anchors.new_full((self.num_classes,), 1 / self.num_classes)
         self.register_buffer("class_prior", even)
         self.register_buffer("mean_prediction", even.clone())
+        share = options.whole_share
+        self.register_buffer("whole_share", anchors.new_tensor(EQUAL if share == "auto" else share))
 
     def classifier(self) -> Anchors:
         """Return the learned anchors, normalised: (C, J, D)."""
@@ -192,21 +220,32 @@ class SelfTrainingMethod(Method):
         self.class_prior.copy_(class_prior)
         self.mean_prediction.copy_(class_prior)
 
+    def trust_whole(self, share: float) -> None:
+        """Set the share of the whole image, in [0, 1], in the score ``fused``, before the first step."""
+        self.whole_share.fill_(share)
+
+    def share_of_whole(self) -> Tensor:
+        """Return ``whole_share``."""
+        return self.whole_share
+
     @property
     def teaches_shares(self) -> bool:
         """Whether the loss draws predictions to ``class_prior``."""
         return self.options.fairness != "off" and self.options.fairness_weight > 0
 
     def load_inference_tensors(self, values: Mapping[str, Tensor]) -> None:
-        """Do what ``Method`` does. Models that were saved without a ``class_prior`` expected even shares.
+        """Do what ``Method`` does. Models saved without ``class_prior`` or ``whole_share`` had even ones.
 
-        Also raises ValueError if ``class_prior`` is no distribution.
+        Also raises ValueError if ``class_prior`` is no distribution, or ``whole_share`` no share.
         """
         even = torch.full_like(self.class_prior, 1 / self.num_classes)
         prior = values.get("class_prior", even)
         if not (bool(prior.isfinite().all()) and float(prior.min()) >= 0 and abs(float(prior.sum()) - 1) < 1e-3):
             raise ValueError("class_prior is no distribution over the classes")
-        super().load_inference_tensors({**values, "class_prior": prior})
+        share = values.get("whole_share", torch.full_like(self.whole_share, EQUAL))
+        if not 0 <= float(share) <= 1:
+            raise ValueError("whole_share is not in [0, 1]")
+        super().load_inference_tensors({**values, "class_prior": prior, "whole_share": share})
 
     def loss(self, strong: Tensor, pseudo: PseudoLabels) -> Loss:
         """Compute the weighted cross-entropy plus ``fairness_weight`` times the fairness term, of strong views (B, D).

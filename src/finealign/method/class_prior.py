@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from finealign.method.joint import joint_features
 from finealign.method.mixture import LEAST_VARIANCE, log_likelihood, squared_deviations
 
 MOST_IMAGES = 20_000  # that are looked at; more tell nothing new of shares
@@ -74,11 +75,8 @@ def mixture_assignments(
     counts = torch.ones_like(whole[:, 0]) if weights is None else weights.to(whole)
     classes, anchors = len(anchors), anchors.to(whole)
     by_whole = whole @ anchors.T
-    joint, by_both = whole, by_whole
-    if mean_crops is not None:
-        crops = mean_crops.double()
-        joint = normalize(whole + normalize(crops, dim=1), dim=1)
-        by_both = (by_whole + crops @ anchors.T) / 2
+    joint = joint_features(whole, mean_crops)
+    by_both = by_whole if mean_crops is None else (by_whole + mean_crops.to(whole) @ anchors.T) / 2
     evenly = torch.full_like(by_whole, 1 / classes)
     total = counts.sum()
     if len(whole) < FEWEST_IMAGES or float(total) < 1:

@@ -24,6 +24,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from finealign.method.joint import joint_features
+
 DIRECTIONS = 32  # principal directions of the folder that are looked at
 MOST_CLUSTERS, FEWEST_CLUSTERS = 64, 4  # else a cluster a class
 FEWEST_IMAGES = 12  # fewer say nothing of what is usual in a folder
@@ -98,15 +100,6 @@ class StrangerModel:
         return cls(**values)
 
 
-def joint_features(weak: Tensor, mean_crops: Tensor | None) -> Tensor:
-    """Join whole image and crops: unit(unit(weak) + unit(mean crop)), or unit(weak) where there are no crops.
-
-    weak (B, D), mean_crops (B, D) or None -> (B, D) float32, rows of length 1.
-    """
-    whole = normalize(weak.float(), dim=1)
-    return whole if mean_crops is None else normalize(whole + normalize(mean_crops.float(), dim=1), dim=1)
-
-
 @torch.no_grad()
 def fit(weak: Tensor, mean_crops: Tensor | None, anchors: Tensor) -> StrangerModel:
     """Fit to all images of a folder, without labels. The same inputs give the same model; nothing is drawn.
@@ -116,7 +109,7 @@ def fit(weak: Tensor, mean_crops: Tensor | None, anchors: Tensor) -> StrangerMod
     Time is O(n (D^2 + 2048 D)) and memory O(n D). Folders of fewer than 12 images, and folders of identical images,
     give a model whose p_none is 0.
     """
-    features = joint_features(weak, mean_crops)
+    features = joint_features(weak.float(), mean_crops)
     n = len(features)
     known = _describe(features, anchors)
     if n < FEWEST_IMAGES or float(known["scale"]) <= 1e-4:
@@ -161,7 +154,7 @@ def p_none(model: StrangerModel, weak: Tensor, mean_crops: Tensor | None) -> Ten
     weak (B, D), mean_crops (B, D) or None as in ``fit`` -> (B,) float32 in [0, 1]. An image's value does not depend on
     the other images of the batch.
     """
-    return _rule(model, *_coordinates(model, joint_features(weak, mean_crops)))
+    return _rule(model, *_coordinates(model, joint_features(weak.float(), mean_crops)))
 
 
 def _rule(model: StrangerModel, points: Tensor, claim: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from finealign.method.alignment import class_description_anchors, learned_alignment_score
+from finealign.method.alignment import class_description_anchors
 from finealign.method.base import SelfTrainingMethod, SelfTrainingOptions, Share
 from finealign.method.losses import running_mean
 from finealign.method.pseudo_labels import WeightKind, balanced, confusability, count_pairs, self_training_weight
@@ -31,14 +31,17 @@ class FairOptions(SelfTrainingOptions):
 
 
 class Fair(SelfTrainingMethod):
-    """Images are labelled by the LAS of their crops with the current anchors, or with a running mean of the anchors."""
+    """Images are labelled by their crops' LAS, mixed with the whole image's score where crops are not trusted. [ours]
+
+    The anchors are the current ones, or a running mean of them.
+    """
 
     Options = FairOptions
     options: FairOptions
     inference_options = (*SelfTrainingMethod.inference_options, "anchors_per_class")
     uses_crops = True
     settles = True
-    scores: ClassVar[tuple[Score, ...]] = ("las", "fused", "global")
+    scores: ClassVar[tuple[Score, ...]] = ("fused", "las", "global")
     pair_counts: Tensor  # (C, C), sum of ``count_pairs``; (0, 0) where the weight does not use it
     fixed: Tensor  # (C, J, D), the anchors before training
     teacher: Tensor  # (C, J, D), running mean of the anchors
@@ -67,9 +70,9 @@ class Fair(SelfTrainingMethod):
 
     @torch.no_grad()
     def pseudo_label(self, features: ImageFeatures) -> PseudoLabels:
-        """Steps 3 to 6 of the method: q = softmax(s LAS), y = argmax q, omega the weight that the options name.
+        """Steps 3 to 6 of the method: q = softmax(s score), y = argmax q, omega the weight that the options name.
 
-        Also updates the teacher, the running mean of the probabilities and the pair counts.
+        The score is ``fused``: LAS, as the paper has it, where ``whole_share`` is 0. Also updates the teacher, the running mean of the probabilities and the pair counts.
         """
         momentum = self.options.teacher_momentum
         self.teacher.mul_(momentum).add_(self.classifier(), alpha=1 - momentum)
@@ -90,12 +93,10 @@ class Fair(SelfTrainingMethod):
         return PseudoLabels(labels=labels, weights=weights, probabilities=probabilities)
 
     def _label_score(self, features: ImageFeatures) -> Tensor:
-        """LAS with the teacher's anchors, mixed with LAS with the initial anchors: (B, C). [R: the mixture]"""
-        weights, share = self.crop_weights(features), self.options.fixed_share
-        learned = learned_alignment_score(features.crops, weights, normalize(self.teacher, dim=-1))
-        if not share:
-            return learned
-        return (1 - share) * learned + share * learned_alignment_score(features.crops, weights, self.fixed)
+        """The score with the teacher's anchors, mixed with that of the initial anchors: (B, C). [R: the mixture]"""
+        share = self.options.fixed_share
+        learned = self.score_by(normalize(self.teacher, dim=-1), features, "fused")
+        return (1 - share) * learned + share * self.score_by(self.fixed, features, "fused") if share else learned
 
     def _balanced(self, probabilities: Tensor) -> Tensor:
         """Divide the probabilities by their running mean to the power ``label_balance``, against class collapse."""

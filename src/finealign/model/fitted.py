@@ -99,6 +99,12 @@ class FittedModel:
         check_use(use)
         return self.start() if use == "start" else self.adapted or self
 
+    def with_own_score(self, config: Config) -> "FittedModel":
+        """Return the model with the score that its method would classify by, unless ``config`` asks for one."""
+        if config.prediction.score != "auto":
+            return self
+        return replace(self, inference=self.inference.model_copy(update={"score": self.method.own_score()}))
+
     @property
     def tells_strangers(self) -> StrangerModel | None:
         """What tells images that show none of the classes; None if this model cannot tell them."""

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from finealign.classifier import FineAlign
 from finealign.method.base import Method
 from finealign.method.class_prior import even_shares, mixture_assignments, total_variation
-from finealign.method.strangers import joint_features
+from finealign.method.joint import explained_variance, joint_features
 from finealign.model.calibration import sample
 from finealign.runtime.progress import Progress
 from finealign.types import ImageFeatures, Score, Use
@@ -125,7 +125,8 @@ def gather(
         - relabelled: share of images whose label differs from the start's. It has no weight; it bounds the change.
     """
     scores = method.score(after, score)
-    old, new = first.score(before, "global").argmax(1).cpu().numpy(), scores.argmax(1).cpu().numpy()
+    labels_before, labels_after = first.score(before, "global").argmax(1), scores.argmax(1)
+    old, new = labels_before.cpu().numpy(), labels_after.cpu().numpy()
     crops = before.crops.mean(1) if before.crops.shape[1] else None
     anchors = first.classifier().mean(1)
     classes = anchors.shape[0]
@@ -133,14 +134,14 @@ def gather(
     assigned = ((plain + sparse) / 2).cpu().numpy()
     at_start = first.probabilities(first.score(before, "global")).double().cpu().numpy()
     everyone = np.arange(len(new))
-    looks = (before.weak if crops is None else crops).double().cpu().numpy()
-    explained = explained_variance(looks, old)
+    looks = before.weak if crops is None else crops
+    explained = explained_variance(looks, labels_before)
     joint = joint_features(before.weak, crops).double().cpu().numpy()
     even = even_shares(classes).double()
     prior = getattr(method, "class_prior", even).double().cpu()
     shares = [torch.from_numpy(np.bincount(labels, minlength=classes) / len(labels)) for labels in (old, new)]
     return {
-        "structure": (explained_variance(looks, new) - explained) / max(explained, 0.01),
+        "structure": (explained_variance(looks, labels_after) - explained) / max(explained, 0.01),
         "margin": mean_margin(joint, new),
         "images_a_class": float(np.log(min(images / classes, MANY_A_CLASS))),
         "confidence": float(method.probabilities(scores).amax(1).mean()),
@@ -179,22 +180,6 @@ def _units(rows: Floats) -> Floats:
     lengths = np.linalg.norm(rows, axis=1, keepdims=True)
     found: Floats = rows / np.maximum(lengths, 1e-12)
     return found
-
-
-def explained_variance(features: Floats, labels: Ints) -> float:
-    """The share of the features' variance that lies between classes, in [0, 1]; 0 for one class.
-
-    features: (n, D). labels: (n,) the class of each image, from 0.
-    """
-    centred = features - features.mean(0)
-    total = float((centred**2).sum())
-    if total <= 0:
-        return 0.0
-    sums = np.zeros((int(labels.max()) + 1, features.shape[1]))
-    np.add.at(sums, labels, centred)
-    counts = np.bincount(labels, minlength=len(sums))
-    between = float(((sums**2).sum(1) / np.maximum(counts, 1)).sum())
-    return between / total
 
 
 def anchors_kept(before: Floats, after: Floats) -> float:

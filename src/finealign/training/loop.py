@@ -263,8 +263,8 @@ def settle_anchors(
 ) -> None:
     """Train the anchors alone, on kept crop features. No image is encoded, so this costs next to nothing.
 
-    In place of an image's strong view, each step takes one of its crops, drawn at random. This is ours and not part of
-    the paper. Does nothing if the method or the settings do not ask for it. Raises NotFiniteError.
+    In place of an image's strong view, each step takes the whole image or one of its crops, at even odds. This is ours
+    and not part of the paper. Does nothing if the method or the settings do not ask for it. Raises NotFiniteError.
     """
     training = config.training
     if not _settles(state.method, config) or training.anchor_steps == "auto":
@@ -279,9 +279,11 @@ def settle_anchors(
         batch = batches[number % batch_count]
         features = source.label_features(batch, epoch)
         chosen = torch.from_numpy(rng.integers(features.crops.shape[1], size=len(batch))).to(features.crops.device)
+        whole = torch.from_numpy(rng.integers(2, size=len(batch)) == 1).to(features.crops.device)
         _set_learning_rates(state.optimizer, number / training.anchor_steps, final=training.final_learning_rate)
         crop = features.crops[torch.arange(len(batch)), chosen]
-        loss, _ = step(state, features, crop, state.belonging[batch])
+        view = torch.where(whole[:, None], features.weak, crop)
+        loss, _ = step(state, features, view, state.belonging[batch])
         step_batches.append(batch)
         losses.append(loss.total.detach())
     state.refuse_not_finite(step_batches, losses, config, name_of)

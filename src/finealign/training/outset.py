@@ -15,6 +15,7 @@ from finealign.config import Config
 from finealign.method.base import SelfTrainingMethod
 from finealign.method.class_prior import estimated_shares, even_or
 from finealign.method.copies import Floats, Ints, copies
+from finealign.method.crop_trust import chosen_share, explained_by_share
 from finealign.method.strangers import fit, p_none
 from finealign.training.features import ImageSource
 from finealign.training.state import State
@@ -32,23 +33,26 @@ class Stock:
     shares: Floats  # (C,) estimated share of the images that each class has
     class_text: Floats  # (C, D) the start's classifier
     groups: Ints  # (n,) near copies of one image share a number
+    explained: dict[float, float]  # ``explained_by_share``; empty without crops
 
 
 @torch.no_grad()
 def take_stock(
     state: State, source: ImageSource, config: Config, *, on_stock: Callable[[Stock], None] | None = None
 ) -> None:
-    """Set how far each image belongs to the classes, and what share of the images each class is expected to have.
+    """Set how far each image belongs to the classes, what share of the images each is expected to have, and how far
+    crops are trusted.
 
     ``training.strangers`` off lets all images belong. The estimated shares become the class prior where
-    ``method.class_prior`` is auto; near copies of one image count once for it, and strangers as little as they belong.
+    ``method.class_prior`` is auto, and ``whole_share`` is decided where ``method.whole_share`` is. Near copies of one
+    image count once for both, and strangers as little as they belong.
     ``on_stock``, if given, is called with what was seen.
     """
     method = state.method
     if not isinstance(method, SelfTrainingMethod):
         return
-    estimates = method.options.class_prior == "auto"
-    if not estimates and config.training.strangers == "off" and on_stock is None:
+    estimates, trusts = method.options.class_prior == "auto", method.options.whole_share == "auto"
+    if not (estimates or trusts) and config.training.strangers == "off" and on_stock is None:
         return
     weak, mean_crops = _features(source, len(state.labels))
     anchors = normalize(method.classifier().mean(1), dim=1).to(weak.device)
@@ -60,11 +64,15 @@ def take_stock(
     shares = estimated_shares(weak, mean_crops, anchors, logit_scale=method.logit_scale, weights=counts)
     if estimates:
         method.expect(even_or(shares, float(counts.sum())).to(method.class_prior))
+    explained = {} if mean_crops is None else explained_by_share(weak, mean_crops, anchors, weights=counts)
+    if trusts and explained:
+        method.trust_whole(chosen_share(explained, float(counts.sum())))
     state.ranks.follow([state.belonging, *state.tensors().values()])  # rounding may have made the ranks differ
     if on_stock is not None:
         probabilities = method.probabilities(weak @ anchors.T)
         weak, probabilities, anchors = weak.float().cpu(), probabilities.float().cpu(), anchors.float().cpu()
-        on_stock(Stock(weak.numpy(), probabilities.numpy(), shares.cpu().numpy(), anchors.numpy(), groups))
+        found = Stock(weak.numpy(), probabilities.numpy(), shares.cpu().numpy(), anchors.numpy(), groups, explained)
+        on_stock(found)
 
 
 def _features(source: ImageSource, images: int) -> tuple[Tensor, Tensor | None]:
