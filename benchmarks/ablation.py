@@ -104,7 +104,7 @@ AXES: dict[str, dict[str, Settings]] = {
 
 
 def run(encoded: Encoded, settings: Settings, seed: int) -> dict[str, Any]:
-    """Train in a world; top-1 of the start and by every score of the method, and which score is its own."""
+    """Train in a world; top-1 in percent, by every score of the method and of the start, and which score it uses."""
     method, crops = trained(encoded, settings, seed)
     start = create_method(make_config({"method": {"name": "cupl"}}).method, encoded.texts, logit_scale=1.0)
     seen = ImageFeatures(encoded.test_weak, encoded.test_crops[:, :crops])
