@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from ablation import AXES, CHOOSING, fingerprint, gains, run, table, worlds_of
-from features import Encoded
+from features import Encoded, Settings
 from frozen import WORLDS
 from torch.nn.functional import normalize
 
@@ -60,7 +60,7 @@ def test_run__the_own_score_is_the_one_that_the_settings_name(encoded: Encoded) 
 def test_fingerprint__differs_where_a_setting_does_and_is_the_same_where_a_default_is_given(encoded: Encoded) -> None:
     default = fingerprint(encoded, {}, 0)
     assert fingerprint(encoded, {"views": {"crops": 8}}, 0) == default
-    others = [{"views": {"crops": 4}}, {"method": {"fairness_weight": 7.0}}, {"strong": "another crop"}]
+    others: list[Settings] = [{"views": {"crops": 4}}, {"method": {"fairness_weight": 7.0}}, {"strong": "another crop"}]
     assert len({default, fingerprint(encoded, {}, 1), *(fingerprint(encoded, one, 0) for one in others)}) == 5
 
 

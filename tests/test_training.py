@@ -748,7 +748,7 @@ def test_adapt__the_reconstruction_takes_no_step_but_one_a_batch(
 
     monkeypatch.setattr(FeatureBank, "label_pass", watched_pass)
     monkeypatch.setattr(training, "step", watched_step)
-    quick = {"device": "cpu", "precision": "fp32", "backbone": tiny_backbone("transformer")}
+    quick: dict[str, Any] = {"device": "cpu", "precision": "fp32", "backbone": tiny_backbone("transformer")}
     config = read_config(base=method_settings("fair@reconstruction"), training__encoder=encoder, **quick)
     model = FineAlign(CLASSES, config=config).fit(photos)
     assert len(belonging) == len(model.history_) == 15  # 24 images are one batch
