@@ -8,6 +8,9 @@ the encoder learning (docs/ABLATION.md). The worlds of clip-b32 have whole image
 are all the same there, and are tested on the images that are learned from. MiniCLIP's are a sample of each set
 (frozen.py).
 
+A cell of the table has two mean gains over the worlds' starts: by the score that the method uses, and by the one of its
+scores that is best in each world.
+
 Results go to OUT/ablation.jsonl, a line a run; a run with the same resolved settings is not run again, so delete the
 file when the code changes. Sets are looked for in FINEALIGN_SHARED, else ../shared.
 """
@@ -126,6 +129,27 @@ def fingerprint(encoded: Encoded, settings: Settings, seed: int) -> str:
     return json.dumps([config.model_dump(), options, settings.get("strong", STRONG_VIEW)], sort_keys=True)
 
 
+class Runs:
+    """The runs whose results are in a file, a line a run. What is not there is run and added."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+        self.done: dict[tuple[str, str], dict[str, Any]] = {
+            (row["world"], row["settings"]): row for row in map(json.loads, lines)
+        }
+
+    def result(self, world: str, encoded: Encoded, settings: Settings, seed: int) -> dict[str, Any]:
+        key = (world, fingerprint(encoded, settings, seed))
+        if key not in self.done:
+            began = time.perf_counter()
+            row = {"world": world, "seed": seed, "settings": key[1], **run(encoded, settings, seed)}
+            self.done[key] = {**row, "seconds": round(time.perf_counter() - began, 1)}
+            with self.file.open("a", encoding="utf-8") as opened:
+                opened.write(json.dumps(self.done[key]) + "\n")
+        return self.done[key]
+
+
 def ceilings(encoded: Encoded) -> dict[str, float]:
     """Top-1, in percent, of a linear probe on the labels of the images to learn from: whole, and whole with crops."""
     crops = 8
@@ -171,14 +195,19 @@ def _cell(found: Sequence[tuple[float, float]]) -> str:
     return " / ".join(f"{mean(gain):+.1f}" for gain in zip(*found, strict=True)) or "-"
 
 
+def names_of(text: str, known: Iterable[str], kind: str) -> list[str]:
+    """The names in a text with commas between. Ends the benchmark for an unknown one."""
+    names, valid = text.split(","), list(known)
+    if unknown := [name for name in names if name not in valid]:
+        sys.exit(f"No {kind} is called {', '.join(unknown)}. Valid: {', '.join(valid)}.")
+    return names
+
+
 def worlds_of(names: str) -> list[str]:
     """The worlds that names and groups, with commas between, stand for. Ends the benchmark for an unknown one."""
     every = {world: (world,) for group in WORLDS.values() for world in group}
     known: dict[str, Iterable[str]] = {**every, **WORLDS, "all": every, "choosing": CHOOSING}
-    asked = names.split(",")
-    if unknown := [name for name in asked if name not in known]:
-        sys.exit(f"No world is called {', '.join(unknown)}. Valid: {', '.join(known)}.")
-    chosen = {world for name in asked for world in known[name]}
+    chosen = {world for name in names_of(names, known, "world") for world in known[name]}
     return [world for world in every if world in chosen]
 
 
@@ -212,25 +241,16 @@ def main() -> None:
     if known.transductive or known.ceiling:
         print_other(frozen, worlds, seeds, ceiling=known.ceiling)
         return
-    log = known.out / "ablation.jsonl"
-    lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
-    done = {(row["world"], row["settings"]): row for row in map(json.loads, lines)}
-    names = [] if known.axes == "none" else list(AXES) if known.axes == "all" else known.axes.split(",")
-    axes = {name: {"(as it is)": Settings(), **AXES[name]} for name in names} or {"as it is": {"": Settings()}}
+    runs, base = Runs(known.out / "ablation.jsonl"), json.loads(known.base)
+    names = list(AXES) if known.axes == "all" else names_of(known.axes, [*AXES, "none"], "axis")
+    axes = {name: {"(as it is)": Settings(), **AXES.get(name, {})} for name in names}
     results: dict[str, list[dict[str, Any]]] = {axis: [] for axis in axes}
     for name, seed in product(worlds, seeds):
         encoded = frozen.world(name, seed)
         for axis, values in axes.items():
             for value, changed in values.items():
-                settings = merged(json.loads(known.base), changed)
-                key = (name, fingerprint(encoded, settings, seed))
-                if key not in done:
-                    began = time.perf_counter()
-                    done[key] = {"world": name, "seed": seed, "settings": key[1], **run(encoded, settings, seed)}
-                    done[key]["seconds"] = round(time.perf_counter() - began, 1)
-                    with log.open("a", encoding="utf-8") as opened:
-                        opened.write(json.dumps(done[key]) + "\n")
-                results[axis].append({**done[key], "value": value})
+                found = runs.result(name, encoded, merged(base, changed), seed)
+                results[axis].append({**found, "value": value})
         print(f"{name}, seed {seed}", file=sys.stderr, flush=True)
     for axis, rows in results.items():
         print(table(axis, rows, worlds, each=known.each))

@@ -1,10 +1,12 @@
 """What benchmarks/ablation.py measures by: which worlds are meant, gains over the start, the table of them."""
 
+from pathlib import Path
 from typing import Any
 
+import ablation
 import pytest
 import torch
-from ablation import AXES, CHOOSING, fingerprint, gains, run, table, worlds_of
+from ablation import AXES, CHOOSING, Runs, fingerprint, gains, run, table, worlds_of
 from features import Encoded, Settings
 from frozen import WORLDS
 from torch.nn.functional import normalize
@@ -62,6 +64,19 @@ def test_fingerprint__differs_where_a_setting_does_and_is_the_same_where_a_defau
     assert fingerprint(encoded, {"views": {"crops": 8}}, 0) == default
     others: list[Settings] = [{"views": {"crops": 4}}, {"method": {"fairness_weight": 7.0}}, {"strong": "another crop"}]
     assert len({default, fingerprint(encoded, {}, 1), *(fingerprint(encoded, one, 0) for one in others)}) == 5
+
+
+def test_runs__one_that_is_in_the_file_is_not_run_again(
+    encoded: Encoded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = Runs(tmp_path / "runs.jsonl").result("demo", encoded, {}, 0)
+    again = Runs(tmp_path / "runs.jsonl")
+    with monkeypatch.context() as patched:
+        patched.setattr(ablation, "run", lambda *_: pytest.fail("it was run again"))
+        assert again.result("demo", encoded, {}, 0) == first
+    other = again.result("demo", encoded, {"method": {"name": "cupl"}}, 0)
+    assert other["top1"] != first["top1"]
+    assert len((tmp_path / "runs.jsonl").read_text(encoding="utf-8").splitlines()) == 2
 
 
 def test_gains__by_the_own_score_and_by_the_one_best_in_the_mean() -> None:
