@@ -3,7 +3,7 @@
     python benchmarks/confidence.py --out runs/ablation [--sets eurosat,dtd10] [--folders even,half]
     python benchmarks/confidence.py --out runs/b16 --features FEATURES --backbone local-dir:FOLDER
 
-The encoder is frozen and a set's images are encoded once, as in ablation.py; with ``--features`` they are read from
+The encoder is frozen and a set's images are encoded once, as in features.py; with ``--features`` they are read from
 FEATURES/SET.safetensors, where they were encoded by that backbone before. Each folder is the set or an uneven part of
 it, and the error is that of its images, those learned from and those of the test split; with few images it is above
 zero by chance alone, so the last columns tell what the temperature that true labels ask for would leave.
@@ -19,7 +19,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from ablation import SETS, Encoded, Sets, trained
+from features import Encoded, Sets, trained
+from frozen import SETS
 from numpy.typing import NDArray
 from real_data import require_shared
 from safetensors.torch import load_file
@@ -180,7 +181,7 @@ def errors(seen: Tensor, everything: Tensor, right: NDArray[np.floating[Any]], t
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--sets", default=",".join(SETS))
+    parser.add_argument("--sets", default=",".join((*SETS["miniclip"], "demo")))
     parser.add_argument("--folders", default=",".join(FOLDERS))
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--features", type=Path)

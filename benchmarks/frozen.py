@@ -1,26 +1,28 @@
-"""Sets encoded once by two backbones, and folders of all kinds drawn from them, for runs with a frozen encoder.
+"""Worlds (a backbone and a set), and folders of all kinds drawn from them, for runs with a frozen encoder.
 
 MiniCLIP's features are made here, of at most ``MOST`` images a class, and kept in a folder; those of the genuine CLIP
-B/16 tower lie in FINEALIGN_SHARED/features/clip-b16, and only the class texts are encoded.
+B/16 tower lie in FINEALIGN_SHARED/features/clip-b16, and only the class texts are encoded. Those of the genuine CLIP
+ViT-B/32 are read as they lie in features/clip-b32. The demo's world is drawn and encoded by the demo's model.
 """
 
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from ablation import CHUNK, Encoded
+from features import Encoded, Sets, encoded_views
 from folders import COPIES, NONE, STRANGERS, VARIANTS, chosen_per_class
 from safetensors.torch import load_file, save_file
+from transductive import SPLITS, read
 
 from finealign.backbone.base import Backbone
 from finealign.classifier import FineAlign
 from finealign.config import make_config
-from finealign.images.decoding import read_pixels
 from finealign.images.listing import list_images
-from finealign.images.views import PREDICTION_EPOCH, Views
+from finealign.images.views import Views
 from finealign.texts.prompts import make_texts, read_classes, read_descriptions
 from finealign.types import TextFeatures, Texts
 
@@ -28,13 +30,19 @@ SETS = {
     "miniclip": ("eurosat", "ucmerced", "dtd10", "flowers12", "food10", "pets37-small", "cifar100"),
     "clip-b16": ("eurosat", "ucmerced", "dtd10", "flowers12", "pets37-small", "cifar100"),
 }
+# By group; each world is BACKBONE/SET, or the demo.
+WORLDS = {
+    **{backbone: tuple(f"{backbone}/{name}" for name in names) for backbone, names in SETS.items()},
+    "clip-b32": tuple(f"clip-b32/{name}" for name in SPLITS),
+    "demo": ("demo",),
+}
 MOST = {"cifar100": 8}  # images a class that are encoded; else USUAL
 USUAL, TESTED = 45, 200
 CROPS, STRONG = 8, 2
 
 
 class Frozen:
-    """The encoded sets of both backbones."""
+    """The encoded worlds."""
 
     def __init__(self, shared: Path, out: Path) -> None:
         self.shared, self.out = shared, out
@@ -56,6 +64,13 @@ class Frozen:
             scale = float(found.pop("logit_scale"))
             self.kept[backbone, name] = Encoded(**found, texts=texts, logit_scale=scale)
         return self.kept[backbone, name]
+
+    def world(self, name: str, seed: int) -> Encoded:
+        """Return a world by its name in ``WORLDS``. The demo's is drawn by the seed, which changes no other."""
+        backbone, _, of_set = name.partition("/")
+        if name == "demo":
+            return Sets(self.shared, self.out, "").encoded("demo", seed)
+        return whole_images(of_set) if backbone == "clip-b32" else self.encoded(backbone, of_set)
 
     def folder(self, backbone: str, name: str, variant: str, seed: int, *, most: int) -> Encoded:
         """Draw a variant of ``folders.py`` from at most ``most`` images a class; strangers have the label ``NONE``."""
@@ -116,39 +131,40 @@ class Frozen:
         backbone, classes = self._backbone("miniclip"), self._of(name).classes
         settings = make_config({"views": {"crops": CROPS}}).views
         views = Views(settings, size=backbone.input_size, geometry=backbone.geometry, mean=backbone.mean, seed=0)
-        found: dict[str, torch.Tensor] = {}
-        for split, most in (("train", MOST.get(name, USUAL)), ("test", max(2, TESTED // len(classes)))):
-            prefix = "test_" if split == "test" else ""
-            paths, labels = [], []
-            for label, of_class in enumerate(classes):
-                photos = list_images(self.shared / "data" / name / split / of_class)
-                order = np.random.default_rng((7, label)).permutation(len(photos))[:most]
-                paths += [photos[place] for place in sorted(order)]
-                labels += [label] * len(order)
-            parts: dict[str, list[torch.Tensor]] = {"weak": [], "crops": [], "strong": []}
-            for start in range(0, len(paths), CHUNK):
-                seen = [read_pixels(path, shorter_side=2 * views.size) for path in paths[start : start + CHUNK]]
-                drawn = [(PREDICTION_EPOCH, 0) if prefix else (0, start + i) for i in range(len(seen))]
-                crops = [
-                    views.crops(pixels, epoch=epoch, image=image)
-                    for pixels, (epoch, image) in zip(seen, drawn, strict=True)
-                ]
-                parts["weak"].append(backbone.embed(torch.stack([views.weak(pixels) for pixels in seen])))
-                parts["crops"].append(backbone.embed(torch.cat(crops)).reshape(len(seen), CROPS, -1))
-                if not prefix:
-                    strong = [
-                        views.strong(pixels, epoch=epoch, image=start + i)
-                        for epoch in range(STRONG)
-                        for i, pixels in enumerate(seen)
-                    ]
-                    parts["strong"].append(backbone.embed(torch.stack(strong)).reshape(STRONG, len(seen), -1))
-            found |= {
-                f"{prefix}{key}": torch.cat(rows, dim=1 if key == "strong" else 0)
-                for key, rows in parts.items()
-                if rows
-            }
-            found["labels" if prefix else "hidden"] = torch.tensor(labels)
-        return found
+        learned, hidden = self._chosen(name, classes, "train", MOST.get(name, USUAL))
+        tested, labels = self._chosen(name, classes, "test", max(2, TESTED // len(classes)))
+        found = encoded_views(backbone, views, learned, tested, crops=CROPS, strong=STRONG)
+        return found | {"hidden": torch.tensor(hidden), "labels": torch.tensor(labels)}
+
+    def _chosen(self, name: str, classes: Sequence[str], split: str, most: int) -> tuple[list[Path], list[int]]:
+        """At most ``most`` images of each class, and their classes."""
+        paths, labels = [], []
+        for label, of_class in enumerate(classes):
+            photos = list_images(self.shared / "data" / name / split / of_class)
+            order = np.random.default_rng((7, label)).permutation(len(photos))[:most]
+            paths += [photos[place] for place in sorted(order)]
+            labels += [label] * len(order)
+        return paths, labels
+
+
+def whole_images(name: str) -> Encoded:
+    """A set by CLIP's ViT-B/32, learned from and tested on the same images.
+
+    There are no crops and no strong views of them: the whole image stands in for a single one of each.
+    """
+    images, classes, texts = read(name, 1)
+    weak, vectors = images.float(), texts.names.float()
+    return Encoded(
+        weak=weak,
+        crops=weak[:, None],
+        strong=weak[None],
+        test_weak=weak,
+        test_crops=weak[:, None],
+        labels=classes,
+        hidden=classes,
+        texts=TextFeatures(vectors, vectors, texts.class_of),
+        logit_scale=100.0,
+    )
 
 
 def _rows(encoded: Encoded, rows: torch.Tensor) -> Encoded:

@@ -2,7 +2,7 @@
 
     python benchmarks/strangers.py --frozen FOLDER [--sets eurosat,dtd10] [--seeds 2] [--shapes even,tail] [--adapted]
 
-FOLDER holds what benchmarks/ablation.py encodes, <set>-0.safetensors; sets without a file are left out, none is
+FOLDER holds what benchmarks/features.py encodes, <set>-0.safetensors; sets without a file are left out, none is
 encoded here. Each row is a kind of folder: its shape (how many images each class has), where its strangers come from,
 and how many there are for each image of a class. Strangers are images of the other sets (`sets`: of all of them, `set`:
 of one drawn set) or of a third of the set's own classes that are left out of the list (`held out`). `--adapted` fits on
@@ -18,7 +18,7 @@ from pathlib import Path
 from statistics import mean
 
 import torch
-from ablation import Encoded, Sets, trained
+from features import Encoded, Sets, trained
 from torch import Tensor
 
 from finealign.method.alignment import class_means, global_score

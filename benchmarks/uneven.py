@@ -16,7 +16,7 @@ from statistics import mean
 from typing import Any
 
 import torch
-from ablation import Encoded, Settings, trained
+from features import Encoded, Settings, trained
 from folders import NONE, VARIANTS
 from frozen import Frozen
 from real_data import require_shared

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from ablation import Encoded, Settings, trained
+from features import Encoded, Settings, trained
 from folders import NONE, VARIANTS
 from frozen import SETS, Frozen
 from numpy.typing import NDArray

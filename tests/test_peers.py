@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transductive import clip_features, measure
 
-from finealign.config import MethodSettings, make_config, read_config
+from finealign.config import MethodSettings, make_config, read_config, resolve
 from finealign.errors import ConfigError
 from finealign.method.registry import create_method, find_method, method_names, method_options, method_settings
 from finealign.method.transductive import TransductiveMethod
@@ -635,6 +635,20 @@ def test_method_settings__every_preset_is_a_configuration(name: str, preset: str
         found = options if section == "method" else config.model_dump()[section]
         assert given
         assert given.items() <= found.items()
+
+
+def test_method_settings__the_reconstruction_has_the_values_of_the_steps_and_no_extension() -> None:
+    config = resolve(make_config(method_settings("fair@reconstruction")), images=24, classes=10, input_size=224)
+    views, training, prediction = config.views, config.training, config.prediction
+    options = method_options(config.method).model_dump()
+    assert (views.crops, views.crop_low, views.crop_high, views.refresh_epochs) == (8, 0.5, 0.9, 0)
+    assert (training.epochs, training.batch_size, training.anchor_steps, training.last_label_pass) == (15, 64, 0, False)
+    assert (training.learning_rate, training.anchor_learning_rate, training.final_learning_rate) == (1e-4, 1e-4, 2e-6)
+    assert (training.weight_decay, training.norm_weight_decay, training.strangers) == (0.1, 0.0, "off")
+    assert (options["fairness"], options["fairness_weight"], options["class_prior"]) == ("running", 1.0, "even")
+    assert (options["crops_kept"], options["crop_temperature"], options["fixed_share"]) == ("all", 1.0, 0.0)
+    assert (prediction.calibrate, prediction.class_prior) == (False, "even")
+    assert set(options) == set(find_method("fair").presets["reconstruction"]["method"])  # no option is left to defaults
 
 
 @pytest.mark.parametrize("name", method_names())

@@ -15,8 +15,10 @@ import torch
 from conftest import CLASSES, open_clip_backbone, tiny_config, write_photos
 from finealign.backbone.model import OpenClipBackbone
 from finealign.classifier import FineAlign
+from finealign.config import read_config
 from finealign.errors import ImageInputError, ModelError, NotFiniteError, StoppedError
 from finealign.images.decoding import Pixels, read_image
+from finealign.method.registry import method_settings
 from finealign.runtime.devices import choose_workers
 from finealign.runtime.progress import Progress
 from finealign.training import features as encoding
@@ -726,6 +728,34 @@ def test_adapt__last_label_pass_is_for_the_anchors_last_steps(
         views__refresh_epochs=0, training__anchor_steps="auto"
     )  # nothing is kept that the anchors could take steps on
     assert passes == []
+
+
+@pytest.mark.parametrize(("encoder", "passes"), [("full", []), ("frozen", [0])])
+def test_adapt__the_reconstruction_takes_no_step_but_one_a_batch(
+    photos: Path, tiny_backbone: Tiny, monkeypatch: pytest.MonkeyPatch, encoder: str, passes: list[int]
+) -> None:
+    """Labels are encoded at every step, or once where the encoder is frozen; the images are equally believed."""
+    label_passes, belonging = [], []
+    encode, take = FeatureBank.label_pass, training.step
+
+    def watched_pass(self: FeatureBank, epoch: int) -> None:
+        label_passes.append(epoch)
+        encode(self, epoch)
+
+    def watched_step(state: State, *rest: Any) -> Any:
+        belonging.append(rest[-1])
+        return take(state, *rest)
+
+    monkeypatch.setattr(FeatureBank, "label_pass", watched_pass)
+    monkeypatch.setattr(training, "step", watched_step)
+    quick: dict[str, Any] = {"device": "cpu", "precision": "fp32", "backbone": tiny_backbone("transformer")}
+    config = read_config(base=method_settings("fair@reconstruction"), training__encoder=encoder, **quick)
+    model = FineAlign(CLASSES, config=config).fit(photos)
+    assert len(belonging) == len(model.history_) == 15  # 24 images are one batch
+    assert all((part == 1).all() for part in belonging)
+    assert label_passes == passes
+    assert torch.allclose(model.method_.get_buffer("class_prior"), torch.full((3,), 1 / 3))
+    assert not torch.equal(model.method_.get_parameter("anchors"), model.method_.get_buffer("fixed"))
 
 
 # --- methods that survey ----------------------------------------------------------------------------------------------

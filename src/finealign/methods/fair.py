@@ -1,10 +1,12 @@
 """FAIR (Ali et al., arXiv 2507.09615): learnable Class Description Anchors, LAS pseudo-labels, self-training weights.
 
 The paper's equations are not public: what is marked [R] here and in ``finealign.method`` is our reconstruction. Step
-numbers are those of docs/method.md.
+numbers are those of docs/method.md. ``fair`` is the reconstruction and our extensions; the preset
+``fair@reconstruction`` is the reconstruction alone.
 """
 
-from typing import Annotated, ClassVar
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -12,10 +14,50 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from finealign.method.alignment import class_description_anchors
-from finealign.method.base import SelfTrainingMethod, SelfTrainingOptions, Share
+from finealign.method.base import PUBLISHED_PACE, SelfTrainingMethod, SelfTrainingOptions, Share
 from finealign.method.losses import running_mean
 from finealign.method.pseudo_labels import WeightKind, balanced, confusability, count_pairs, self_training_weight
 from finealign.types import ImageFeatures, PseudoLabels, Score, TextFeatures
+
+# Steps 1 to 9 with the values of the reconstruction [R] and none of our extensions. Every value is written out, so that
+# a change of the defaults leaves it as it is. The running mean of the fairness term is the batch's mean where classes
+# are few against the batch.
+RECONSTRUCTION: Mapping[str, Mapping[str, Any]] = {
+    "views": {
+        "crops": 8,
+        "crop_low": 0.5,
+        "crop_high": 0.9,
+        "strong_low": 0.3,
+        "randaugment": "rand-m9-mstd0.5-inc1",
+        "refresh_epochs": 0,
+    },
+    "method": {
+        "logit_scale": "auto",
+        "crops_kept": "all",
+        "crop_temperature": 1.0,
+        "weight": "margin*agreement",
+        "anchors_per_class": 1,
+        "fixed_share": 0.0,
+        "teacher_momentum": 0.0,
+        "label_balance": 0.0,
+        "fairness": "running",
+        "fairness_weight": 1.0,
+        "fairness_temperature": 1.0,
+        "fairness_window": "auto",
+        "class_prior": "even",
+        "whole_share": 0.0,
+    },
+    "training": {
+        **PUBLISHED_PACE,
+        "learn": "norms+anchors",
+        "final_learning_rate": 2e-6,
+        "weight_decay": 0.1,
+        "norm_weight_decay": 0.0,
+        "anchor_steps": 0,
+        "last_label_pass": False,
+    },
+    "prediction": {"score": "las", "calibrate": False, "class_prior": "even"},
+}
 
 
 class FairOptions(SelfTrainingOptions):
@@ -41,7 +83,12 @@ class Fair(SelfTrainingMethod):
     inference_options = (*SelfTrainingMethod.inference_options, "anchors_per_class")
     uses_crops = True
     settles = True
+<<<<<<< HEAD
     scores: ClassVar[tuple[Score, ...]] = ("fused", "las", "global")
+=======
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"reconstruction": RECONSTRUCTION}
+    scores: ClassVar[tuple[Score, ...]] = ("las", "fused", "global")
+>>>>>>> wt-worlds
     pair_counts: Tensor  # (C, C), sum of ``count_pairs``; (0, 0) where the weight does not use it
     fixed: Tensor  # (C, J, D), the anchors before training
     teacher: Tensor  # (C, J, D), running mean of the anchors
