@@ -83,12 +83,8 @@ class Fair(SelfTrainingMethod):
     inference_options = (*SelfTrainingMethod.inference_options, "anchors_per_class")
     uses_crops = True
     settles = True
-<<<<<<< HEAD
-    scores: ClassVar[tuple[Score, ...]] = ("fused", "las", "global")
-=======
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"reconstruction": RECONSTRUCTION}
-    scores: ClassVar[tuple[Score, ...]] = ("las", "fused", "global")
->>>>>>> wt-worlds
+    scores: ClassVar[tuple[Score, ...]] = ("fused", "las", "global")
     pair_counts: Tensor  # (C, C), sum of ``count_pairs``; (0, 0) where the weight does not use it
     fixed: Tensor  # (C, J, D), the anchors before training
     teacher: Tensor  # (C, J, D), running mean of the anchors
