@@ -13,7 +13,8 @@ from torch import Tensor
 from finealign.method.joint import explained_variance, joint_features
 
 EQUAL = 0.5  # the share of the whole image in the score ``fused`` where nothing is known
-SHARES = (EQUAL, 0.25, 0.75, 0.0, 1.0)  # that are compared; of equally good ones the first is taken
+CROPS_ALONE, WHOLE_ALONE = 0.0, 1.0
+SHARES = (CROPS_ALONE, EQUAL, 0.75, WHOLE_ALONE)  # that are compared; of equally good ones the first is taken
 FEWEST_IMAGES = 8  # fewer say nothing
 MOST_IMAGES = 20_000  # that are looked at; more change nothing
 
@@ -39,5 +40,12 @@ def explained_by_share(
 
 
 def chosen_share(explained: dict[float, float], images: float) -> float:
-    """The share of the whole image whose labels explain most; ``EQUAL`` for fewer than ``FEWEST_IMAGES`` images."""
-    return max(SHARES, key=explained.__getitem__) if images >= FEWEST_IMAGES else EQUAL
+    """The share of the whole image: 0, crops alone as in the paper, where their labels explain more than its own.
+
+    Else the share whose labels explain most. ``EQUAL`` for fewer than ``FEWEST_IMAGES`` images, or where labels by crops
+    and by whole images explain as much, as they do where each crop is the whole image.
+    """
+    by_crops, by_whole = explained[CROPS_ALONE], explained[WHOLE_ALONE]
+    if images < FEWEST_IMAGES or by_crops == by_whole:
+        return EQUAL
+    return CROPS_ALONE if by_crops > by_whole else max(SHARES, key=explained.__getitem__)

@@ -30,6 +30,7 @@ from finealign.types import Gaze, ImageFeatures, Loss, PseudoLabels
 # Numbers that, with (seed, epoch), seed two random generators: one shuffles an epoch, one draws for the steps of the
 # anchors alone. Those of the views are in images/views.py.
 _ORDER, _SETTLING = 2, 3
+MOST_WHOLE = 0.5  # odds at most of the whole image in place of a crop in the steps of the anchors alone
 # Steps between two checks for values that are not finite and for a request to stop. A check makes a GPU wait; on a CPU
 # it costs nothing.
 _LOOK_EVERY = {"cpu": 1}
@@ -263,8 +264,8 @@ def settle_anchors(
 ) -> None:
     """Train the anchors alone, on kept crop features. No image is encoded, so this costs next to nothing.
 
-    In place of an image's strong view, each step takes the whole image or one of its crops, at even odds. This is ours
-    and not part of the paper. Does nothing if the method or the settings do not ask for it. Raises NotFiniteError.
+    In place of an image's strong view, each step takes one of its crops, or the whole image with odds of what it counts
+    for in labels, at most even ones. This is ours and not part of the paper. Does nothing if the method or the settings do not ask for it. Raises NotFiniteError.
     """
     training = config.training
     if not _settles(state.method, config) or training.anchor_steps == "auto":
@@ -272,6 +273,7 @@ def settle_anchors(
     images = len(state.labels)
     batch_count = max(1, round(images / training.anchor_batch_size))
     rng = np.random.default_rng((config.seed, epoch, _SETTLING))
+    odds = min(MOST_WHOLE, float(state.method.share_of_whole()))
     step_batches, losses = [], []
     for number in range(training.anchor_steps):
         if number % batch_count == 0:
@@ -279,7 +281,7 @@ def settle_anchors(
         batch = batches[number % batch_count]
         features = source.label_features(batch, epoch)
         chosen = torch.from_numpy(rng.integers(features.crops.shape[1], size=len(batch))).to(features.crops.device)
-        whole = torch.from_numpy(rng.integers(2, size=len(batch)) == 1).to(features.crops.device)
+        whole = torch.from_numpy(rng.random(len(batch)) < odds).to(features.crops.device)
         _set_learning_rates(state.optimizer, number / training.anchor_steps, final=training.final_learning_rate)
         crop = features.crops[torch.arange(len(batch)), chosen]
         view = torch.where(whole[:, None], features.weak, crop)
