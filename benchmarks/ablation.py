@@ -85,7 +85,7 @@ AXES: dict[str, dict[str, Settings]] = {
     "teacher": varied("method", "teacher_momentum", [0.9, 0.99]),
     "label balance": varied("method", "label_balance", [0.25, 0.5, 0.75, 1.0]),
     "fairness": varied("method", "fairness", ["batch", "off"]),
-    "fairness weight": varied("method", "fairness_weight", [0.5, 1.0, 4.0, 8.0]),
+    "fairness weight": varied("method", "fairness_weight", [0.5, 1.0, 3.0, 4.0, 8.0]),
     "fairness temperature": varied("method", "fairness_temperature", [0.5, 2.0, 4.0]),
     "fairness window": varied("method", "fairness_window", [256, 1024, 4096]),
     "anchors per class": varied("method", "anchors_per_class", [2, 4]),
