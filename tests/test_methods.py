@@ -34,7 +34,7 @@ TRAINED = ("dpa", "fair", "lafter", "microclip", "self-training")
 UNTRAINED = ("cupl", "stata", "transclip", "wca", "zero-shot")
 # What a method adds to the equations that the tests here state; the tests of each addition ask for it.
 PLAIN: dict[str, dict[str, Any]] = {name: {"fairness_temperature": 1.0} for name in TRAINED}
-PLAIN["fair"] |= {"fixed_share": 0.0, "teacher_momentum": 0.0, "label_balance": 0.0}
+PLAIN["fair"] |= {"whole_share": 0.0, "fixed_share": 0.0, "teacher_momentum": 0.0, "label_balance": 0.0}
 PLAIN["dpa"] |= {"align_weight": 0.0}
 PLAIN["lafter"] |= {"text_steps": 3}  # so that making one takes no time
 KINDS: tuple[WeightKind, ...] = get_args(WeightKind)
@@ -866,7 +866,7 @@ def test_state_dict__lets_training_go_on_as_if_never_stopped(name: str, options:
 
 
 def test_state_dict__holds_what_is_remembered() -> None:
-    learned = {"anchors", "mean_prediction", "class_prior"}
+    learned = {"anchors", "mean_prediction", "class_prior", "whole_share"}
     assert set(make("fair").state_dict()) == learned | {"pair_counts", "fixed", "teacher", "mean_label"}
     assert set(make("self-training").state_dict()) == learned | {"fixed"}
     assert set(make("dpa").state_dict()) == learned | {"image_prototypes", "mean_text"}

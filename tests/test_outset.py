@@ -77,9 +77,10 @@ def folder(sizes: list[int], strange: int = 0, *, seed: int = 0) -> Folder:
     return Folder(weak, crops, TextFeatures(anchors, anchors, torch.arange(8)), labels, set())
 
 
-def configured(folder: Folder, prior: Any = "auto", **training: Any) -> Config:
+def configured(folder: Folder, prior: Any = "auto", share: Any = "auto", **training: Any) -> Config:
     values = {"learn": "anchors", "encoder": "full", **training}
-    config = make_config({"method": {"name": "fair", "class_prior": prior}, "training": values})
+    method = {"name": "fair", "class_prior": prior, "whole_share": share}
+    config = make_config({"method": method, "training": values})
     return resolve(config, images=len(folder.weak), classes=8, input_size=32)
 
 
@@ -101,10 +102,22 @@ TAIL = [100, 60, 40, 25, 15, 8, 5, 3]
 
 def test_take_stock__told_to_take_all_alike_looks_at_nothing() -> None:
     made = folder(TAIL, 60)
-    state, method = looked_at(made, configured(made, "even", strangers="off"))
+    state, method = looked_at(made, configured(made, "even", 0.5, strangers="off"))
     assert not made.asked
     assert bool((state.belonging == 1).all()) and state.belonging.shape == (len(made.weak),)
     assert method.class_prior.tolist() == pytest.approx(EVEN) == method.mean_prediction.tolist()
+
+
+@pytest.mark.parametrize(("blurred", "share"), [("weak", 0.0), ("crops", 1.0)])
+def test_take_stock__trusts_what_shows_the_classes(blurred: str, share: float) -> None:
+    made, drawn = folder([30] * 8), torch.Generator().manual_seed(5)
+    seen = getattr(made, blurred)
+    noise = torch.randn((len(seen), D), generator=drawn).reshape(-1, *[1] * (seen.dim() - 2), D)
+    setattr(made, blurred, normalize(seen + 0.6 * noise, dim=-1))
+    _, method = looked_at(made, configured(made, "even", strangers="off"))
+    assert float(method.share_of_whole()) == share
+    _, method = looked_at(made, configured(made, "even", 0.25, strangers="off"))
+    assert float(method.share_of_whole()) == 0.25
 
 
 def test_take_stock__strangers_belong_less_and_shares_are_those_of_the_others() -> None:

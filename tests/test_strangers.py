@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from finealign.method import strangers
-from finealign.method.strangers import StrangerModel, fit, joint_features, p_none, upper_component
+from finealign.method.strangers import StrangerModel, fit, p_none, upper_component
 
 D, CLASSES, EACH = 48, 8, 30
 
@@ -213,12 +213,6 @@ def test_half_precision_is_computed_in_float32() -> None:
 
 
 # --- the parts --------------------------------------------------------------------------------------------------------
-
-
-def test_joint_features_are_the_direction_of_the_sum_of_directions() -> None:
-    found = joint_features(torch.tensor([[2.0, 0.0]]), torch.tensor([[0.0, 9.0]]))
-    torch.testing.assert_close(found, torch.full((1, 2), 0.5**0.5))
-    torch.testing.assert_close(joint_features(torch.tensor([[3.0, 4.0]]), None), torch.tensor([[0.6, 0.8]]))
 
 
 def test_upper_component_finds_two_groups() -> None:

@@ -24,7 +24,7 @@ from finealign.model.calibration import SAMPLE, sample
 from finealign.run import adapt as run_folder
 from finealign.run import verdict
 from finealign.run.adapt import adapt_into
-from finealign.run.verdict import Verdict, anchors_kept, explained_variance, gather, judge, judge_model, mean_margin
+from finealign.run.verdict import Verdict, anchors_kept, gather, judge, judge_model, mean_margin
 from finealign.types import ImageFeatures, TextFeatures
 
 Tiny = Callable[[str], str]
@@ -35,21 +35,6 @@ def spread(rows: list[list[float]]) -> float:
     middle = [sum(column) / len(rows) for column in zip(*rows, strict=True)]
     found: float = sum((value - mean) ** 2 for row in rows for value, mean in zip(row, middle, strict=True))
     return found
-
-
-@given(st.integers(0, 10**6), st.integers(2, 30), st.integers(1, 5))
-def test_explained_variance__is_one_less_what_is_left_within_the_classes(seed: int, n: int, classes: int) -> None:
-    rng = np.random.default_rng(seed)
-    features, labels = rng.normal(size=(n, 3)), rng.integers(classes, size=n)
-    within = sum(spread(features[labels == c].tolist()) for c in set(labels.tolist()))
-    assert explained_variance(features, labels) == pytest.approx(1 - within / spread(features.tolist()))
-
-
-def test_explained_variance__degenerate() -> None:
-    features = np.arange(8.0).reshape(4, 2)
-    assert explained_variance(features, np.zeros(4, int)) == pytest.approx(0)
-    assert explained_variance(features, np.arange(4)) == pytest.approx(1)
-    assert explained_variance(np.ones((4, 2)), np.arange(4)) == 0
 
 
 def evidence(**values: float) -> dict[str, float]:

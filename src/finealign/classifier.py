@@ -77,7 +77,8 @@ class FineAlign:
     - ``set_aside_``: the images that the last ``fit`` or ``predict`` could not read, and why.
 
     After ``fit`` only, it also has ``config_`` (the resolved settings), ``history_`` (one record per epoch), ``paths_``
-    (the images adapted to), ``cautions_`` (what speaks against training on them, seen before it began) and
+    (the images adapted to), ``cautions_`` (what speaks against training on them, seen before it began), ``explained_``
+    (by which crops were trusted or not, see ``method.crop_trust``; empty where nothing was looked at) and
     ``calibration_`` (temperatures and estimated accuracy; None if it was not calibrated).
     """
 
@@ -86,6 +87,7 @@ class FineAlign:
     history_: list[EpochRecord]
     set_aside_: list[SetAside]
     cautions_: list[Caution]
+    explained_: dict[float, float]
     calibration_: Calibration | None = None
     _sampled: tuple[list[Path], ImageFeatures, ImageFeatures] | None = None  # images, and their features
 
@@ -251,7 +253,7 @@ class FineAlign:
         settings = config.model_dump()
         self.config_, self.paths_ = config, prepared.paths
         self.set_aside_, self.history_ = [], []
-        self.calibration_, self._sampled, self.cautions_ = None, None, []
+        self.calibration_, self._sampled, self.cautions_, self.explained_ = None, None, [], {}
         self._become(
             FittedModel(
                 inference=inference_settings(config),
@@ -302,7 +304,7 @@ class FineAlign:
                 progress=progress,
                 checkpoints=checkpoints,
                 on_epoch=on_epoch,
-                on_stock=lambda stock: self._caution(stock, progress),
+                on_stock=lambda stock: self._keep_stock(stock, progress),
                 name_of=lambda image: display_path(self.paths_[image]),
                 ranks=self._ranks,
             )
@@ -313,9 +315,9 @@ class FineAlign:
                 parameter.grad = None
             backbone.load_norms(untrained.start_norms)  # the weights it was loaded with, for other models
 
-    def _caution(self, stock: Stock, progress: Progress) -> None:
-        """Say what speaks against training on these images, before it begins."""
-        texts = self.texts_
+    def _keep_stock(self, stock: Stock, progress: Progress) -> None:
+        """Keep what was decided by, and say what speaks against training on these images, before it begins."""
+        self.explained_, texts = stock.explained, self.texts_
         found = cautions(
             stock.weak,
             stock.probabilities,
@@ -432,13 +434,10 @@ class FineAlign:
         """Explain the prediction of one image: its crops, their weights, and the class scores and probabilities.
 
         The crops and, up to rounding, the scores are those with which this image is predicted by the same ``score``;
-        None is the model's own, or ``las`` where that looks at whole images alone. Raises ConfigError for a score that
-        the method does not have and for ``global``, which uses no crops, and ImageInputError for an image that cannot
-        be read.
+        None is the model's own. Raises ConfigError for a score that the method does not have and for ``global``, which
+        uses no crops, and ImageInputError for an image that cannot be read.
         """
         self._require_fitted()
-        if score is None and self.score_ == "global" and "las" in type(self.method_).scores:
-            score = "las"
         if self._predictor.choose_score(score) == "global":
             raise ConfigError(
                 "The score 'global' looks at the image as a whole, so there are no crops to explain it by. "

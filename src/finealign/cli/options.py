@@ -10,7 +10,7 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")]
 Precision = Annotated[Literal["auto", "fp32", "bf16"], typer.Option(help="auto: bf16 where it is fast.")]
 ScoreKind = Annotated[
     Literal["global", "las", "fused"] | None,
-    typer.Option("--score", help="global: one pass; las: crops; fused: their mean. Default: the method's."),
+    typer.Option("--score", help="global: one pass; las: crops; fused: a mean of both. Default: the model's."),
 ]
 UsedModel = Annotated[
     Literal["start", "adapted"] | None,

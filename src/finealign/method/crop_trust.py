@@ -42,8 +42,8 @@ def explained_by_share(
 def chosen_share(explained: dict[float, float], images: float) -> float:
     """The share of the whole image: 0, crops alone as in the paper, where their labels explain more than its own.
 
-    Else the share whose labels explain most. ``EQUAL`` for fewer than ``FEWEST_IMAGES`` images, or where labels by crops
-    and by whole images explain as much, as they do where each crop is the whole image.
+    Else the share whose labels explain most. ``EQUAL`` for fewer than ``FEWEST_IMAGES`` images, or where labels by
+    crops and by whole images explain as much, as they do where each crop is the whole image.
     """
     by_crops, by_whole = explained[CROPS_ALONE], explained[WHOLE_ALONE]
     if images < FEWEST_IMAGES or by_crops == by_whole:

@@ -115,7 +115,8 @@ class Fair(SelfTrainingMethod):
     def pseudo_label(self, features: ImageFeatures) -> PseudoLabels:
         """Steps 3 to 6 of the method: q = softmax(s score), y = argmax q, omega the weight that the options name.
 
-        The score is ``fused``: LAS, as the paper has it, where ``whole_share`` is 0. Also updates the teacher, the running mean of the probabilities and the pair counts.
+        The score is ``fused``, which is LAS, as in the paper, where ``whole_share`` is 0. Also updates the teacher, the
+        running mean of the probabilities and the pair counts.
         """
         momentum = self.options.teacher_momentum
         self.teacher.mul_(momentum).add_(self.classifier(), alpha=1 - momentum)

@@ -23,6 +23,7 @@ from finealign.model.inference import readable
 from finealign.model.predictions import write_predictions
 from finealign.model.prepare import Prepared
 from finealign.model.shares import told_shares
+from finealign.model.trust import told_trust
 from finealign.run.contract import (
     CHECKPOINTS,
     CONFIG,
@@ -205,6 +206,7 @@ class _Run:
             "cautions": [asdict(caution) for caution in self.model.cautions_],
             "learned": self.model.model_.using("adapted").learned,
             "class_prior": told_shares(self.model.model_, self.prepared.config),
+            "crop_trust": told_trust(self.model.model_, self.prepared.config, self.model.explained_),
             "verdict": _told(self.verdict),
             "kept": self.kept,
             "why_kept": self.why_kept,

@@ -15,6 +15,7 @@ from finealign.config import without_folder
 from finealign.errors import ModelError, OutputError, display_path, printable
 from finealign.model.refusal import LIKELY
 from finealign.model.shares import shares_in_words
+from finealign.model.trust import trust_in_words
 from finealign.run.charts import Curve, by_epoch, calibration
 from finealign.run.contract import (
     CONFIG,
@@ -112,6 +113,7 @@ def render(folder: Path, *, measured: bool = True) -> str:
             "run": run,
             "classes": classes,
             "shares": shares_in_words(run["class_prior"], classes) if run.get("class_prior") else "",
+            "trust": trust_in_words(run["crop_trust"]) if run.get("crop_trust") else "",
             "epochs": epochs,
             "charts": _charts(epochs, classes),
             "predicted": predicted,

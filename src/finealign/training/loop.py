@@ -265,7 +265,8 @@ def settle_anchors(
     """Train the anchors alone, on kept crop features. No image is encoded, so this costs next to nothing.
 
     In place of an image's strong view, each step takes one of its crops, or the whole image with odds of what it counts
-    for in labels, at most even ones. This is ours and not part of the paper. Does nothing if the method or the settings do not ask for it. Raises NotFiniteError.
+    for in labels, at most even ones. This is ours and not part of the paper. Does nothing if the method or the settings
+    do not ask for it. Raises NotFiniteError.
     """
     training = config.training
     if not _settles(state.method, config) or training.anchor_steps == "auto":

@@ -51,7 +51,8 @@ def take_stock(
     method = state.method
     if not isinstance(method, SelfTrainingMethod):
         return
-    estimates, trusts = method.options.class_prior == "auto", method.options.whole_share == "auto"
+    estimates = method.options.class_prior == "auto"
+    trusts = method.options.whole_share == "auto" and method.uses_crops
     if not (estimates or trusts) and config.training.strangers == "off" and on_stock is None:
         return
     weak, mean_crops = _features(source, len(state.labels))
