@@ -75,7 +75,7 @@ def test_use__the_start_beside_predictions_is_the_start(fitted: FineAlign, album
 def test_use__what_belongs_to_the_start_does_not_change(fitted: FineAlign) -> None:
     adapted, start = (dict(fitted.use(use).start_norms_) for use in ("adapted", "start"))
     assert adapted and all(torch.equal(adapted[name], start[name]) for name in adapted)
-    assert (fitted.use("start").score_, fitted.use("adapted").score_) == ("global", "las")
+    assert (fitted.use("start").score_, fitted.use("adapted").score_) == ("global", "fused")
 
 
 def test_use__of_a_model_that_is_not_there(fitted: FineAlign, tmp_path: Path) -> None:

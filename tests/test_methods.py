@@ -256,7 +256,8 @@ def unfairness(mean: Vector, prior: Vector | None = None) -> float:
 @pytest.mark.parametrize("name", ["cupl", "zero-shot", *TRAINED])
 def test_score__is_the_equation_of_its_classifier(name: str, kind: Score, kept: int | str, temperature: float) -> None:
     known, features = texts(), images()
-    method = make(name, known, crops_kept=kept, crop_temperature=temperature)
+    equal = {"whole_share": 0.5} if name in TRAINED else {}
+    method = make(name, known, crops_kept=kept, crop_temperature=temperature, **equal)
     anchors = description_means(known)
     if name == "zero-shot":
         anchors = [[row] for row in known.names.tolist()]
@@ -285,7 +286,7 @@ def test_score__of_wca_has_its_published_temperatures_unasked() -> None:
 @pytest.mark.parametrize("per_class", [2, 5])
 def test_score__of_several_anchors_a_class_is_the_best(kind: Score, per_class: int) -> None:
     features = images()
-    method = make_trained("fair", anchors_per_class=per_class, crops_kept=3, crop_temperature=0.1)
+    method = make_trained("fair", anchors_per_class=per_class, crops_kept=3, crop_temperature=0.1, whole_share=0.5)
     move(method)
     assert method.anchors.shape == (4, per_class, 6)
     anchors = normalised(method.anchors)

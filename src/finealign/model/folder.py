@@ -268,16 +268,17 @@ def _read_manifest(path: Path) -> Manifest:
 def _from_format_1(values: Mapping[str, Any]) -> dict[str, Any]:
     """Convert a manifest of format 1, which held the whole configuration, to the current format.
 
-    Models of format 1 classified photos at their full size, so their ``working_size`` is None.
+    Models of format 1 classified photos at their full size, so their ``working_size`` is None. Those of ``fair`` scored
+    by ``las`` unless they were told otherwise.
     """
     values = dict(values)
     config = values.pop("config")
-    name, options = config["method"]["name"], config["method"]
+    name, options, asked = config["method"]["name"], config["method"], config["prediction"]["score"]
     scoring = {option: options[option] for option in find_method(name).inference_options if option in options}
     inference = {
         "backbone": config["backbone"],
         "method": {"name": name, **scoring},
-        "score": choose_score(name, config["prediction"]["score"]),
+        "score": "las" if (name, asked) == ("fair", "auto") else choose_score(name, asked),
         "crops": config["views"]["crops"],
         "crop_low": config["views"]["crop_low"],
         "crop_high": config["views"]["crop_high"],
