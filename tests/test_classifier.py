@@ -189,7 +189,9 @@ def test_explain__is_what_predicting_goes_by(photos: Path, tiny_backbone: Tiny, 
 
 def test_explain__cutting_its_boxes_and_weighing_them_gives_its_scores(photos: Path, tiny_backbone: Tiny) -> None:
     """The boxes, the weights and the scores belong to one another and to the image, which is a wide one."""
-    model = fitted(photos, tiny_backbone("transformer"), views__crops=4, method__crop_temperature=0.01, method__whole_share=0)
+    model = fitted(
+        photos, tiny_backbone("transformer"), views__crops=4, method__crop_temperature=0.01, method__whole_share=0
+    )
     path = photos / "wide.png"
     patches = np.random.default_rng(0).integers(0, 256, (5, 16, 3), dtype=np.uint8)
     image = Image.fromarray(patches.repeat(10, axis=0).repeat(10, axis=1))

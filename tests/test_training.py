@@ -654,16 +654,26 @@ def test_settle_anchors__depends_on_seed_and_epoch_alone(photos: Path, tiny_back
     assert not torch.equal(found[0], found[3])
 
 
-def test_settle_anchors__takes_each_image_in_turn_by_one_of_its_crops(
-    photos: Path, tiny_backbone: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("share", "views"), [(0.0, {0, 1}), (0.75, {0, 1, "whole"}), (1.0, {0, 1, "whole"})])
+def test_settle_anchors__takes_each_image_in_turn_by_one_of_its_crops_or_whole(
+    share: float,
+    views: set[int | str],
+    photos: Path,
+    tiny_backbone: Tiny,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    state, source, config = begun(photos, tiny_backbone("transformer"), tmp_path, training__anchor_batch_size=12)
-    seen: list[tuple[int, int]] = []
+    """Whole only where whole images count for something in labels."""
+    settings: dict[str, Any] = {"training__anchor_batch_size": 12, "method__whole_share": share}
+    state, source, config = begun(photos, tiny_backbone("transformer"), tmp_path, **settings)
+    seen: list[tuple[int, int | str]] = []
 
     def watched(_: State, features: Any, strong: torch.Tensor, belonging: torch.Tensor) -> tuple[Loss, None]:
         for row in strong:
-            ((image, crop),) = (source.bank["crops"] == row).all(-1).nonzero().tolist()
-            seen.append((image, crop))
+            crops = (source.bank["crops"] == row).all(-1).nonzero().tolist()
+            whole = (source.bank["weak"] == row).all(-1).nonzero().tolist()
+            ((image, view),) = crops or [(image, "whole") for (image,) in whole]
+            seen.append((image, view))
         return Loss(torch.zeros(())), None
 
     monkeypatch.setattr(training, "step", watched)
@@ -671,7 +681,7 @@ def test_settle_anchors__takes_each_image_in_turn_by_one_of_its_crops(
     images = [image for image, _ in seen]
     assert sorted(images[:24]) == sorted(images[24:]) == list(range(24))  # four steps of 12 of 24 images
     assert images[:24] != images[24:]
-    assert {crop for _, crop in seen} == {0, 1}
+    assert {view for _, view in seen} == views
 
 
 LAST: dict[str, Any] = {**SETTLING, "training__last_label_pass": True, "training__epochs": 3}

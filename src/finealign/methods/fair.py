@@ -67,7 +67,7 @@ class FairOptions(SelfTrainingOptions):
     anchors_per_class: Annotated[int, Field(ge=1)] = Field(1, description="J, anchors a class starts with")
     fixed_share: Share = Field(0.0, description="gamma, share of the fixed description score in the label's score")
     teacher_momentum: Annotated[float, Field(ge=0, lt=1)] = Field(
-        0.0, description="of the running mean of the anchors that labels; 0: the anchors as they are"
+        0.8, description="of the running mean of the anchors that labels; 0: the anchors as they are"
     )
     label_balance: Share = Field(0.0, description="how far labels are evened out over the classes; 1: all the way")
 
