@@ -40,7 +40,7 @@ from finealign.model.calibration import (
     temperature_for,
 )
 from finealign.texts.prompts import make_texts, read_classes, read_descriptions
-from finealign.types import ImageFeatures, TextFeatures
+from finealign.types import ImageFeatures, Score, TextFeatures
 
 Shares = NDArray[np.float64]
 Row = list[float]
@@ -140,21 +140,22 @@ def measure(encoded: Encoded, seed: int) -> Row:
         encoded.texts,
         config,
         backbone,  # type: ignore[arg-type]
-        logit_scale=method.logit_scale,
-        class_prior=None,
+        like=method,
         images=len(encoded.weak),
     )
 
-    def labels(one: Method, score: str) -> NDArray[np.int64]:
-        found: NDArray[np.int64] = one.score(seen, score).argmax(1).numpy()  # type: ignore[arg-type]
+    own = method.own_score()
+
+    def labels(one: Method, score: Score) -> NDArray[np.int64]:
+        found: NDArray[np.int64] = one.score(seen, score).argmax(1).numpy()
         return found
 
     with torch.no_grad():
-        right = confirmed(labels(method, "las"), [labels(witness, "las") for witness in witnesses])
-        right_at_start = confirmed(labels(start, "global"), [labels(method, "las")])
+        right = confirmed(labels(method, own), [labels(witness, own) for witness in witnesses])
+        right_at_start = confirmed(labels(start, "global"), [labels(method, own)])
         scale = method.logit_scale
         return [
-            *errors(scale * method.score(seen, "las"), scale * method.score(everything, "las"), right, truth),
+            *errors(scale * method.score(seen, own), scale * method.score(everything, own), right, truth),
             *errors(
                 scale * start.score(seen, "global"), scale * start.score(everything, "global"), right_at_start, truth
             ),

@@ -27,6 +27,7 @@ from torch import Tensor
 from finealign.backbone.base import Backbone
 from finealign.config import ANCHOR_STEPS, Config, MethodSettings
 from finealign.method.base import Method, SelfTrainingMethod
+from finealign.method.crop_trust import EQUAL
 from finealign.method.registry import create_method, find_method
 from finealign.model.fitted import FittedModel
 from finealign.runtime.progress import Progress
@@ -82,9 +83,8 @@ def calibrate(
         model.text_features,
         config,
         model.backbone,
-        logit_scale=model.method.logit_scale,
+        like=model.method,
         images=images,
-        class_prior=model.method.class_prior if isinstance(model.method, SelfTrainingMethod) else None,
     )
     with torch.no_grad():
         opinions = [_labels(witness.score(before, _fitting(type(witness).scores, before))) for witness in witnesses]
@@ -176,19 +176,22 @@ def adapted_witnesses(
     config: Config,
     backbone: Backbone,
     *,
-    logit_scale: float,
+    like: Method,
     images: int,
-    class_prior: Tensor | None,
 ) -> list[Method]:
     """Adapt four methods: on each half of the images, from each half of each class's descriptions. No encoder learns.
 
     before: weak (n, D) and crops (n, N, D), N >= 1 where the method uses crops. A single image is in both halves, and
     so is a class's single description. ``config`` is resolved. A method whose anchors settle takes these steps and one
     pass over the images; another takes the steps of a run on ``images`` images. Crops stand for strong views. FAIR
-    stands for a method that pools patches, as no features are kept of these. All expect the ``class_prior`` (C,).
+    stands for a method that pools patches, as no features are kept of these. All have the logit scale of ``like``, the
+    adapted method, expect the shares of classes that it expects, and trust crops as it does.
     """
     settings = MethodSettings(name="fair") if find_method(config.method.name).salient else config.method
-    settings = MethodSettings(name=settings.name, **{**settings.options, "class_prior": "even"})  # till told below
+    taught = like if isinstance(like, SelfTrainingMethod) else None
+    share = float(taught.whole_share) if taught else EQUAL
+    told = {"class_prior": "even", "whole_share": share}  # the prior till it is told below
+    settings = MethodSettings(name=settings.name, **{**settings.options, **told})
     order = np.random.default_rng((config.seed, _HALVES)).permutation(len(before.weak))
     halves = order[: (len(order) + 1) // 2], order[len(order) // 2 :]
     epochs = 1 if find_method(settings.name).settles else _as_many_steps(config, images, len(halves[0]))
@@ -200,10 +203,10 @@ def adapted_witnesses(
     for chosen, number in product(halves, (0, 1)):
         places = torch.from_numpy(chosen).to(before.weak.device)
         source = _Kept(ImageFeatures(before.weak[places], before.crops[places]), seed=config.seed)
-        method = create_method(settings, half_of_texts(texts, number), logit_scale=logit_scale)
+        method = create_method(settings, half_of_texts(texts, number), logit_scale=like.logit_scale)
         method = method.to(before.weak.device)
-        if class_prior is not None and isinstance(method, SelfTrainingMethod):
-            method.expect(class_prior)
+        if taught and isinstance(method, SelfTrainingMethod):
+            method.expect(taught.class_prior)
         with torch.inference_mode(False), torch.enable_grad():
             state = begin(backbone, method, config, images=len(chosen))
             for _ in run_epochs(state, source, config, range(epochs), Progress()):
