@@ -24,6 +24,8 @@ ORDER = re.findall(r"^\| `(\w+)(?:\.py|/)` \|", TABLE.read_text(encoding="utf-8"
 PURE_MATHS = [
     "method.alignment",
     "method.class_prior",
+    "method.crop_trust",
+    "method.joint",
     "method.losses",
     "method.mixture",
     "method.pseudo_labels",

@@ -9,6 +9,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from hashlib import sha256
@@ -241,9 +242,11 @@ def test_evaluate__agrees_with_a_count_of_the_predictions(made: Made, tmp_path: 
     for name in ("green", "blue", "cyan", "black"):
         own = [row for row in rows if Path(row["path"]).parent.name == name]
         assert found["per_class"][name]["adapted"] == pytest.approx(count(own, 1))
-    wrong = {(Path(row["path"]).parent.name, row["label"]) for row in rows}
-    pairs = {(pair["truth"], pair["predicted"]) for pair in found["confused_pairs"]}
-    assert pairs == {pair for pair in wrong if pair[0] != pair[1]}
+    labels = [(Path(row["path"]).parent.name, row["label"]) for row in rows]
+    wrong = Counter((truth, label) for truth, label in labels if truth != label)
+    pairs = {(pair["truth"], pair["predicted"]): pair["count"] for pair in found["confused_pairs"]}
+    assert len(pairs) == min(10, len(wrong))
+    assert pairs.items() <= wrong.items()
 
 
 def test_evaluate__has_the_documented_keys(made: Made) -> None:
