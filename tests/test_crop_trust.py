@@ -1,5 +1,7 @@
 """Whether crops or whole images are trusted: decided by which of the start's labels explain the images."""
 
+import re
+
 import pytest
 import torch
 from hypothesis import given
@@ -11,6 +13,7 @@ from finealign.config import make_config
 from finealign.method.base import SelfTrainingMethod
 from finealign.method.crop_trust import EQUAL, SHARES, chosen_share, explained_by_share
 from finealign.method.registry import create_method, method_options
+from finealign.model.trust import trust_in_words
 from finealign.types import ImageFeatures, TextFeatures
 
 D, C = 32, 6
@@ -105,3 +108,23 @@ def test_share__is_saved_and_loaded_and_equal_for_models_saved_before_there_was_
         other.load_inference_tensors({**saved, "whole_share": torch.tensor(1.5)})
     with pytest.raises(ValueError, match="whole_share"):
         other.load_inference_tensors({**saved, "whole_share": torch.tensor(float("nan"))})
+
+
+EXPLAINED = {"0": 0.3, "0.5": 0.28, "0.75": 0.25, "1": 0.2}
+
+
+@pytest.mark.parametrize(
+    ("kind", "share", "explained", "words"),
+    [
+        ("auto", 0.0, EXPLAINED, "crops alone, decided without labels: .*crops explain 30.0%.*whole images 20.0%"),
+        ("auto", 0.75, EXPLAINED, "crops, and the whole image with a share of 75%, decided"),
+        ("auto", 1.0, EXPLAINED, "the whole image alone, decided"),
+        ("auto", 1.0, {}, "the whole image alone"),
+        ("given", 0.5, EXPLAINED, "crops, and the whole image with a share of 50%, as it was given"),
+    ],
+)
+def test_words__say_what_is_looked_at_and_why(kind: str, share: float, explained: dict[str, float], words: str) -> None:
+    told = {"kind": kind, "whole_share": share, "explained": explained}
+    assert re.fullmatch(f"{words}.*", trust_in_words(told))
+    if not explained:
+        assert "decided" not in trust_in_words(told)

@@ -150,11 +150,17 @@ def test_adapt_into__run_json_says_what_was_done(finished: Path, tiny_backbone: 
         "cautions",
         "strangers",
         "class_prior",
+        "crop_trust",
     }
     assert found["verdict"]["call"] in ("helped", "unclear", "hurt")
     assert set(found["identity"]) == {"settings", "texts", "images", "weights"}
     assert {"python", "finealign", "torch", "open_clip_torch", "timm", "accelerate"} <= set(found["versions"])
     assert found["versions"]["finealign"] == __version__
+    trust = found["crop_trust"]
+    assert trust["kind"] == "auto" and set(trust["explained"]) == {"0", "0.5", "0.75", "1"}
+    best = max(trust["explained"].values())
+    assert trust["whole_share"] == 0 or trust["explained"][f"{trust['whole_share']:g}"] == best
+    assert trust["score"] == {0: "las", 1: "global"}.get(trust["whole_share"], "fused")
     assert 0 < found["seconds"]["fit"] <= found["seconds"]["total"]
     assert datetime.strptime(found["started"], "%Y-%m-%dT%H:%M:%S%z").tzinfo is not None
 
