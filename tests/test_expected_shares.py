@@ -101,7 +101,7 @@ def test_folder__scores_are_the_methods_own(uneven: FineAlign, album: Path) -> N
     assert uneven.class_prior_ == "folder"
     assert uneven.model_.offsets() is None
     features, _ = uneven.features(list_images(album))
-    np.testing.assert_array_equal(scores(uneven, album), uneven.method_.score(features, "las").numpy())
+    np.testing.assert_array_equal(scores(uneven, album), uneven.method_.score(features, uneven.score_).numpy())
 
 
 @pytest.mark.parametrize("prior", ["even", {"red": 8, "green": 8, "blue": 8}])
