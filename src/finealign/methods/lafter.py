@@ -22,7 +22,7 @@ class LafterOptions(SelfTrainingOptions):
     """Options of LaFTer, besides those of the loss."""
 
     text_steps: Annotated[int, Field(ge=0)] = Field(200, description="steps of the classifier on the texts")
-    text_learning_rate: Annotated[float, Field(gt=0)] = Field(3e-5, description="in those steps")
+    text_learning_rate: Annotated[float, Field(gt=0)] = Field(1e-5, description="in those steps")
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(0.1, description="in those steps")
     prompt_tokens: Annotated[int, Field(ge=0)] = Field(10, description="visual prompts, in a transformer tower")
 
@@ -38,7 +38,7 @@ class Lafter(SelfTrainingMethod):
         # LaFTer's loss has no fairness term.
         "published": {
             "training": {**PUBLISHED_PACE},
-            "method": {"fairness": "off", "text_learning_rate": 1e-3},
+            "method": {"fairness": "off"},
         }
     }
     fixed: Tensor  # (C, 1, D), the classifier trained on the texts
