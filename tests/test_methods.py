@@ -867,7 +867,7 @@ def test_state_dict__lets_training_go_on_as_if_never_stopped(name: str, options:
 
 
 def test_state_dict__holds_what_is_remembered() -> None:
-    learned = {"anchors", "mean_prediction", "class_prior", "whole_share"}
+    learned = {"anchors", "mean_prediction", "class_prior", "whole_share", "pull"}
     assert set(make("fair").state_dict()) == learned | {"pair_counts", "fixed", "teacher", "mean_label"}
     assert set(make("self-training").state_dict()) == learned | {"fixed"}
     assert set(make("dpa").state_dict()) == learned | {"image_prototypes", "mean_text"}

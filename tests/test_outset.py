@@ -16,7 +16,7 @@ from conftest import CLASSES, tiny_config, write_photos
 from finealign.backbone.base import Backbone
 from finealign.classifier import FineAlign
 from finealign.config import Config, MethodSettings, make_config, resolve
-from finealign.method.base import SelfTrainingMethod
+from finealign.method.base import ESTIMATED_PULL, PULL, SelfTrainingMethod
 from finealign.method.registry import create_method
 from finealign.training import loop
 from finealign.training.checkpoints import read_last_checkpoint
@@ -291,3 +291,25 @@ def test_fit__resumed_goes_by_what_was_found_at_first(
         assert torch.equal(resumed.method_.state_dict()[name], value), name
     assert [record.loss for record in resumed.history_] == [whole.history_[1].loss]
     assert resumed.method_.state_dict()["class_prior"].tolist() == pytest.approx([0.5, 0.1, 0.4])
+
+
+@pytest.mark.parametrize(
+    ("sizes", "prior", "weight", "pull"),
+    [
+        (TAIL, "auto", "auto", ESTIMATED_PULL),
+        ([30] * 8, "auto", "auto", PULL),  # the estimate is even
+        (TAIL, "even", "auto", PULL),
+        (TAIL, "auto", 1.5, 1.5),
+    ],
+)
+def test_take_stock__draws_less_to_shares_that_are_estimated(
+    sizes: list[int], prior: str, weight: Any, pull: float
+) -> None:
+    made = folder(sizes)
+    config = configured(made, prior)
+    options = {**config.method.options, "fairness_weight": weight}
+    config = config.model_copy(update={"method": MethodSettings(name="fair", **options)})
+    _, method = looked_at(made, config)
+    assert float(method.get_buffer("pull")) == pull
+    method.expect(method.class_prior.clone())  # as shares that are given
+    assert float(method.get_buffer("pull")) == (PULL if weight == "auto" else weight)

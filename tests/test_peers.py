@@ -574,7 +574,7 @@ def test_lafter__has_prompts_where_there_are_tokens() -> None:
     assert "prompts" in lafter(16).state_dict()
     for method in (lafter(0), lafter(16, prompt_tokens=0)):
         assert method.prompts is None
-        assert set(method.state_dict()) == {"anchors", "class_prior", "whole_share", "mean_prediction", "fixed"}
+        assert set(method.state_dict()) == {"anchors", "class_prior", "whole_share", "pull", "mean_prediction", "fixed"}
 
 
 def test_lafter__prompts_are_the_same_each_time_and_draw_nothing_of_the_users() -> None:

@@ -25,6 +25,8 @@ PUBLISHED_PACE = {
 }
 PUBLISHED_DECAY = {"weight_decay": 0.1, "norm_weight_decay": 0.1}
 Share = Annotated[float, Field(ge=0, le=1)]
+# The weight lambda of the fairness term where the settings leave it open.
+PULL, ESTIMATED_PULL = 2.0, 0.25
 
 
 class MethodOptions(Settings):
@@ -163,7 +165,10 @@ class SelfTrainingOptions(MethodOptions):
     fairness: Annotated[Literal["running", "batch", "off"], BeforeValidator(lambda v: "off" if v is False else v)] = (
         Field("running", description="mean prediction the term judges")
     )
-    fairness_weight: Annotated[float, Field(ge=0)] = Field(2.0, description="lambda")
+    fairness_weight: Annotated[float, Field(ge=0)] | Auto = Field(
+        "auto",
+        description=f"lambda; auto: {PULL:g}, but {ESTIMATED_PULL:g} to shares that are estimated and uneven, for they err",
+    )
     fairness_temperature: Annotated[float, Field(gt=0)] = Field(
         1.0, description="divides the logits the fairness term looks at; above 1 it also hears of second choices"
     )
@@ -195,6 +200,7 @@ class SelfTrainingMethod(Method):
     inference_state: ClassVar[tuple[str, ...]] = ("anchors", "class_prior", "whole_share")
     class_prior: Tensor  # (C,), the share of the images that each class is expected to have; even until ``expect``
     whole_share: Tensor  # (), the share of the whole image in the score ``fused``; EQUAL until ``trust_whole``
+    pull: Tensor  # (), lambda, the weight of the fairness term
     mean_prediction: Tensor  # (C,), running mean over strong views; updated only where ``fairness`` is running
 
     def __init__(
@@ -205,20 +211,25 @@ class SelfTrainingMethod(Method):
         even = anchors.new_full((self.num_classes,), 1 / self.num_classes)
         self.register_buffer("class_prior", even)
         self.register_buffer("mean_prediction", even.clone())
-        share = options.whole_share
+        pull, share = options.fairness_weight, options.whole_share
+        self.register_buffer("pull", anchors.new_tensor(PULL if pull == "auto" else pull))
         self.register_buffer("whole_share", anchors.new_tensor(EQUAL if share == "auto" else share))
 
     def classifier(self) -> Anchors:
         """Return the learned anchors, normalised: (C, J, D)."""
         return normalize(self.anchors, dim=-1)
 
-    def expect(self, class_prior: Tensor) -> None:
+    def expect(self, class_prior: Tensor, *, estimated: bool = False) -> None:
         """Set the share of the images that each class is expected to have, before the first step: (C,), sum 1.
 
-        Running means begin there. Subclasses with further running means extend this.
+        Running means begin there. The loss draws less to shares that are ``estimated``, unless these are even or
+        ``fairness_weight`` is a number. Subclasses with further running means extend this.
         """
         self.class_prior.copy_(class_prior)
         self.mean_prediction.copy_(class_prior)
+        if self.options.fairness_weight == "auto":
+            uneven = estimated and not bool((class_prior == class_prior[0]).all())
+            self.pull.fill_(ESTIMATED_PULL if uneven else PULL)
 
     def trust_whole(self, share: float) -> None:
         """Set the share of the whole image, in [0, 1], in the score ``fused``, before the first step."""
@@ -231,7 +242,7 @@ class SelfTrainingMethod(Method):
     @property
     def teaches_shares(self) -> bool:
         """Whether the loss draws predictions to ``class_prior``."""
-        return self.options.fairness != "off" and self.options.fairness_weight > 0
+        return self.options.fairness != "off" and self.options.fairness_weight != 0
 
     def load_inference_tensors(self, values: Mapping[str, Tensor]) -> None:
         """Do what ``Method`` does. Models saved without ``class_prior`` or ``whole_share`` had even ones.
@@ -248,7 +259,7 @@ class SelfTrainingMethod(Method):
         super().load_inference_tensors({**values, "class_prior": prior, "whole_share": share})
 
     def loss(self, strong: Tensor, pseudo: PseudoLabels) -> Loss:
-        """Compute the weighted cross-entropy plus ``fairness_weight`` times the fairness term, of strong views (B, D).
+        """Compute the weighted cross-entropy plus ``pull`` times the fairness term, of strong views (B, D).
 
         Images count in the mean prediction as far as they belong to the classes. Also updates the running mean
         prediction if the fairness term uses it.
@@ -262,7 +273,7 @@ class SelfTrainingMethod(Method):
             mean = running_mean(self.mean_prediction, mean, momentum=self._momentum(strong.shape[0]))
             self.mean_prediction.copy_(mean.detach())
         balance = fairness(mean, self.class_prior)
-        total = cross_entropy + self.options.fairness_weight * balance
+        total = cross_entropy + self.pull * balance
         return Loss(total, {"cross_entropy": cross_entropy.detach(), "fairness": balance.detach()})
 
     @staticmethod

@@ -51,9 +51,9 @@ class Dpa(SelfTrainingMethod):
         self.register_buffer("image_prototypes", means.clone())
         self.register_buffer("mean_text", self.mean_prediction.clone())
 
-    def expect(self, class_prior: Tensor) -> None:
+    def expect(self, class_prior: Tensor, *, estimated: bool = False) -> None:
         """Begin the running mean of p_t at the prior, too."""
-        super().expect(class_prior)
+        super().expect(class_prior, estimated=estimated)
         self.mean_text.copy_(class_prior)
 
     @torch.no_grad()

@@ -102,9 +102,9 @@ class Fair(SelfTrainingMethod):
         self.register_buffer("teacher", anchors.clone())
         self.register_buffer("mean_label", self.mean_prediction.clone())
 
-    def expect(self, class_prior: Tensor) -> None:
+    def expect(self, class_prior: Tensor, *, estimated: bool = False) -> None:
         """Begin the running mean of the label probabilities at the prior, too."""
-        super().expect(class_prior)
+        super().expect(class_prior, estimated=estimated)
         self.mean_label.copy_(class_prior)
 
     @property

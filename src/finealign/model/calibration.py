@@ -207,6 +207,7 @@ def adapted_witnesses(
         method = method.to(before.weak.device)
         if taught and isinstance(method, SelfTrainingMethod):
             method.expect(taught.class_prior)
+            method.pull.copy_(taught.pull)
         with torch.inference_mode(False), torch.enable_grad():
             state = begin(backbone, method, config, images=len(chosen))
             for _ in run_epochs(state, source, config, range(epochs), Progress()):

@@ -64,7 +64,7 @@ def take_stock(
     counts = state.belonging / torch.from_numpy(np.bincount(groups)[groups])
     shares = estimated_shares(weak, mean_crops, anchors, logit_scale=method.logit_scale, weights=counts)
     if estimates:
-        method.expect(even_or(shares, float(counts.sum())).to(method.class_prior))
+        method.expect(even_or(shares, float(counts.sum())).to(method.class_prior), estimated=True)
     explained = {} if mean_crops is None else explained_by_share(weak, mean_crops, anchors, weights=counts)
     if trusts and explained:
         method.trust_whole(chosen_share(explained, float(counts.sum())))
