@@ -167,7 +167,7 @@ class SelfTrainingOptions(MethodOptions):
     )
     fairness_weight: Annotated[float, Field(ge=0)] | Auto = Field(
         "auto",
-        description=f"lambda; auto: {PULL:g}, but {ESTIMATED_PULL:g} to shares that are estimated and uneven, for they err",
+        description=f"lambda; auto: {PULL:g}, but {ESTIMATED_PULL:g} to shares that are estimated and uneven",
     )
     fairness_temperature: Annotated[float, Field(gt=0)] = Field(
         1.0, description="divides the logits the fairness term looks at; above 1 it also hears of second choices"
