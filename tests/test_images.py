@@ -5,6 +5,7 @@ import csv
 import io
 import logging
 import os
+import re
 import struct
 import sys
 import threading
@@ -31,6 +32,7 @@ from finealign.images.tables import read_table, set_aside_csv
 from finealign.types import SetAside
 
 ORIENTATION = 0x0112
+KINDS = ["JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "AVIF", "JPEG2000", "PPM"]
 same_folder = settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
@@ -549,10 +551,103 @@ def test_read_image__text_named_jpg(tmp_path: Path) -> None:
     assert reason(tmp_path / "a.jpg") == "not an image"
 
 
-@pytest.mark.parametrize("kind", ["EPS", "PDF", "ICO", "PPM"])
-def test_read_image__other_formats_never_reach_their_decoders(tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "said"), [("EPS", "a PostScript document"), ("PDF", "a PDF document"), ("ICO", "an icon")]
+)
+def test_read_image__other_formats_never_reach_their_decoders(tmp_path: Path, kind: str, said: str) -> None:
     (tmp_path / "a.jpg").write_bytes(encode(Image.new("RGB", (16, 16)), kind))
-    assert reason(tmp_path / "a.jpg") == "not an image"
+    assert reason(tmp_path / "a.jpg") == f"{said}, which is not supported; save it as JPEG or PNG"
+
+
+@pytest.mark.parametrize("kind", ["AVIF", "JPEG2000", "PPM", "TIFF", "JPEG"])
+@pytest.mark.parametrize("name", ["a", "a.jpg", "a.heic"])
+def test_read_image__by_its_bytes_whatever_its_name(tmp_path: Path, kind: str, name: str) -> None:
+    image = Image.new("RGB", (40, 30), (200, 40, 40))
+    (tmp_path / name).write_bytes(encode(image, kind))
+    assert pixels(tmp_path / name)[15, 20].tolist() == pytest.approx([200, 40, 40], abs=6)
+
+
+HEIC = struct.pack(">I4s4sI4s4s", 24, b"ftyp", b"heic", 0, b"mif1", b"heic") + bytes(500)
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (HEIC, r"a HEIC image, for which a package is missing: pip install 'finealign\[heic\]'"),
+        (b"\xff\x0a" + bytes(90), "a JPEG XL image, which is not supported.*"),
+        (b"8BPS" + bytes(90), "a Photoshop file, which is not supported.*"),
+        (b"II*\0\x10\0\0\0CR\x02\0" + bytes(90), "a camera's raw image, which is not supported.*"),
+        (struct.pack(">I4s4sI4s", 20, b"ftyp", b"qt  ", 0, b"qt  "), "a video, which is not supported.*"),
+        (b'<?xml version="1.0"?><svg>', "an SVG drawing, which is not supported.*"),
+    ],
+)
+def test_read_image__what_is_not_read_is_called_what_it_is(
+    tmp_path: Path, data: bytes, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("finealign.images.decoding._heif", lambda: None)
+    (tmp_path / "a.jpg").write_bytes(data)
+    assert re.fullmatch(said, reason(tmp_path / "a.jpg"))
+
+
+def test_read_image__heic_by_pillow_heif(tmp_path: Path) -> None:
+    heif = pytest.importorskip("pillow_heif", reason="needs the extra heic")
+    image = Image.new("RGB", (64, 48), (200, 40, 40))
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    heif.from_pillow(image).save(tmp_path / "a.jpg", exif=exif.tobytes(), quality=95)
+    found = read_image(tmp_path / "a.jpg")
+    assert found.size == (48, 64)
+    assert found.getpixel((20, 20)) == pytest.approx((200, 40, 40), abs=6)
+    (tmp_path / "b.jpg").write_bytes(HEIC)
+    assert reason(tmp_path / "b.jpg") == "damaged or truncated file"
+
+
+# read_image: what every viewer shows
+
+
+@pytest.mark.parametrize("kind", [b"tEXt", b"zTXt", b"iTXt", b"iCCP"])
+@pytest.mark.parametrize("behind", [False, True])
+def test_read_image__a_png_with_megabytes_of_text(tmp_path: Path, kind: bytes, behind: bool) -> None:
+    text = b"a" * 3_000_000
+    squeezed = zlib.compress(text)
+    body = {b"tEXt": b"a\0" + text, b"iTXt": b"a\0\1\0\0\0" + squeezed}.get(kind, b"a\0\0" + squeezed)
+    whole = encode(noise(24, 32), "PNG")
+    place = whole.index(b"IEND") - 4 if behind else 33
+    texts = png_chunk(kind, body) * (30 if kind == b"tEXt" else 1)
+    (tmp_path / "a.png").write_bytes(whole[:place] + texts + whole[place:])
+    assert (pixels(tmp_path / "a.png") == np.asarray(noise(24, 32))).all()
+    (tmp_path / "a.png").write_bytes((whole[:place] + texts + whole[place:])[:200])
+    assert reason(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+@pytest.mark.parametrize("grey", [False, True])
+@pytest.mark.parametrize("lost", [1, 2])
+def test_read_image__a_jpeg_without_its_end_mark(tmp_path: Path, progressive: bool, grey: bool, lost: int) -> None:
+    image = noise(100, 70).convert("L") if grey else noise(100, 70)
+    whole = encode(image, "JPEG", progressive=progressive)
+    (tmp_path / "a.jpg").write_bytes(whole)
+    expected = pixels(tmp_path / "a.jpg")
+    (tmp_path / "a.jpg").write_bytes(whole[:-lost])
+    assert (pixels(tmp_path / "a.jpg") == expected).all()
+
+
+@pytest.mark.parametrize("restart", [0, 1])
+def test_read_image__a_jpeg_that_lacks_a_pixel_is_set_aside(tmp_path: Path, restart: int) -> None:
+    options = {"restart_marker_rows": restart} if restart else {}
+    for image in (noise(40, 50), Image.new("RGB", (400, 400), "white"), Image.new("L", (400, 400), 128)):
+        whole = encode(image, "JPEG", **options)
+        for length in {len(whole) * percent // 100 for percent in (60, 80, 90, 95, 98)} | {len(whole) - 5}:
+            (tmp_path / "a.jpg").write_bytes(whole[:length])
+            assert reason(tmp_path / "a.jpg") in ("truncated file", "damaged or truncated file")
+
+
+def test_read_image__a_progressive_jpeg_without_its_last_scans_is_set_aside(tmp_path: Path) -> None:
+    whole = encode(noise(40, 50), "JPEG", progressive=True)
+    starts = [place for place in range(len(whole)) if whole[place : place + 2] == b"\xff\xda"]
+    for start in starts:
+        (tmp_path / "a.jpg").write_bytes(whole[:start])
+        assert reason(tmp_path / "a.jpg") in ("truncated file", "damaged or truncated file")
 
 
 def test_read_image__missing(tmp_path: Path) -> None:
@@ -626,8 +721,8 @@ def test_read_image__out_of_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize(
     ("kind", "options", "spare"),
     [
-        ("JPEG", {}, 0),
-        ("JPEG", {"progressive": True}, 0),
+        ("JPEG", {}, 2),  # the end mark
+        ("JPEG", {"progressive": True}, 2),
         ("PNG", {}, 20),  # IEND, the checksum of IDAT, and that of the compressed stream
         ("GIF", {}, 2),  # the block terminator and the trailer
         ("BMP", {}, 0),
@@ -635,6 +730,9 @@ def test_read_image__out_of_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         ("WEBP", {"lossless": True}, 0),
         ("TIFF", {}, 0),
         ("TIFF", {"compression": "tiff_lzw"}, 0),
+        ("AVIF", {}, 0),
+        ("JPEG2000", {}, 0),
+        ("PPM", {}, 0),
     ],
 )
 def test_read_image__truncated_file_is_refused_wherever_it_is_cut(
@@ -659,7 +757,7 @@ def test_read_image__half_a_jpeg_is_called_truncated(tmp_path: Path) -> None:
 
 
 @same_folder
-@given(data=st.binary(max_size=200), magic=st.sampled_from(["", "JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF"]))
+@given(data=st.binary(max_size=200), magic=st.sampled_from(["", *KINDS]))
 def test_read_image__garbage_raises_nothing_else(tmp_path: Path, data: bytes, magic: str) -> None:
     head = encode(Image.new("RGB", (2, 2)), magic)[:16] if magic else b""
     (tmp_path / "a.jpg").write_bytes(head + data)
