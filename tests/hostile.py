@@ -664,17 +664,36 @@ def absolute(path: Path) -> Path:
 SOURCES = [
     Hostile("empty_folder", empty, Fails("ImageInputError", r"No image in folder .*Wanted at least one file.*Check")),
     Hostile("folder_of_hidden_images", folder(".a.png", ".b/c.png"), Fails("ImageInputError", "No image in folder")),
-    Hostile("folder_of_text", folder("a.txt", "b.md"), Fails("ImageInputError", "No image in folder")),
-    Hostile("folder_of_folders_named_as_images", folder("a.png/b.txt"), Fails("ImageInputError", "No image in folder")),
+    Hostile(
+        "folder_of_text",
+        folder("a.txt", "b.md", data=b"text"),
+        Fails("ImageInputError", r"No image in folder .*1 \.md"),
+    ),
+    Hostile(
+        "folder_of_folders_named_as_images",
+        folder("a.png/b.txt", data=b"text"),
+        Fails("ImageInputError", "No image in folder"),
+    ),
     Hostile(
         "closed_folder", closed_folder, Fails("ImageInputError", "Cannot list folder .*permission denied.*readable")
     ),
     Hostile(
         "folder_in_which_one_is_closed",
         with_closed_folder,
-        Fails("ImageInputError", "Cannot list folder .*closed.*permission denied.*move it out"),
+        Works({"images": 1, "set_aside": {}, "left_out": "Left out: folder closed (permission denied)."}),
     ),
-    Hostile("folder_deeper_than_a_path", deep, Fails("ImageInputError", "Cannot list folder .*file name too long")),
+    Hostile("folder_deeper_than_a_path", deep, Fails("ImageInputError", "No image in folder .*file name too long")),
+    Hostile(
+        "folder_of_a_phone_with_a_run_in_it",
+        folder("a.heic", "b", "c.mov", "@eaDir/d.jpg", "e.jfif"),
+        Works(
+            {
+                "images": 4,
+                "set_aside": {},
+                "left_out": "Left out: folder @eaDir (thumbnails of a NAS).",
+            }
+        ),
+    ),
     Hostile("folder_of_loops", loops, Works({"images": 1, "set_aside": {}})),
     Hostile("folder_named_as_an_image", named("x.jpg", folder("a.png")), Works({"images": 1, "set_aside": {}})),
     Hostile(

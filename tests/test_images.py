@@ -24,15 +24,18 @@ from PIL import Image
 
 from conftest import HANG
 from finealign.errors import ImageInputError, OutputError, display_path
+from finealign.images import left_out
 from finealign.images.decoding import MAX_SCANS, read_image, read_pixels
 from finealign.images.files import ImageReadError
-from finealign.images.listing import list_images
+from finealign.images.listing import left_out_of, list_images
 from finealign.images.prefetch import in_order
 from finealign.images.tables import read_table, set_aside_csv
+from finealign.run import contract
 from finealign.types import SetAside
 
 ORIENTATION = 0x0112
 KINDS = ["JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "AVIF", "JPEG2000", "PPM"]
+HEIC = struct.pack(">I4s4sI4s4s", 24, b"ftyp", b"heic", 0, b"mif1", b"heic") + bytes(500)
 same_folder = settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
@@ -171,7 +174,7 @@ def test_list_images__error_about_a_name_that_is_not_utf8_can_be_printed(tmp_pat
 
 def test_list_images__empty_folder(tmp_path: Path) -> None:
     (tmp_path / "notes.md").touch()
-    with pytest.raises(ImageInputError, match=r"No image in folder .*Wanted .*\.jpg.*Check"):
+    with pytest.raises(ImageInputError, match=r"No image in folder .*Left out: .*\(1 \.md\).*Wanted .*JPEG.*Check"):
         list_images(tmp_path)
 
 
@@ -179,8 +182,7 @@ def test_list_images__empty_folder(tmp_path: Path) -> None:
 def test_list_images__unreadable_subfolder_is_not_passed_over_in_silence(tmp_path: Path) -> None:
     (tmp_path / "a.jpg").touch()
     (tmp_path / "closed").mkdir(mode=0)
-    with pytest.raises(ImageInputError, match=r"closed.*permission denied"):
-        list_images(tmp_path)
+    assert left_out_of(list_images(tmp_path)) == "Left out: folder closed (permission denied)."
 
 
 def test_list_images__folder_that_cannot_be_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,8 +196,101 @@ def test_list_images__folder_that_cannot_be_listed(tmp_path: Path, monkeypatch: 
         return scandir(folder)
 
     monkeypatch.setattr(os, "scandir", refuse)
+    found = list_images(tmp_path)
+    assert found == [tmp_path / "a.jpg"]
+    assert left_out_of(found) == "Left out: folder closed (permission denied)."
     with pytest.raises(ImageInputError, match=r"closed.*permission denied.*Make it readable"):
-        list_images(tmp_path)
+        list_images(tmp_path / "closed")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes here")
+def test_list_images__photos_of_a_phone_are_told_by_their_bytes(tmp_path: Path) -> None:
+    image = Image.new("RGB", (4, 4), "red")
+    data = {kind: encode(image, kind) for kind in ("JPEG", "AVIF", "JPEG2000", "PNG")}
+    (tmp_path / "a.jpg").write_bytes(data["JPEG"])
+    for number, (kind, name) in enumerate([("AVIF", "b.avif"), ("JPEG2000", "c.jp2"), ("JPEG", "d.JFIF")]):
+        (tmp_path / name).write_bytes(data[kind] + bytes(number))
+    (tmp_path / "e").write_bytes(data["JPEG"])
+    (tmp_path / "f.dat").write_bytes(data["PNG"])
+    (tmp_path / "g.heic").write_bytes(HEIC)
+    (tmp_path / "h.unknown").write_bytes(HEIC)
+    (tmp_path / "i.jxl").write_bytes(b"\xff\x0a" + bytes(90))
+    for name in ("j.mov", "k.MOV", "l.json", "m", "Thumbs.db"):
+        (tmp_path / name).write_bytes(b"\0\0\0\x14ftypqt  \0\0\0\0qt  ")
+    os.mkfifo(tmp_path / "pipe.json")
+    found = list_images(tmp_path)
+    assert [path.name for path in found] == [
+        "a.jpg",
+        "b.avif",
+        "c.jp2",
+        "d.JFIF",
+        "e",
+        "f.dat",
+        "g.heic",
+        "h.unknown",
+        "i.jxl",
+    ]
+    told = "Left out: 6 files that are no images (2 .json, 2 .mov, 1 without an ending, 1 .db)."
+    assert left_out_of(found) == told
+
+
+def test_list_images__an_image_without_an_ending_alone(tmp_path: Path) -> None:
+    (tmp_path / "photo").write_bytes(encode(Image.new("RGB", (4, 4)), "JPEG"))
+    assert list_images(tmp_path / "photo") == [tmp_path / "photo"]
+
+
+RUN_JSON = b'{"status": "complete", "identity": {"settings": "x"}}'
+
+
+def test_list_images__folders_that_hold_no_photos_of_the_user(tmp_path: Path) -> None:
+    assert left_out._RUN.decode() == contract.RUN and left_out._EXAMPLES.decode() == contract.EXAMPLES
+    picture(tmp_path / "a.png")
+    picture(tmp_path / "mine" / "b.png")
+    (tmp_path / "mine" / "run.json").write_text('{"my": "own"}')
+    for name in ("runs/first", "@eaDir", "sub/#recycle", "$RECYCLE.BIN", "lost+found", ".git"):
+        picture(tmp_path / name / "examples" / "c.png")
+    (tmp_path / "runs" / "first" / "run.json").write_bytes(RUN_JSON)
+    found = list_images(tmp_path)
+    assert found == [tmp_path / "a.png", tmp_path / "mine" / "b.png"]
+    told = left_out_of(found)
+    for name in (
+        "runs/first (a run of finealign)",
+        "@eaDir (thumbnails",
+        "sub/#recycle (a bin)",
+        "$RECYCLE.BIN (a bin)",
+        "lost+found",
+        "1 hidden",
+        "1 file that is no image (1 .json)",
+    ):
+        assert name in told
+    # What is given by name is listed, but for the pictures of its own run.
+    assert list_images(tmp_path / "@eaDir") == [tmp_path / "@eaDir" / "examples" / "c.png"]
+    picture(tmp_path / "runs" / "first" / "mine.png")
+    assert list_images(tmp_path / "runs" / "first") == [tmp_path / "runs" / "first" / "mine.png"]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "kept"),
+    [
+        ("thumbs", ["a.png", "b_mask.png", "x/d.png"]),
+        ("thumbs/", ["a.png", "b_mask.png", "x/d.png"]),
+        ("*_mask.png", ["a.png", "thumbs/c.png", "x/d.png", "x/thumbs/e.png"]),
+        ("x/thumbs", ["a.png", "b_mask.png", "thumbs/c.png", "x/d.png"]),
+        ("x/*", ["a.png", "b_mask.png", "thumbs/c.png"]),
+        ("[ab]*", ["thumbs/c.png", "x/d.png", "x/thumbs/e.png"]),
+    ],
+)
+def test_list_images__excluded(tmp_path: Path, pattern: str, kept: list[str]) -> None:
+    names = ["a.png", "b_mask.png", "thumbs/c.png", "x/d.png", "x/thumbs/e.png"]
+    for name in names:
+        picture(tmp_path / name)
+    found = list_images(tmp_path, exclude=[pattern])
+    assert found == [tmp_path / name for name in kept]
+    assert re.fullmatch(r"Left out: [12] excluded as asked\.", left_out_of(found))
+    (tmp_path / "list.txt").write_text("\n".join(names))
+    assert list_images(tmp_path / "list.txt", exclude=[pattern]) == found
+    with pytest.raises(ImageInputError, match=r"No image in folder.*excluded as asked"):
+        list_images(tmp_path, exclude=["*"])
 
 
 # list_images: files and sequences
@@ -565,9 +660,6 @@ def test_read_image__by_its_bytes_whatever_its_name(tmp_path: Path, kind: str, n
     image = Image.new("RGB", (40, 30), (200, 40, 40))
     (tmp_path / name).write_bytes(encode(image, kind))
     assert pixels(tmp_path / name)[15, 20].tolist() == pytest.approx([200, 40, 40], abs=6)
-
-
-HEIC = struct.pack(">I4s4sI4s4s", 24, b"ftyp", b"heic", 0, b"mif1", b"heic") + bytes(500)
 
 
 @pytest.mark.parametrize(

@@ -15,9 +15,9 @@ from torch import Tensor
 from finealign.backbone.base import Backbone
 from finealign.backbone.load import load_backbone
 from finealign.config import Config
-from finealign.errors import ConfigError, FinealignError, display_path
+from finealign.errors import CautionWarning, ConfigError, FinealignError, display_path
 from finealign.images.decoding import Pixels
-from finealign.images.listing import list_images
+from finealign.images.listing import left_out_of, list_images
 from finealign.images.training_set import decode_training_set
 from finealign.images.views import Views
 from finealign.method.base import Method, SelfTrainingMethod
@@ -157,7 +157,7 @@ class FineAlign:
         ConfigError, ImageInputError or BackboneError, all of which are FinealignErrors.
         """
         texts, config = self.check()
-        paths = list_images(images)
+        paths = list_images(images, exclude=config.data.exclude)
         backbone = backbone or self.load_backbone(config, progress)
         return prepare(texts, config, paths, backbone, text_features=text_features)
 
@@ -189,9 +189,12 @@ class FineAlign:
         the run is asked to stop, and NotFiniteError if the loss is no longer finite.
         """
         progress = progress or Progress()
-        prepared = (
-            images if isinstance(images, Prepared) else self.prepare(images, backbone=backbone, progress=progress)
-        )
+        if isinstance(images, Prepared):
+            prepared = images
+        else:
+            prepared = self.prepare(images, backbone=backbone, progress=progress)
+            if left_out := left_out_of(prepared.paths):
+                progress.caution(left_out)
         # Made before training, so that ``on_epoch`` can predict: the model shares the parameters that learn.
         method = self._begin(prepared)
         if method.trains or method.surveys:
@@ -388,6 +391,8 @@ class FineAlign:
     def _predicted(self, images: Images, score: Score | None) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
         """The probabilities (n, C), and how likely each image shows none of the classes (n,); NaN if unknown."""
         paths = list_images(images)
+        if left_out := left_out_of(paths):
+            warnings.warn(left_out, CautionWarning, stacklevel=3)
         rows = np.full((len(paths), len(self.classes_)), np.nan, dtype=np.float32)
         none = np.full(len(paths), np.nan)
         set_aside = []

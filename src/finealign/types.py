@@ -140,3 +140,4 @@ class Truth:
 
     paths: tuple[Path, ...]
     labels: tuple[int, ...]
+    left_out: str = ""  # what else was in the folder, as a sentence

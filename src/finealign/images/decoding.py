@@ -13,6 +13,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -158,6 +159,14 @@ def _unsupported_tiff(file: BinaryIO) -> str:
         return "" if not size_is_told or is_read_by_pillow(tags) else refusal_of(tags)
     except Exception:  # it is damaged rather
         return ""
+
+
+def heif_version() -> str:
+    """The version of pillow-heif, or "none": an image that cannot be read without it can be with it."""
+    try:
+        return version("pillow-heif")
+    except PackageNotFoundError:
+        return "none"
 
 
 def _repaired(file: BinaryIO, error: Exception, decode: Callable[[BinaryIO], Image.Image]) -> Image.Image | None:

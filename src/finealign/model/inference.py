@@ -65,7 +65,12 @@ class Predictor:
     def read(self, path: Path) -> Photo:
         """Read an image file and reduce it to the model's working size. Raises ImageReadError."""
         settings = self.model.inference
-        return read_photo(path, shorter_side=settings.working_size, max_pixels=settings.max_pixels)
+        return read_photo(
+            path,
+            shorter_side=settings.working_size,
+            max_pixels=settings.max_pixels,
+            white_value=settings.white_value,
+        )
 
     def decode(self, file: BinaryIO, *, max_pixels: int, before: Callable[[int], None] = lambda pixels: None) -> Photo:
         """Do what ``read`` does, for the image in an open, seekable file.
@@ -73,7 +78,8 @@ class Predictor:
         ``before`` is called with the image's number of pixels before they are decoded. Raises ImageReadError, also for
         an image of more than ``max_pixels`` pixels.
         """
-        return self.to_photo(decode_image(file, max_pixels=max_pixels, before=before))
+        white = self.model.inference.white_value
+        return self.to_photo(decode_image(file, max_pixels=max_pixels, white_value=white, before=before))
 
     def to_photo(self, image: Image.Image) -> Photo:
         """Reduce a decoded RGB image to the model's working size."""

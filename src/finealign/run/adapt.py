@@ -18,6 +18,7 @@ import yaml
 from finealign.classifier import FineAlign, Images
 from finealign.config import Config, write_config
 from finealign.errors import FinealignError, NotFiniteError, OutputError, StoppedError
+from finealign.images.listing import left_out_of
 from finealign.images.tables import set_aside_csv
 from finealign.model.inference import readable
 from finealign.model.predictions import write_predictions
@@ -55,6 +56,7 @@ class RunSummary:
     method: str
     images: int  # images that could be read
     set_aside: tuple[SetAside, ...]
+    left_out: str  # what else was in the folder of images, as a sentence
     epochs: int
     seconds: float  # the whole run, without the time spent in ``on_epoch``
     fit_seconds: float  # the fit alone, without loading, predicting and writing the predictions
@@ -76,6 +78,7 @@ class RunSummary:
             "classes": list(self.model.texts_.classes),
             "images": self.images,
             "set_aside": [asdict(row) for row in self.set_aside],
+            "left_out": self.left_out,
             "epochs": self.epochs,
             "seconds": round(self.seconds, 2),
             "stopped": self.stopped,
@@ -153,6 +156,7 @@ class _Run:
             "status": "running",
             "identity": identity,
             "images": len(self.prepared.paths),
+            "left_out": left_out_of(self.prepared.paths),
             "classes": list(self.prepared.texts.classes),
             "seed": config.seed,
             "backbone": config.backbone,
@@ -169,6 +173,8 @@ class _Run:
             write_config(config, self.folder / CONFIG)
             if not resume:
                 save_text("", self.metrics.path)
+            if self.told["left_out"]:
+                self.progress.caution(self.told["left_out"])
         self.ranks.wait()
 
     def fit(self, on_epoch: Callable[[EpochRecord], None]) -> None:
@@ -258,6 +264,7 @@ class _Run:
             method=self.prepared.config.method.name,
             images=len(self.prepared.paths) - len(self.set_aside),
             set_aside=tuple(self.set_aside),
+            left_out=left_out_of(self.prepared.paths),
             epochs=epochs,
             seconds=seconds,
             fit_seconds=self.fitted - self.ready,
@@ -310,6 +317,7 @@ def plan(folder: Path, prepared: Prepared, *, resume: bool = False, overwrite: b
     return {
         "out": str(folder),
         "images": images,
+        "left_out": left_out_of(prepared.paths),
         "classes": list(texts.classes),
         "descriptions": sum(len(group) for group in texts.descriptions),
         "epochs": config.training.epochs,

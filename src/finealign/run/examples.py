@@ -111,7 +111,8 @@ def write_examples(model: FineAlign, chosen: dict[str, list[Path]], folder: Path
 
 def _example(model: FineAlign, path: Path, picture: Path) -> dict[str, Any] | None:
     try:
-        image = read_image(path, max_pixels=model.model_.inference.max_pixels)
+        settings = model.model_.inference
+        image = read_image(path, max_pixels=settings.max_pixels, white_value=settings.white_value)
     except ImageReadError:
         return None
     predictor = model.predictor_
