@@ -295,6 +295,31 @@ def test_source(case: Hostile, place: Path, model: Path) -> None:
     compare(answer("predict", model, case.make(place), *PRECISE), case.outcome)
 
 
+def test_what_is_left_out_is_told_by_every_verb(home: Path, model: Path) -> None:
+    (home / "told").mkdir()
+    folder = write_good(home / "told" / "robin").parent
+    (folder / "robin" / "notes.json").write_text("{}")
+    (folder / "robin" / "bad.png").write_bytes(b"x")
+    (folder / "run.json").write_text('{"status": "complete", "identity": {}}')
+    shutil.copytree(folder, folder / "wren" / "run")
+    told = "Left out: 2 files that are no images (2 .json); folder wren/run (a run of finealign); 1 excluded as asked."
+    options = ["--exclude", "bad.*"]
+    found = answer("predict", model, folder, *PRECISE, *options)
+    assert (found["images"], found["left_out"]) == (len(GOOD), told)
+    found = answer("evaluate", model, folder, *PRECISE, *options)
+    assert (found["images"], found["left_out"]) == (len(GOOD), told)
+    planned: list[str | Path] = ["--dry-run", "--classes", "robin,wren", "--out", home / "none", *options]
+    found = answer("adapt", folder, "--backbone", demo_model(), *planned)
+    assert (found["images"], found["left_out"]) == (len(GOOD), told)
+    assert "exclude:\n  - bad.*" in found["settings"]
+    for arguments in (["predict", model, folder, *PRECISE], ["evaluate", model, folder, *PRECISE]):
+        result = CliRunner().invoke(app, [*map(str, arguments), *options])
+        assert told in result.stderr
+    (folder / "robin" / "bad.png").unlink()
+    with pytest.warns(UserWarning, match=r"Left out: 2 files"):
+        FineAlign.load(model, device="cpu").predict(folder / "robin" / "..", score="global")
+
+
 @cases(hostile.LISTS)
 def test_list(case: Hostile, place: Path, model: Path) -> None:
     compare(answer("predict", model, case.make(place), *PRECISE), case.outcome)
