@@ -215,7 +215,8 @@ def test_adapt__a_process_of_its_own_prints_one_object_and_no_bar(made: Made, tm
 
 def test_adapt__says_what_it_did(made: Made) -> None:
     assert set(made.said) == {
-        "out", "method", "backbone", "classes", "images", "left_out", "set_aside", "epochs", "seconds", "stopped",
+        "out", "method", "backbone", "classes", "images", "left_out", "blank", "set_aside", "epochs", "seconds",
+        "stopped",
         "verdict", "kept", "why_kept", "report", "report_problem", "strangers",
     }  # fmt: skip
     assert (made.said["out"], made.said["classes"], made.said["images"]) == (str(made.run), CLASSES, 24)
@@ -253,7 +254,7 @@ def test_evaluate__has_the_documented_keys(made: Made) -> None:
     found = only_json(command("evaluate", made.run, made.labelled, *PRECISE, "--json"))
     assert set(found) == {
         "adapted", "start", "zero_shot", "difference", "use", "images", "set_aside", "per_class", "confused_pairs",
-        "adapted_to", "class_prior", "left_out",
+        "adapted_to", "class_prior", "left_out", "blank",
     }  # fmt: skip
     assert set(found["adapted"]) == set(found["start"]) == HEADLINE
     assert set(found["difference"]) == {"top1", "low", "high", "balanced", "balanced_low", "balanced_high"}
@@ -434,7 +435,7 @@ def test_predict__more_than_there_are_classes(made: Made) -> None:
 def test_predict__json_is_the_csv(made: Made) -> None:
     found = only_json(command("predict", made.run, made.photos, *PRECISE, "--top-k", "2", "--json"))
     rows = table(command("predict", made.run, made.photos, *PRECISE, "--top-k", "2").stdout)
-    assert set(found) == {"use", "class_prior", "images", "left_out", "set_aside", "predictions"}
+    assert set(found) == {"use", "class_prior", "images", "left_out", "blank", "set_aside", "predictions"}
     assert (found["images"], found["set_aside"]) == (24, [])
     for row, entry in zip(rows, found["predictions"], strict=True):
         assert (entry["path"], entry["label"], str(entry["confidence"])) == tuple(list(row.values())[:3])
@@ -463,6 +464,7 @@ def test_predict__out_in_each_format(made: Made, tmp_path: Path, ending: str) ->
         "images": 24,
         "set_aside": [],
         "left_out": "",
+        "blank": "",
         "out": str(out),
     }
 

@@ -28,7 +28,7 @@ from finealign.model.calibration import Calibration, calibrate, sample
 from finealign.model.card import is_card, model_card
 from finealign.model.fitted import FittedModel, check_class_prior, check_use, inference_settings, what_learned
 from finealign.model.folder import own_norms, read_model, write_model
-from finealign.model.inference import Predictor
+from finealign.model.inference import Predictor, tell_blank
 from finealign.model.prepare import Prepared, check_settings, given_shares, prepare
 from finealign.model.refusal import NONE_OF_THESE, cutoff
 from finealign.runtime.atomic import save_text
@@ -395,15 +395,19 @@ class FineAlign:
             warnings.warn(left_out, CautionWarning, stacklevel=3)
         rows = np.full((len(paths), len(self.classes_)), np.nan, dtype=np.float32)
         none = np.full(len(paths), np.nan)
-        set_aside = []
+        set_aside, blank = [], []
         for index, outcome in enumerate(self.iter_predictions(paths, score=score)):
             if isinstance(outcome, SetAside):
                 set_aside.append(outcome)
                 continue
             rows[index] = outcome.probabilities
+            if outcome.blank:
+                blank.append(display_path(outcome.path))
             if outcome.none is not None:
                 none[index] = outcome.none
         self.set_aside_ = set_aside
+        if blank:
+            warnings.warn(tell_blank(len(blank), blank[0]), CautionWarning, stacklevel=3)
         if set_aside:
             first = set_aside[0]
             warnings.warn(

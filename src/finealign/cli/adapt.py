@@ -137,6 +137,7 @@ def _show_summary(summary: dict[str, Any], as_json: bool) -> None:
             soft_wrap=True,
             highlight=False,
         )
+    tell_left_out(summary["blank"], Console(stderr=True))
     tell_set_aside(summary["set_aside"], Console(stderr=True))
     screen.print(f"Run folder: [bold]{folder}[/]", soft_wrap=True, highlight=False)
     if summary["report"]:

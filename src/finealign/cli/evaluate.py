@@ -50,7 +50,8 @@ def evaluate(
             print_json(figures)
             return
         evaluation_tables(figures, Console())
-        tell_left_out(str(figures["left_out"]), Console(stderr=True))
+        for sentence in (figures["left_out"], figures["blank"]):
+            tell_left_out(str(sentence), Console(stderr=True))
         tell_set_aside([asdict(row) for row in set_aside], Console(stderr=True))
 
 
@@ -69,12 +70,13 @@ def measured(
     afterwards. Returns the summary of ``evaluate_predictions``, which ``in_full`` extends by what a report draws, and
     the labelled images that could not be read. To the summary are added ``adapted_to``, how many of the measured images
     the model was adapted to, None where this is not known, ``class_prior``, how the adapted model took the images to be
-    distributed, and ``left_out``, what was in the folder besides the images.
+    distributed, ``left_out``, what was in the folder besides the images, and ``blank``, which images show nothing.
     """
     from finealign.cli.bars import Bars
+    from finealign.errors import display_path
     from finealign.evaluate.summary import evaluate_predictions
     from finealign.evaluate.truth import read_truth
-    from finealign.model.inference import readable
+    from finealign.model.inference import readable, tell_blank
     from finealign.run.folder import count_adapted_to
 
     names, use = model.texts_.classes, model.use_
@@ -84,9 +86,12 @@ def measured(
         outcomes = model.use("adapted").iter_predictions(truth.paths, score=score, with_start=True)
         predictions = list(readable(outcomes, set_aside, stage.advance))
     figures = evaluate_predictions(predictions, truth, names, set_aside=len(set_aside), in_full=in_full, use=use)
+    blank = [display_path(prediction.path) for prediction in predictions if prediction.blank]
+    told_blank = tell_blank(len(blank), blank[0] if blank else "")
     adapted_to = count_adapted_to(folder, (prediction.path for prediction in predictions))
     return figures | {
         "adapted_to": adapted_to,
         "class_prior": model.class_prior_,
         "left_out": truth.left_out,
+        "blank": told_blank,
     }, set_aside

@@ -49,10 +49,11 @@ def predict(
     with working(as_json):
         from finealign.classifier import FineAlign
         from finealign.cli.bars import Bars
+        from finealign.errors import display_path
         from finealign.images.listing import left_out_of, list_images
         from finealign.images.tables import set_aside_csv
         from finealign.model.fitted import CALLED
-        from finealign.model.inference import readable
+        from finealign.model.inference import readable, tell_blank
         from finealign.model.predictions import (
             Row,
             beside,
@@ -80,11 +81,14 @@ def predict(
         names = loaded.texts_.classes
         set_aside: list[SetAside] = []
         rows: list[Row] = []
-        refusals = 0
+        refusals = blanks = 0
+        first_blank = ""
 
         def counted(predictions: Iterable["Prediction"]) -> Iterator["Prediction"]:
-            nonlocal refusals
+            nonlocal refusals, blanks, first_blank
             for prediction in predictions:
+                if prediction.blank:
+                    blanks, first_blank = blanks + 1, first_blank or display_path(prediction.path)
                 refusals += refused(prediction, refused_from)
                 yield prediction
 
@@ -122,6 +126,7 @@ def predict(
                 "images": count,
                 "set_aside": [asdict(row) for row in set_aside],
                 "left_out": left_out_of(paths),
+                "blank": tell_blank(blanks, first_blank),
             }
             if share is not None:
                 result["refused"] = refusals
@@ -138,4 +143,5 @@ def predict(
         if share is not None:
             notes.print(f"{refusals} of {count} are '{NONE_OF_THESE}' (--reject {share}).", soft_wrap=True)
         tell_left_out(left_out_of(paths), notes)
+        tell_left_out(tell_blank(blanks, first_blank), notes)
         tell_set_aside([asdict(row) for row in set_aside], notes)
