@@ -18,6 +18,8 @@ White = float | Literal["auto"]  # the value that becomes 255
 Alpha = Literal["none", "straight", "premultiplied"]
 
 DEPTHS = (8, 10, 12, 14, 16)  # bits that cameras and sensors fill of the 16 that a file has
+MOST_SAMPLES = 8  # channels of a TIFF that is read; thousands would fill the memory
+LARGEST_TILE = 2**24  # pixels of one tile in a small image; a decoder holds the whole of it
 COMPRESSIONS = {1: "none", 5: "LZW", 8: "deflate", 32773: "PackBits", 32946: "deflate", 34925: "LZMA", 50000: "ZSTD"}
 UPRIGHT = {  # by EXIF orientation
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -209,10 +211,11 @@ class DeepTiff:
         """Values of one plane, (H, W, samples): read by Pillow as one grey image with rows of 16-bit words."""
         (width, height), words = self.size, np.dtype(self.dtype).itemsize // 2
         with TiffImagePlugin.TiffImageFile(io.BytesIO(self._rewritten(plane, samples * words)), "") as image:
-            found = np.asarray(image).astype(np.uint16).reshape(height, width * samples, words).astype(np.uint64)
-        places = range(words) if self.tags.prefix == b"II" else reversed(range(words))
-        whole = sum((found[..., word] << (16 * place) for word, place in enumerate(places)), np.uint64(0))
-        unsigned = np.asarray(whole).astype(f"u{2 * words}").reshape(height, width, samples)
+            found = np.asarray(image).astype(np.uint16).reshape(height, width, samples, words)
+        unsigned: NDArray[Any] = np.zeros(found.shape[:3], f"u{2 * words}")
+        for word in range(words):
+            place = word if self.tags.prefix == b"II" else words - 1 - word
+            unsigned |= found[..., word].astype(unsigned.dtype) << (16 * place)
         if self.tags.get(TiffImagePlugin.PREDICTOR, 1) == 2:
             across = self.tags.get(TiffImagePlugin.TILEWIDTH, width)
             parts = [unsigned[:, start : start + across] for start in range(0, width, across)]
@@ -225,8 +228,8 @@ class DeepTiff:
         tiled = TiffImagePlugin.TILEOFFSETS in tags
         across = _number(tags[TiffImagePlugin.TILEWIDTH]) if tiled else width
         down = _number(tags[TiffImagePlugin.TILELENGTH] if tiled else tags.get(TiffImagePlugin.ROWSPERSTRIP, height))
-        if across < 1 or down < 1:
-            raise UnsupportedImageError("a TIFF of tiles without a size, which is not supported")
+        if across < 1 or down < 1 or (tiled and across * down > 4 * width * height + LARGEST_TILE):
+            raise UnsupportedImageError(f"a TIFF in tiles of {across} x {down} pixels, which is not supported")
         places, lengths = (324, 325) if tiled else (273, 279)
         parts = -(-width // across) * -(-height // down)
         entries = {256: [width * words], 257: [height], 258: [16], 259: [tags.get(TiffImagePlugin.COMPRESSION, 1)]}
@@ -272,6 +275,7 @@ def deep_tiff(file: BinaryIO) -> DeepTiff | None:
 def _is_read(tags: Any, samples: int) -> bool:
     colours = {0: 1, 1: 1, 2: 3, 5: 4}.get(tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION, 1), 99)
     fits = colours <= samples and (colours > 1 or samples <= 2)  # which of several grey channels is red is not said
+    fits = fits and samples <= MOST_SAMPLES
     known = tags.get(TiffImagePlugin.COMPRESSION, 1) in COMPRESSIONS
     return fits and known and tags.get(TiffImagePlugin.PREDICTOR, 1) in (1, 2) and tags.get(266, 1) == 1
 
