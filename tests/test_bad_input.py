@@ -295,6 +295,45 @@ def test_source(case: Hostile, place: Path, model: Path) -> None:
     compare(answer("predict", model, case.make(place), *PRECISE), case.outcome)
 
 
+def test_what_is_left_out_is_told_by_every_verb(home: Path, model: Path) -> None:
+    (home / "told").mkdir()
+    folder = write_good(home / "told" / "robin").parent
+    (folder / "robin" / "notes.json").write_text("{}")
+    (folder / "robin" / "bad.png").write_bytes(b"x")
+    (folder / "run.json").write_text('{"status": "complete", "identity": {}}')
+    shutil.copytree(folder, folder / "wren" / "run")
+    told = "Left out: 2 files that are no images (2 .json); folder wren/run (a run of finealign); 1 excluded as asked."
+    options = ["--exclude", "bad.*"]
+    found = answer("predict", model, folder, *PRECISE, *options)
+    assert (found["images"], found["left_out"]) == (len(GOOD), told)
+    found = answer("evaluate", model, folder, *PRECISE, *options)
+    assert (found["images"], found["left_out"]) == (len(GOOD), told)
+    planned: list[str | Path] = ["--dry-run", "--classes", "robin,wren", "--out", home / "none", *options]
+    found = answer("adapt", folder, "--backbone", demo_model(), *planned)
+    assert (found["images"], found["left_out"]) == (len(GOOD), told)
+    assert "exclude:\n  - bad.*" in found["settings"]
+    for arguments in (["predict", model, folder, *PRECISE], ["evaluate", model, folder, *PRECISE]):
+        result = CliRunner().invoke(app, [*map(str, arguments), *options])
+        assert told in result.stderr
+    (folder / "robin" / "bad.png").unlink()
+    with pytest.warns(UserWarning, match=r"Left out: 2 files"):
+        FineAlign.load(model, device="cpu").predict(folder / "robin" / "..", score="global")
+
+
+def test_images_that_are_all_but_black_or_white_are_told(home: Path, model: Path) -> None:
+    folder = write_good(home / "blank")
+    for name, value in {"black": 0x000C, "white": 0xFFFF}.items():
+        Image.fromarray(np.full((30, 40), value, np.uint16)).save(folder / f"{name}.png")
+    told = f"2 images are all but black or white, the first: {folder}/black.png. Of more than 8 bits?"
+    assert answer("predict", model, folder, *PRECISE)["blank"].startswith(told)
+    assert told in CliRunner().invoke(app, ["predict", str(model), str(folder), *PRECISE]).stderr
+    with pytest.warns(UserWarning, match="2 images are all but black or white"):
+        FineAlign.load(model, device="cpu").predict(folder, score="global")
+    (home / "blank_labelled").mkdir()
+    shutil.copytree(folder, home / "blank_labelled" / "robin")
+    assert "2 images are all but" in answer("evaluate", model, home / "blank_labelled", *PRECISE)["blank"]
+
+
 @cases(hostile.LISTS)
 def test_list(case: Hostile, place: Path, model: Path) -> None:
     compare(answer("predict", model, case.make(place), *PRECISE), case.outcome)

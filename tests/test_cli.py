@@ -215,8 +215,9 @@ def test_adapt__a_process_of_its_own_prints_one_object_and_no_bar(made: Made, tm
 
 def test_adapt__says_what_it_did(made: Made) -> None:
     assert set(made.said) == {
-        "out", "method", "backbone", "classes", "images", "set_aside", "epochs", "seconds", "stopped", "verdict",
-        "kept", "why_kept", "report", "report_problem", "strangers",
+        "out", "method", "backbone", "classes", "images", "left_out", "blank", "set_aside", "epochs", "seconds",
+        "stopped",
+        "verdict", "kept", "why_kept", "report", "report_problem", "strangers",
     }  # fmt: skip
     assert (made.said["out"], made.said["classes"], made.said["images"]) == (str(made.run), CLASSES, 24)
 
@@ -253,7 +254,7 @@ def test_evaluate__has_the_documented_keys(made: Made) -> None:
     found = only_json(command("evaluate", made.run, made.labelled, *PRECISE, "--json"))
     assert set(found) == {
         "adapted", "start", "zero_shot", "difference", "use", "images", "set_aside", "per_class", "confused_pairs",
-        "adapted_to", "class_prior",
+        "adapted_to", "class_prior", "left_out", "blank",
     }  # fmt: skip
     assert set(found["adapted"]) == set(found["start"]) == HEADLINE
     assert set(found["difference"]) == {"top1", "low", "high", "balanced", "balanced_low", "balanced_high"}
@@ -434,7 +435,7 @@ def test_predict__more_than_there_are_classes(made: Made) -> None:
 def test_predict__json_is_the_csv(made: Made) -> None:
     found = only_json(command("predict", made.run, made.photos, *PRECISE, "--top-k", "2", "--json"))
     rows = table(command("predict", made.run, made.photos, *PRECISE, "--top-k", "2").stdout)
-    assert set(found) == {"use", "class_prior", "images", "set_aside", "predictions"}
+    assert set(found) == {"use", "class_prior", "images", "left_out", "blank", "set_aside", "predictions"}
     assert (found["images"], found["set_aside"]) == (24, [])
     for row, entry in zip(rows, found["predictions"], strict=True):
         assert (entry["path"], entry["label"], str(entry["confidence"])) == tuple(list(row.values())[:3])
@@ -462,6 +463,8 @@ def test_predict__out_in_each_format(made: Made, tmp_path: Path, ending: str) ->
         "class_prior": "folder",
         "images": 24,
         "set_aside": [],
+        "left_out": "",
+        "blank": "",
         "out": str(out),
     }
 
@@ -516,7 +519,16 @@ def test_adapt__dry_run_writes_nothing(made: Made, tmp_path: Path, monkeypatch: 
     assert "24 images, 7 classes, 42 descriptions, 2 epochs of 3 steps." in shown.stdout
     assert f"Would write {Path('runs', 'photos-fair-seed0')}" in shown.stdout
     found = only_json(command(*made.adapt("--dry-run", "--json", "--out", "elsewhere")))
-    assert set(found) == {"out", "images", "classes", "descriptions", "epochs", "steps_an_epoch", "settings"}
+    assert set(found) == {
+        "out",
+        "images",
+        "left_out",
+        "classes",
+        "descriptions",
+        "epochs",
+        "steps_an_epoch",
+        "settings",
+    }
     assert found["out"] == "elsewhere"
     assert not list(tmp_path.iterdir())
 

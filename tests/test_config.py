@@ -88,6 +88,8 @@ views_values = st.fixed_dictionaries(
 data_values = st.fixed_dictionaries(
     {
         "max_pixels": count,
+        "exclude": st.lists(word, max_size=2),
+        "white_value": st.just(255.0) | rate.filter(bool) | st.just("auto"),
         "working_size": count | st.just("auto"),
         "cache": word | st.sampled_from(["auto", "temporary"]),
         "cache_gb": st.just(0.0) | rate,
@@ -550,6 +552,7 @@ def test_resolve__the_smallest_crop_fills_the_input(input_size: int, crop_low: f
 def test_resolve__leaves_no_auto(images: int) -> None:
     config = all_auto()
     assert autos(config) == [
+        "data.white_value",
         "data.working_size",
         "views.refresh_epochs",
         "training.epochs",
@@ -557,7 +560,7 @@ def test_resolve__leaves_no_auto(images: int) -> None:
         "training.anchor_steps",
     ]
     resolved = resolve(config, images=images, classes=10, input_size=224)
-    assert autos(resolved) == []
+    assert autos(resolved) == ["data.white_value"]  # each image has its own
     assert read_back(resolved) == resolved
 
 

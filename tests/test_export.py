@@ -20,6 +20,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from conftest import CLASSES, HANG, open_clip_backbone, tiny_config, write_photos
+from deep_images import SHARED, tiff_of, wide_png
 from finealign import FineAlign
 from finealign.errors import ConfigError, FinealignError, ModelError, OutputError
 from finealign.export.checks import Checked, Exported, Format, Measure
@@ -307,6 +308,33 @@ def test_onnx__without_torch_crops_are_scored_as_by_finealign(
     assert [one.name for one in graph.output] == ["scores", "probabilities"]
     assert {one.type.tensor_type.elem_type for one in graph.input} == {onnx.TensorProto.UINT8}
     assert not [name for name in found.files if name.endswith(".data")]
+
+
+def unusual_photos(folder: Path) -> Path:
+    """Transparent ones and those of more than 8 bits a channel."""
+    folder.mkdir()
+    values = np.random.default_rng(0).integers(0, 0x1000, (60, 50, 3), dtype=np.uint16)
+    values[:30] >>= 2
+    (folder / "planar.tif").write_bytes(tiff_of(values, photometric=2, planar=True, deflated=True))
+    (folder / "alpha.tif").write_bytes(tiff_of(values[..., :2], photometric=1, extra=[2]))
+    (folder / "wide.png").write_bytes(wide_png(values))
+    Image.fromarray(values[..., 0]).save(folder / "grey.png")
+    see_through = Image.fromarray((values >> 4).astype(np.uint8))
+    see_through.putalpha(Image.fromarray((values[..., 2] >> 4).astype(np.uint8)))
+    see_through.save(folder / "transparent.png")
+    return folder
+
+
+def test_onnx__transparent_and_deep_images_are_read_as_by_finealign(
+    adapted: FineAlign, exported: Make, tmp_path: Path
+) -> None:
+    paths = sorted(unusual_photos(tmp_path / "photos").iterdir())
+    paths += [path for path in sorted(SHARED.glob("*")) if path.suffix in (".png", ".tif")]
+    found = exported("onnx")
+    _, probabilities = run(found.folder, WITHOUT_TORCH, *map(str, paths))
+    own = adapted.predict_proba(paths, score=found.score)
+    assert np.abs(np.array(probabilities) - own).max() < 0.01
+    assert np.array_equal(np.argmax(probabilities, axis=1), own.argmax(1))
 
 
 def test_onnx__usage_prints_a_class_for_each_image(exported: Make, some_photos: Path) -> None:

@@ -5,6 +5,7 @@ import csv
 import io
 import logging
 import os
+import re
 import struct
 import sys
 import threading
@@ -23,14 +24,18 @@ from PIL import Image
 
 from conftest import HANG
 from finealign.errors import ImageInputError, OutputError, display_path
+from finealign.images import left_out
 from finealign.images.decoding import MAX_SCANS, read_image, read_pixels
 from finealign.images.files import ImageReadError
-from finealign.images.listing import list_images
+from finealign.images.listing import left_out_of, list_images
 from finealign.images.prefetch import in_order
 from finealign.images.tables import read_table, set_aside_csv
+from finealign.run import contract
 from finealign.types import SetAside
 
 ORIENTATION = 0x0112
+KINDS = ["JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "AVIF", "JPEG2000", "PPM"]
+HEIC = struct.pack(">I4s4sI4s4s", 24, b"ftyp", b"heic", 0, b"mif1", b"heic") + bytes(500)
 same_folder = settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
@@ -169,7 +174,7 @@ def test_list_images__error_about_a_name_that_is_not_utf8_can_be_printed(tmp_pat
 
 def test_list_images__empty_folder(tmp_path: Path) -> None:
     (tmp_path / "notes.md").touch()
-    with pytest.raises(ImageInputError, match=r"No image in folder .*Wanted .*\.jpg.*Check"):
+    with pytest.raises(ImageInputError, match=r"No image in folder .*Left out: .*\(1 \.md\).*Wanted .*JPEG.*Check"):
         list_images(tmp_path)
 
 
@@ -177,8 +182,7 @@ def test_list_images__empty_folder(tmp_path: Path) -> None:
 def test_list_images__unreadable_subfolder_is_not_passed_over_in_silence(tmp_path: Path) -> None:
     (tmp_path / "a.jpg").touch()
     (tmp_path / "closed").mkdir(mode=0)
-    with pytest.raises(ImageInputError, match=r"closed.*permission denied"):
-        list_images(tmp_path)
+    assert left_out_of(list_images(tmp_path)) == "Left out: folder closed (permission denied)."
 
 
 def test_list_images__folder_that_cannot_be_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,8 +196,101 @@ def test_list_images__folder_that_cannot_be_listed(tmp_path: Path, monkeypatch: 
         return scandir(folder)
 
     monkeypatch.setattr(os, "scandir", refuse)
+    found = list_images(tmp_path)
+    assert found == [tmp_path / "a.jpg"]
+    assert left_out_of(found) == "Left out: folder closed (permission denied)."
     with pytest.raises(ImageInputError, match=r"closed.*permission denied.*Make it readable"):
-        list_images(tmp_path)
+        list_images(tmp_path / "closed")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes here")
+def test_list_images__photos_of_a_phone_are_told_by_their_bytes(tmp_path: Path) -> None:
+    image = Image.new("RGB", (4, 4), "red")
+    data = {kind: encode(image, kind) for kind in ("JPEG", "AVIF", "JPEG2000", "PNG")}
+    (tmp_path / "a.jpg").write_bytes(data["JPEG"])
+    for number, (kind, name) in enumerate([("AVIF", "b.avif"), ("JPEG2000", "c.jp2"), ("JPEG", "d.JFIF")]):
+        (tmp_path / name).write_bytes(data[kind] + bytes(number))
+    (tmp_path / "e").write_bytes(data["JPEG"])
+    (tmp_path / "f.dat").write_bytes(data["PNG"])
+    (tmp_path / "g.heic").write_bytes(HEIC)
+    (tmp_path / "h.unknown").write_bytes(HEIC)
+    (tmp_path / "i.jxl").write_bytes(b"\xff\x0a" + bytes(90))
+    for name in ("j.mov", "k.MOV", "l.json", "m", "Thumbs.db"):
+        (tmp_path / name).write_bytes(b"\0\0\0\x14ftypqt  \0\0\0\0qt  ")
+    os.mkfifo(tmp_path / "pipe.json")
+    found = list_images(tmp_path)
+    assert [path.name for path in found] == [
+        "a.jpg",
+        "b.avif",
+        "c.jp2",
+        "d.JFIF",
+        "e",
+        "f.dat",
+        "g.heic",
+        "h.unknown",
+        "i.jxl",
+    ]
+    told = "Left out: 6 files that are no images (2 .json, 2 .mov, 1 without an ending, 1 .db)."
+    assert left_out_of(found) == told
+
+
+def test_list_images__an_image_without_an_ending_alone(tmp_path: Path) -> None:
+    (tmp_path / "photo").write_bytes(encode(Image.new("RGB", (4, 4)), "JPEG"))
+    assert list_images(tmp_path / "photo") == [tmp_path / "photo"]
+
+
+RUN_JSON = b'{"status": "complete", "identity": {"settings": "x"}}'
+
+
+def test_list_images__folders_that_hold_no_photos_of_the_user(tmp_path: Path) -> None:
+    assert left_out._RUN.decode() == contract.RUN and left_out._EXAMPLES.decode() == contract.EXAMPLES
+    picture(tmp_path / "a.png")
+    picture(tmp_path / "mine" / "b.png")
+    (tmp_path / "mine" / "run.json").write_text('{"my": "own"}')
+    for name in ("runs/first", "@eaDir", "sub/#recycle", "$RECYCLE.BIN", "lost+found", ".git"):
+        picture(tmp_path / name / "examples" / "c.png")
+    (tmp_path / "runs" / "first" / "run.json").write_bytes(RUN_JSON)
+    found = list_images(tmp_path)
+    assert found == [tmp_path / "a.png", tmp_path / "mine" / "b.png"]
+    told = left_out_of(found)
+    for name in (
+        "runs/first (a run of finealign)",
+        "@eaDir (thumbnails",
+        "sub/#recycle (a bin)",
+        "$RECYCLE.BIN (a bin)",
+        "lost+found",
+        "1 hidden",
+        "1 file that is no image (1 .json)",
+    ):
+        assert name in told
+    # What is given by name is listed, but for the pictures of its own run.
+    assert list_images(tmp_path / "@eaDir") == [tmp_path / "@eaDir" / "examples" / "c.png"]
+    picture(tmp_path / "runs" / "first" / "mine.png")
+    assert list_images(tmp_path / "runs" / "first") == [tmp_path / "runs" / "first" / "mine.png"]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "kept"),
+    [
+        ("thumbs", ["a.png", "b_mask.png", "x/d.png"]),
+        ("thumbs/", ["a.png", "b_mask.png", "x/d.png"]),
+        ("*_mask.png", ["a.png", "thumbs/c.png", "x/d.png", "x/thumbs/e.png"]),
+        ("x/thumbs", ["a.png", "b_mask.png", "thumbs/c.png", "x/d.png"]),
+        ("x/*", ["a.png", "b_mask.png", "thumbs/c.png"]),
+        ("[ab]*", ["thumbs/c.png", "x/d.png", "x/thumbs/e.png"]),
+    ],
+)
+def test_list_images__excluded(tmp_path: Path, pattern: str, kept: list[str]) -> None:
+    names = ["a.png", "b_mask.png", "thumbs/c.png", "x/d.png", "x/thumbs/e.png"]
+    for name in names:
+        picture(tmp_path / name)
+    found = list_images(tmp_path, exclude=[pattern])
+    assert found == [tmp_path / name for name in kept]
+    assert re.fullmatch(r"Left out: [12] excluded as asked\.", left_out_of(found))
+    (tmp_path / "list.txt").write_text("\n".join(names))
+    assert list_images(tmp_path / "list.txt", exclude=[pattern]) == found
+    with pytest.raises(ImageInputError, match=r"No image in folder.*excluded as asked"):
+        list_images(tmp_path, exclude=["*"])
 
 
 # list_images: files and sequences
@@ -549,10 +646,100 @@ def test_read_image__text_named_jpg(tmp_path: Path) -> None:
     assert reason(tmp_path / "a.jpg") == "not an image"
 
 
-@pytest.mark.parametrize("kind", ["EPS", "PDF", "ICO", "PPM"])
-def test_read_image__other_formats_never_reach_their_decoders(tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "said"), [("EPS", "a PostScript document"), ("PDF", "a PDF document"), ("ICO", "an icon")]
+)
+def test_read_image__other_formats_never_reach_their_decoders(tmp_path: Path, kind: str, said: str) -> None:
     (tmp_path / "a.jpg").write_bytes(encode(Image.new("RGB", (16, 16)), kind))
-    assert reason(tmp_path / "a.jpg") == "not an image"
+    assert reason(tmp_path / "a.jpg") == f"{said}, which is not supported; save it as JPEG or PNG"
+
+
+@pytest.mark.parametrize("kind", ["AVIF", "JPEG2000", "PPM", "TIFF", "JPEG"])
+@pytest.mark.parametrize("name", ["a", "a.jpg", "a.heic"])
+def test_read_image__by_its_bytes_whatever_its_name(tmp_path: Path, kind: str, name: str) -> None:
+    image = Image.new("RGB", (40, 30), (200, 40, 40))
+    (tmp_path / name).write_bytes(encode(image, kind))
+    assert pixels(tmp_path / name)[15, 20].tolist() == pytest.approx([200, 40, 40], abs=6)
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (HEIC, r"a HEIC image, for which a package is missing: pip install 'finealign\[heic\]'"),
+        (b"\xff\x0a" + bytes(90), "a JPEG XL image, which is not supported.*"),
+        (b"8BPS" + bytes(90), "a Photoshop file, which is not supported.*"),
+        (b"II*\0\x10\0\0\0CR\x02\0" + bytes(90), "a camera's raw image, which is not supported.*"),
+        (struct.pack(">I4s4sI4s", 20, b"ftyp", b"qt  ", 0, b"qt  "), "a video, which is not supported.*"),
+        (b'<?xml version="1.0"?><svg>', "an SVG drawing, which is not supported.*"),
+    ],
+)
+def test_read_image__what_is_not_read_is_called_what_it_is(
+    tmp_path: Path, data: bytes, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("finealign.images.decoding._heif", lambda: None)
+    (tmp_path / "a.jpg").write_bytes(data)
+    assert re.fullmatch(said, reason(tmp_path / "a.jpg"))
+
+
+def test_read_image__heic_by_pillow_heif(tmp_path: Path) -> None:
+    heif = pytest.importorskip("pillow_heif", reason="needs the extra heic")
+    image = Image.new("RGB", (64, 48), (200, 40, 40))
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    heif.from_pillow(image).save(tmp_path / "a.jpg", exif=exif.tobytes(), quality=95)
+    found = read_image(tmp_path / "a.jpg")
+    assert found.size == (48, 64)
+    assert found.getpixel((20, 20)) == pytest.approx((200, 40, 40), abs=6)
+    (tmp_path / "b.jpg").write_bytes(HEIC)
+    assert reason(tmp_path / "b.jpg") == "damaged or truncated file"
+
+
+# read_image: what every viewer shows
+
+
+@pytest.mark.parametrize("kind", [b"tEXt", b"zTXt", b"iTXt", b"iCCP"])
+@pytest.mark.parametrize("behind", [False, True])
+def test_read_image__a_png_with_megabytes_of_text(tmp_path: Path, kind: bytes, behind: bool) -> None:
+    text = b"a" * 3_000_000
+    squeezed = zlib.compress(text)
+    body = {b"tEXt": b"a\0" + text, b"iTXt": b"a\0\1\0\0\0" + squeezed}.get(kind, b"a\0\0" + squeezed)
+    whole = encode(noise(24, 32), "PNG")
+    place = whole.index(b"IEND") - 4 if behind else 33
+    texts = png_chunk(kind, body) * (30 if kind == b"tEXt" else 1)
+    (tmp_path / "a.png").write_bytes(whole[:place] + texts + whole[place:])
+    assert (pixels(tmp_path / "a.png") == np.asarray(noise(24, 32))).all()
+    (tmp_path / "a.png").write_bytes((whole[:place] + texts + whole[place:])[:200])
+    assert reason(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+@pytest.mark.parametrize("grey", [False, True])
+@pytest.mark.parametrize("lost", [1, 2])
+def test_read_image__a_jpeg_without_its_end_mark(tmp_path: Path, progressive: bool, grey: bool, lost: int) -> None:
+    image = noise(100, 70).convert("L") if grey else noise(100, 70)
+    whole = encode(image, "JPEG", progressive=progressive)
+    (tmp_path / "a.jpg").write_bytes(whole)
+    expected = pixels(tmp_path / "a.jpg")
+    (tmp_path / "a.jpg").write_bytes(whole[:-lost])
+    assert (pixels(tmp_path / "a.jpg") == expected).all()
+
+
+@pytest.mark.parametrize("restart", [0, 1])
+def test_read_image__a_jpeg_that_lacks_a_pixel_is_set_aside(tmp_path: Path, restart: int) -> None:
+    options = {"restart_marker_rows": restart} if restart else {}
+    for image in (noise(40, 50), Image.new("RGB", (400, 400), "white"), Image.new("L", (400, 400), 128)):
+        whole = encode(image, "JPEG", **options)
+        for length in {len(whole) * percent // 100 for percent in (60, 80, 90, 95, 98)} | {len(whole) - 5}:
+            (tmp_path / "a.jpg").write_bytes(whole[:length])
+            assert reason(tmp_path / "a.jpg") in ("truncated file", "damaged or truncated file")
+
+
+def test_read_image__a_progressive_jpeg_without_its_last_scans_is_set_aside(tmp_path: Path) -> None:
+    whole = encode(noise(40, 50), "JPEG", progressive=True)
+    starts = [place for place in range(len(whole)) if whole[place : place + 2] == b"\xff\xda"]
+    for start in starts:
+        (tmp_path / "a.jpg").write_bytes(whole[:start])
+        assert reason(tmp_path / "a.jpg") in ("truncated file", "damaged or truncated file")
 
 
 def test_read_image__missing(tmp_path: Path) -> None:
@@ -626,8 +813,8 @@ def test_read_image__out_of_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize(
     ("kind", "options", "spare"),
     [
-        ("JPEG", {}, 0),
-        ("JPEG", {"progressive": True}, 0),
+        ("JPEG", {}, 2),  # the end mark
+        ("JPEG", {"progressive": True}, 2),
         ("PNG", {}, 20),  # IEND, the checksum of IDAT, and that of the compressed stream
         ("GIF", {}, 2),  # the block terminator and the trailer
         ("BMP", {}, 0),
@@ -635,6 +822,9 @@ def test_read_image__out_of_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         ("WEBP", {"lossless": True}, 0),
         ("TIFF", {}, 0),
         ("TIFF", {"compression": "tiff_lzw"}, 0),
+        ("AVIF", {}, 0),
+        ("JPEG2000", {}, 0),
+        ("PPM", {}, 0),
     ],
 )
 def test_read_image__truncated_file_is_refused_wherever_it_is_cut(
@@ -659,7 +849,7 @@ def test_read_image__half_a_jpeg_is_called_truncated(tmp_path: Path) -> None:
 
 
 @same_folder
-@given(data=st.binary(max_size=200), magic=st.sampled_from(["", "JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF"]))
+@given(data=st.binary(max_size=200), magic=st.sampled_from(["", *KINDS]))
 def test_read_image__garbage_raises_nothing_else(tmp_path: Path, data: bytes, magic: str) -> None:
     head = encode(Image.new("RGB", (2, 2)), magic)[:16] if magic else b""
     (tmp_path / "a.jpg").write_bytes(head + data)

@@ -279,11 +279,16 @@ def test_page__a_folder_becomes_a_csv(
     names = ["=1+1.png", "+a.png", "-b.png", "@c.png", 'in, side/a "quoted".png', "in, side/plain.png"]
     for place, name in enumerate(names):
         (folder / name).write_bytes((photos / "red" / f"{place}.png").read_bytes())
+    (folder / "in, side" / "plain.png").rename(folder / "in, side" / "plain")  # told by its bytes
+    names[-1] = "in, side/plain"
     (folder / "notes.txt").write_text("left out")
+    (folder / "a.mov").write_bytes(b"\0\0\0\x14ftypqt  \0\0\0\0qt  ")
     (folder / ".hidden.png").write_bytes(b"left out")
     page = opened(address)
     page.set_input_files("#folder", folder)
-    finished(page, "6 of 6 images done")
+    finished(page, "6 of 6 images done. Left out as no images: ")
+    for left_out in ("1 hidden or a system's own", "1 .txt", "1 .mov"):
+        expect(page.locator("#status")).to_contain_text(left_out)
     rows = {row["path"]: row for row in downloaded(page)}
     assert set(rows) == {f"box/{name}" for name in names}
     for place, name in enumerate(names):

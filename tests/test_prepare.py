@@ -16,7 +16,8 @@ from finealign.backbone.model import OpenClipBackbone
 from finealign.config import make_config, read_config, resolve
 from finealign.errors import ConfigError
 from finealign.images import listing
-from finealign.images.listing import list_images
+from finealign.images.left_out import LeftOut
+from finealign.images.listing import Listing, list_images
 from finealign.images.paths import PathList
 from finealign.images.training_set import decode_training_set
 from finealign.run.adapt import plan
@@ -39,9 +40,9 @@ def test_adapt_into__texts_are_encoded_and_images_listed_once(
         encoded.append(texts)
         return encode(self, texts)
 
-    def walked(root: Path) -> PathList:
+    def walked(root: Path, left_out: LeftOut) -> Listing:
         listed.append(root)
-        return walk(root)
+        return walk(root, left_out)
 
     monkeypatch.setattr(OpenClipBackbone, "encode_texts", watched)
     monkeypatch.setattr(listing, "_walk", walked)

@@ -123,6 +123,8 @@ def test_adapt_into__run_json_says_what_was_done(finished: Path, tiny_backbone: 
     fixed = {
         "status": "complete",
         "images": 24,
+        "left_out": "",
+        "blank": "",
         "set_aside": 0,
         "classes": CLASSES,
         "seed": 0,
@@ -236,7 +238,9 @@ def test_adapt_into__its_summary_is_plain_json(album: Path, tiny_backbone: Tiny,
         "epochs": 1,
     }
     assert set(found) == {
-        "out", "method", "backbone", "classes", "images", "set_aside", "epochs", "seconds", "stopped", "verdict",
+        "out", "method", "backbone", "classes", "images", "left_out", "blank", "set_aside", "epochs", "seconds",
+        "stopped",
+        "verdict",
         "kept", "why_kept", "report", "report_problem", "strangers",
     }  # fmt: skip
 

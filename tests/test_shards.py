@@ -19,7 +19,7 @@ from finealign.classifier import FineAlign
 from finealign.errors import ImageInputError
 from finealign.images.decoding import read_image
 from finealign.images.files import ImageReadError, file_size, open_regular
-from finealign.images.listing import list_images
+from finealign.images.listing import left_out_of, list_images
 from finealign.images.paths import PathList
 from finealign.images.shards import read_shard
 
@@ -105,6 +105,25 @@ def test_list_images__compressed_shards_are_refused(shards: Path) -> None:
     (shards / "all.tar.gz").write_bytes(b"\x1f\x8b")
     with pytest.raises(ImageInputError, match=r"a \.tar of images that is not compressed"):
         list_images(shards / "all.tar.gz")
+
+
+def test_list_images__members_are_told_by_their_bytes_and_the_rest_is_named(tmp_path: Path) -> None:
+    path = archive(
+        tmp_path / "a.tar",
+        member("0", picture()),
+        member("0.cls", b"3"),
+        member("1.jfif", picture()),
+        member("1.cls", b"4"),
+        member("@eaDir/2.png", picture()),
+        member("masks/3.png", picture()),
+    )
+    for source in (path, tmp_path, f"{tmp_path}/{{a..a}}.tar"):
+        listed = list_images(source, exclude=["masks"])
+        assert [one.name for one in listed] == ["0", "1.jfif"]
+        assert left_out_of(listed) == (
+            "Left out: 2 files that are no images (2 .cls); folder a.tar/@eaDir (thumbnails of a NAS); "
+            "1 excluded as asked."
+        )
 
 
 def test_list_images__a_shard_without_images(tmp_path: Path) -> None:

@@ -15,9 +15,9 @@ from torch import Tensor
 from finealign.backbone.base import Backbone
 from finealign.backbone.load import load_backbone
 from finealign.config import Config
-from finealign.errors import ConfigError, FinealignError, display_path
+from finealign.errors import CautionWarning, ConfigError, FinealignError, display_path
 from finealign.images.decoding import Pixels
-from finealign.images.listing import list_images
+from finealign.images.listing import left_out_of, list_images
 from finealign.images.training_set import decode_training_set
 from finealign.images.views import Views
 from finealign.method.base import Method, SelfTrainingMethod
@@ -28,7 +28,7 @@ from finealign.model.calibration import Calibration, calibrate, sample
 from finealign.model.card import is_card, model_card
 from finealign.model.fitted import FittedModel, check_class_prior, check_use, inference_settings, what_learned
 from finealign.model.folder import own_norms, read_model, write_model
-from finealign.model.inference import Predictor
+from finealign.model.inference import Predictor, tell_blank
 from finealign.model.prepare import Prepared, check_settings, given_shares, prepare
 from finealign.model.refusal import NONE_OF_THESE, cutoff
 from finealign.runtime.atomic import save_text
@@ -157,7 +157,7 @@ class FineAlign:
         ConfigError, ImageInputError or BackboneError, all of which are FinealignErrors.
         """
         texts, config = self.check()
-        paths = list_images(images)
+        paths = list_images(images, exclude=config.data.exclude)
         backbone = backbone or self.load_backbone(config, progress)
         return prepare(texts, config, paths, backbone, text_features=text_features)
 
@@ -189,9 +189,12 @@ class FineAlign:
         the run is asked to stop, and NotFiniteError if the loss is no longer finite.
         """
         progress = progress or Progress()
-        prepared = (
-            images if isinstance(images, Prepared) else self.prepare(images, backbone=backbone, progress=progress)
-        )
+        if isinstance(images, Prepared):
+            prepared = images
+        else:
+            prepared = self.prepare(images, backbone=backbone, progress=progress)
+            if left_out := left_out_of(prepared.paths):
+                progress.caution(left_out)
         # Made before training, so that ``on_epoch`` can predict: the model shares the parameters that learn.
         method = self._begin(prepared)
         if method.trains or method.surveys:
@@ -388,17 +391,23 @@ class FineAlign:
     def _predicted(self, images: Images, score: Score | None) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
         """The probabilities (n, C), and how likely each image shows none of the classes (n,); NaN if unknown."""
         paths = list_images(images)
+        if left_out := left_out_of(paths):
+            warnings.warn(left_out, CautionWarning, stacklevel=3)
         rows = np.full((len(paths), len(self.classes_)), np.nan, dtype=np.float32)
         none = np.full(len(paths), np.nan)
-        set_aside = []
+        set_aside, blank = [], []
         for index, outcome in enumerate(self.iter_predictions(paths, score=score)):
             if isinstance(outcome, SetAside):
                 set_aside.append(outcome)
                 continue
             rows[index] = outcome.probabilities
+            if outcome.blank:
+                blank.append(display_path(outcome.path))
             if outcome.none is not None:
                 none[index] = outcome.none
         self.set_aside_ = set_aside
+        if blank:
+            warnings.warn(tell_blank(len(blank), blank[0]), CautionWarning, stacklevel=3)
         if set_aside:
             first = set_aside[0]
             warnings.warn(

@@ -63,6 +63,14 @@ class DataSettings(Settings):
     """How images are read and cached."""
 
     max_pixels: Positive = Field(200_000_000, description="images with more pixels than this are set aside unread")
+    exclude: list[str] = Field(
+        [], description="patterns of names, or of paths below the folder of images, of files and folders to leave out"
+    )
+    white_value: Annotated[float, Field(gt=0)] | Auto = Field(
+        "auto",
+        description="the value that is white in images of more than 8 bits a channel; auto: the largest value of the "
+        "10, 12, 14 or 16 bits that the image's own largest needs, 1 for floats in [0, 1], else the image's largest",
+    )
     working_size: Positive | Auto = Field(
         "auto", description="shorter side images are reduced to; auto: the input size over the smallest crop's share"
     )
@@ -275,7 +283,8 @@ def resolve(config: Config, *, images: int, classes: int, input_size: int) -> Co
     """Replace every "auto" in the data, views and training sections that does not depend on the machine.
 
     ``images`` and ``classes`` are their numbers; ``input_size`` is the backbone's input side in pixels. The device, the
-    precision and the number of workers may stay "auto", as they are chosen for the machine that runs.
+    precision and the number of workers may stay "auto", as they are chosen for the machine that runs, and the white
+    value, as each image has its own.
     """
     training, views, data = config.training, config.views, config.data
     steps_per_epoch = math.ceil(images / training.batch_size)

@@ -14,7 +14,7 @@ class FinealignError(Exception):
 
 
 class CautionWarning(UserWarning):
-    """Something speaks against adapting to these images, seen before training."""
+    """Something speaks against adapting to these images, seen before training, or a folder holds more than images."""
 
 
 class ConfigError(FinealignError):

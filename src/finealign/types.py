@@ -20,6 +20,7 @@ ClassPrior = Literal["folder", "even"]
 Precision = Literal["fp32", "bf16"]
 WantedPrecision = Literal["auto", "fp32", "bf16"]  # auto: bf16 where the processor computes it faster than fp32
 Reject = Literal["auto"] | float  # refuse what likelier shows no class than one, or this share of the images
+Blank = Literal["black", "white"]
 Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels; right and bottom are exclusive
 
 
@@ -111,6 +112,7 @@ class Prediction:
     start_scores: NDArray[np.float32] | None = None  # (C,)
     start_probabilities: NDArray[np.float32] | None = None  # (C,)
     none: float | None = None  # how likely the image shows none of the classes, in [0, 1]; None if the model cannot say
+    blank: Blank | None = None  # whether the image is all but black or all but white
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,3 +142,4 @@ class Truth:
 
     paths: tuple[Path, ...]
     labels: tuple[int, ...]
+    left_out: str = ""  # what else was in the folder, as a sentence

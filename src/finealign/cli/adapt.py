@@ -8,8 +8,8 @@ from rich.console import Console
 from rich.markup import escape
 
 from finealign.cli.app import app
-from finealign.cli.guards import how_to_resume, print_json, stoppable, tell_set_aside, working
-from finealign.cli.options import AsJson, BackboneName, Classes, Templates
+from finealign.cli.guards import how_to_resume, print_json, stoppable, tell_left_out, tell_set_aside, working
+from finealign.cli.options import AsJson, BackboneName, Classes, Exclude, Templates
 from finealign.errors import FinealignError
 
 
@@ -34,6 +34,7 @@ def adapt(
     out: Annotated[Path | None, typer.Option(help="The run folder. Default: runs/IMAGES-METHOD-seedN.")] = None,
     config: Annotated[Path | None, typer.Option(help="Settings in YAML, as a run folder's config.yaml.")] = None,
     settings: Annotated[list[str] | None, typer.Option("--set", help="section.key=value, as often as wanted.")] = None,
+    exclude: Exclude = None,
     seed: Annotated[int | None, typer.Option(help="Decides every random draw.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or mps.")] = None,
     precision: Annotated[str | None, typer.Option(help="auto, fp32 or bf16.")] = None,
@@ -59,7 +60,14 @@ def adapt(
 
         base = method_settings(method) if method else {}
         name = method.partition("@")[0] if method else None
-        flags = {"backbone": backbone, "method__name": name, "seed": seed, "device": device, "precision": precision}
+        flags: dict[str, Any] = {
+            "backbone": backbone,
+            "method__name": name,
+            "seed": seed,
+            "device": device,
+            "precision": precision,
+            "data__exclude": exclude,
+        }
         prior = None if class_prior is None else read_class_prior(class_prior)
         chosen = read_config(config, settings or (), base=base, method__class_prior=prior, **flags)
         if prior is not None:
@@ -104,6 +112,7 @@ def _show_plan(plan: dict[str, Any], as_json: bool) -> None:
         f"{plan['epochs']} epochs of {plan['steps_an_epoch']} steps. Would write {plan['out']}. Settings:\n"
     )
     typer.echo(plan["settings"].rstrip())
+    tell_left_out(plan["left_out"], Console(stderr=True))
 
 
 def _show_summary(summary: dict[str, Any], as_json: bool) -> None:
@@ -128,6 +137,7 @@ def _show_summary(summary: dict[str, Any], as_json: bool) -> None:
             soft_wrap=True,
             highlight=False,
         )
+    tell_left_out(summary["blank"], Console(stderr=True))
     tell_set_aside(summary["set_aside"], Console(stderr=True))
     screen.print(f"Run folder: [bold]{folder}[/]", soft_wrap=True, highlight=False)
     if summary["report"]:

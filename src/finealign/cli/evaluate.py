@@ -1,5 +1,6 @@
 """`finealign evaluate`: measure a model on labelled images."""
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -8,8 +9,8 @@ import typer
 from rich.console import Console
 
 from finealign.cli.app import app
-from finealign.cli.guards import print_json, tell_set_aside, working
-from finealign.cli.options import AsJson, Device, ExpectedPrior, Model, Precision, ScoreKind, UsedModel
+from finealign.cli.guards import print_json, tell_left_out, tell_set_aside, working
+from finealign.cli.options import AsJson, Device, Exclude, ExpectedPrior, Model, Precision, ScoreKind, UsedModel
 
 if TYPE_CHECKING:  # they import torch, which is slow
     from finealign.classifier import FineAlign
@@ -23,6 +24,7 @@ def evaluate(
     use: UsedModel = None,
     class_prior: ExpectedPrior = None,
     score: ScoreKind = None,
+    exclude: Exclude = None,
     device: Device = "auto",
     precision: Precision = "auto",
     as_json: AsJson = False,
@@ -40,7 +42,7 @@ def evaluate(
         loaded = FineAlign.load(
             model, use=use, class_prior=class_prior, device=device, precision=precision, ranks=ranks
         )
-        figures, set_aside = measured(loaded, model, labelled, score)
+        figures, set_aside = measured(loaded, model, labelled, score, exclude=exclude or ())
         ranks.leave()
         if not ranks.first:
             return
@@ -48,32 +50,48 @@ def evaluate(
             print_json(figures)
             return
         evaluation_tables(figures, Console())
+        for sentence in (figures["left_out"], figures["blank"]):
+            tell_left_out(str(sentence), Console(stderr=True))
         tell_set_aside([asdict(row) for row in set_aside], Console(stderr=True))
 
 
 def measured(
-    model: "FineAlign", folder: Path, labelled: Path, score: "Score | None", *, in_full: bool = False
+    model: "FineAlign",
+    folder: Path,
+    labelled: Path,
+    score: "Score | None",
+    *,
+    in_full: bool = False,
+    exclude: Sequence[str] = (),
 ) -> "tuple[dict[str, object], list[SetAside]]":
     """Evaluate the adapted model and the start (the model before adaptation) on labelled images.
 
     ``folder`` is where the model was loaded from, and ``score`` is of the adapted model, which is the one in use
     afterwards. Returns the summary of ``evaluate_predictions``, which ``in_full`` extends by what a report draws, and
     the labelled images that could not be read. To the summary are added ``adapted_to``, how many of the measured images
-    the model was adapted to, None where this is not known, and ``class_prior``, how the adapted model took the images
-    to be distributed.
+    the model was adapted to, None where this is not known, ``class_prior``, how the adapted model took the images to be
+    distributed, ``left_out``, what was in the folder besides the images, and ``blank``, which images show nothing.
     """
     from finealign.cli.bars import Bars
+    from finealign.errors import display_path
     from finealign.evaluate.summary import evaluate_predictions
     from finealign.evaluate.truth import read_truth
-    from finealign.model.inference import readable
+    from finealign.model.inference import readable, tell_blank
     from finealign.run.folder import count_adapted_to
 
     names, use = model.texts_.classes, model.use_
-    truth = read_truth(labelled, names)
+    truth = read_truth(labelled, names, exclude=exclude)
     set_aside: list[SetAside] = []
     with Bars().stage("evaluating", len(truth.paths)) as stage:
         outcomes = model.use("adapted").iter_predictions(truth.paths, score=score, with_start=True)
         predictions = list(readable(outcomes, set_aside, stage.advance))
     figures = evaluate_predictions(predictions, truth, names, set_aside=len(set_aside), in_full=in_full, use=use)
+    blank = [display_path(prediction.path) for prediction in predictions if prediction.blank]
+    told_blank = tell_blank(len(blank), blank[0] if blank else "")
     adapted_to = count_adapted_to(folder, (prediction.path for prediction in predictions))
-    return figures | {"adapted_to": adapted_to, "class_prior": model.class_prior_}, set_aside
+    return figures | {
+        "adapted_to": adapted_to,
+        "class_prior": model.class_prior_,
+        "left_out": truth.left_out,
+        "blank": told_blank,
+    }, set_aside

@@ -95,6 +95,12 @@ def print_json(value: dict[str, Any]) -> None:
     typer.echo(text.encode("utf-8", "backslashreplace"))  # a path may hold bytes that are not UTF-8
 
 
+def tell_left_out(sentence: str, screen: Console) -> None:
+    """Print what was left out of a folder or of shards; nothing where that is nothing."""
+    if sentence:
+        screen.print(f"[yellow]{escape(sentence)}[/]", soft_wrap=True, highlight=False)
+
+
 def tell_set_aside(rows: list[dict[str, str]], screen: Console) -> None:
     """Print how many images could not be read, and the first of them with the reason; nothing if there are none."""
     if not rows:

@@ -32,6 +32,15 @@ ExpectedPrior = Annotated[
         "Default: what the model was saved with.",
     ),
 ]
+Exclude = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--exclude",
+        metavar="PATTERN",
+        help="Leave out files and folders of this name, or path below IMAGES, as thumbs or '*_mask.png'; as often as "
+        "wanted.",
+    ),
+]
 Model = Annotated[Path, typer.Argument(help="A run folder, or its model/.")]
 Classes = Annotated[str, typer.Option(help="A file with one class name a line, or names with commas between.")]
 Templates = Annotated[Path | None, typer.Option(help="A file with one template a line, {} for the name.")]

@@ -12,8 +12,18 @@ from rich.console import Console
 from rich.markup import escape
 
 from finealign.cli.app import app
-from finealign.cli.guards import print_json, stoppable, tell_set_aside, working
-from finealign.cli.options import AsJson, Device, ExpectedPrior, Model, Precision, RejectShare, ScoreKind, UsedModel
+from finealign.cli.guards import print_json, stoppable, tell_left_out, tell_set_aside, working
+from finealign.cli.options import (
+    AsJson,
+    Device,
+    Exclude,
+    ExpectedPrior,
+    Model,
+    Precision,
+    RejectShare,
+    ScoreKind,
+    UsedModel,
+)
 
 if TYPE_CHECKING:  # it imports torch, which is slow
     from finealign.types import Prediction
@@ -29,6 +39,7 @@ def predict(
     class_prior: ExpectedPrior = None,
     score: ScoreKind = None,
     reject: RejectShare = None,
+    exclude: Exclude = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace --out if it is there.")] = False,
     device: Device = "auto",
     precision: Precision = "auto",
@@ -38,10 +49,11 @@ def predict(
     with working(as_json):
         from finealign.classifier import FineAlign
         from finealign.cli.bars import Bars
-        from finealign.images.listing import list_images
+        from finealign.errors import display_path
+        from finealign.images.listing import left_out_of, list_images
         from finealign.images.tables import set_aside_csv
         from finealign.model.fitted import CALLED
-        from finealign.model.inference import readable
+        from finealign.model.inference import readable, tell_blank
         from finealign.model.predictions import (
             Row,
             beside,
@@ -61,7 +73,7 @@ def predict(
         if out:
             check_destination(out, overwrite=overwrite)
             check_destination(beside(out), overwrite=overwrite)
-        paths = list_images(images)
+        paths = list_images(images, exclude=exclude or ())
         loaded = FineAlign.load(
             model, use=use, class_prior=class_prior, device=device, precision=precision, ranks=ranks
         )
@@ -69,11 +81,14 @@ def predict(
         names = loaded.texts_.classes
         set_aside: list[SetAside] = []
         rows: list[Row] = []
-        refusals = 0
+        refusals = blanks = 0
+        first_blank = ""
 
         def counted(predictions: Iterable["Prediction"]) -> Iterator["Prediction"]:
-            nonlocal refusals
+            nonlocal refusals, blanks, first_blank
             for prediction in predictions:
+                if prediction.blank:
+                    blanks, first_blank = blanks + 1, first_blank or display_path(prediction.path)
                 refusals += refused(prediction, refused_from)
                 yield prediction
 
@@ -110,6 +125,8 @@ def predict(
                 "class_prior": loaded.class_prior_,
                 "images": count,
                 "set_aside": [asdict(row) for row in set_aside],
+                "left_out": left_out_of(paths),
+                "blank": tell_blank(blanks, first_blank),
             }
             if share is not None:
                 result["refused"] = refusals
@@ -125,4 +142,6 @@ def predict(
             )
         if share is not None:
             notes.print(f"{refusals} of {count} are '{NONE_OF_THESE}' (--reject {share}).", soft_wrap=True)
+        tell_left_out(left_out_of(paths), notes)
+        tell_left_out(tell_blank(blanks, first_blank), notes)
         tell_set_aside([asdict(row) for row in set_aside], notes)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from finealign.errors import ImageInputError, display_path, first_few
 from finealign.evaluate.metrics import check_classes
-from finealign.images.listing import list_images
+from finealign.images.listing import left_out_of, list_images, not_excluded
 from finealign.images.tables import read_table
 from finealign.texts.prompts import fold
 from finealign.types import Truth
@@ -19,12 +19,13 @@ VALID_SHOWN = 20
 # --- reading the truth ------------------------------------------------------------------------------------------------
 
 
-def read_truth(source: str | Path, classes: Sequence[str]) -> Truth:
+def read_truth(source: str | Path, classes: Sequence[str], *, exclude: Sequence[str] = ()) -> Truth:
     """The true class of each image, from a folder of class folders or from a CSV with columns ``path,label``.
 
     A folder holds ``<class>/**/<image>``; paths in a CSV are relative to the folder of the CSV. A name is first matched
     to the class names exactly, then ignoring case, Unicode form and the difference between ``_``, ``-`` and white
     space. Class names that differ in these alone have to be written exactly. Classes without images are allowed.
+    ``exclude`` leaves images out as in ``list_images``.
 
     Raises:
         ImageInputError: ``source`` is missing or holds no images, an image lies outside the class folders, a name
@@ -34,9 +35,9 @@ def read_truth(source: str | Path, classes: Sequence[str]) -> Truth:
     check_classes(classes)
     source = Path(source)
     if os.path.isdir(source):
-        labelled = _read_folders(source)
+        labelled, left_out = _read_folders(source, exclude)
     elif os.path.exists(source):
-        labelled = _read_csv(source)
+        labelled, left_out = _read_csv(source, exclude), ""
     else:
         raise ImageInputError(
             f"No ground truth at {_shown(source)}. "
@@ -50,11 +51,12 @@ def read_truth(source: str | Path, classes: Sequence[str]) -> Truth:
     return Truth(
         paths=tuple(path for path, _ in labelled),
         labels=tuple(index[name][0] for _, name in labelled),
+        left_out=left_out,
     )
 
 
-def _read_folders(root: Path) -> list[tuple[Path, str]]:
-    images = list_images(root)
+def _read_folders(root: Path, exclude: Sequence[str]) -> tuple[list[tuple[Path, str]], str]:
+    images = list_images(root, exclude=exclude)
     stray = [path for path in images if path.parent == root]
     if stray:
         folders = "no class folders" if len(stray) == len(images) else "class folders"
@@ -63,11 +65,13 @@ def _read_folders(root: Path) -> list[tuple[Path, str]]:
             f"{_shown(stray[0].name)}, whose class is not told. "
             "Put each image in a sub-folder named after its class, or give a CSV with columns path,label."
         )
-    return [(path, path.relative_to(root).parts[0]) for path in images]
+    return [(path, path.relative_to(root).parts[0]) for path in images], left_out_of(images)
 
 
-def _read_csv(table: Path) -> list[tuple[Path, str]]:
-    labelled = [(table.parent / row["path"], row["label"]) for row in read_table(table, ("path", "label"))]
+def _read_csv(table: Path, exclude: Sequence[str]) -> list[tuple[Path, str]]:
+    rows = read_table(table, ("path", "label"))
+    kept = set(not_excluded((row["path"] for row in rows), exclude))
+    labelled = [(table.parent / row["path"], row["label"]) for row in rows if row["path"] in kept]
     if not labelled:
         raise ImageInputError(
             f"{_shown(table)} lists no images. Give one row an image: its path, and its class as the label."

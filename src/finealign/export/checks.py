@@ -158,9 +158,10 @@ def draw_batch(generator: np.random.Generator, shape: tuple[int, ...]) -> Tensor
 
 
 def write_pictures(size: int, folder: Path) -> list[Path]:
-    """Write random PNG images into a folder and return their paths.
+    """Write random images into a folder and return their paths.
 
-    They have several sizes, smaller and larger than ``size``, the side in pixels of the model's input.
+    They have several sizes, smaller and larger than ``size``, the side in pixels of the model's input. The last ones
+    are transparent, or grey of 16 and of 12 bits.
     """
     generator = np.random.default_rng(1)
     sizes = [(size, size), (2 * size, 3 * size + 1), (size // 2 + 1, size), (301, 224), (97, 260), (size + 2, size)]
@@ -169,7 +170,30 @@ def write_pictures(size: int, folder: Path) -> list[Path]:
         path = folder / f"{number}.png"
         Image.fromarray(_draw(generator, height, width).permute(1, 2, 0).numpy()).save(path)
         paths.append(path)
-    return paths
+    return paths + _unusual(generator, size, folder)
+
+
+def _unusual(generator: np.random.Generator, size: int, folder: Path) -> list[Path]:
+    """Images that Pillow's own conversion to RGB shows otherwise than finealign does."""
+    pixels = [_draw(generator, size + 3, size + 40).permute(1, 2, 0).numpy() for _ in range(2)]
+    colours, opacity = Image.fromarray(pixels[0]), Image.fromarray(pixels[1][..., 0])
+    grey = pixels[0][..., 1].astype(np.uint16)
+    see_through = colours.copy()
+    see_through.putalpha(opacity)
+    grey_see_through = colours.convert("L")
+    grey_see_through.putalpha(opacity)
+    images = {
+        "transparent.png": see_through,
+        "transparent.webp": see_through,
+        "grey_transparent.png": grey_see_through,
+        "16_bits.png": Image.fromarray(grey * 257),
+        "12_of_16_bits.png": Image.fromarray(grey << 4),
+        "12_of_16_bits.tif": Image.fromarray(grey << 4),
+        "floats.tif": Image.fromarray(grey.astype(np.float32) / 255),
+    }
+    for name, image in images.items():
+        image.save(folder / name)
+    return [folder / name for name in images]
 
 
 def _draw(generator: np.random.Generator, height: int, width: int) -> Tensor:

@@ -7,13 +7,14 @@ from typing import Any
 
 from finealign.classifier import FineAlign
 from finealign.export.checks import Format
+from finealign.images import channels
 from finealign.model.card import model_card
 from finealign.runtime.atomic import save_tensors, save_text
 from finealign.runtime.render import fill
 from finealign.types import Score
 
 CARD, PARITY, CLASSES, ANCHORS = "README.md", "parity.json", "classes.json", "anchors.safetensors"
-USAGE, GRAPH = "usage.py", "model.onnx"
+USAGE, READING, GRAPH = "usage.py", "reading.py", "model.onnx"
 USE = """\
 `python usage.py IMAGE...` prints the class of each image. `usage.classify(paths)` gives the scores and probabilities of
 all classes, in the order of `classes.json`. It needs {needs}, and no finealign.
@@ -23,8 +24,8 @@ all classes, in the order of `classes.json`. It needs {needs}, and no finealign.
 `parity.json` has how closely the scores agree with finealign's.
 """
 NEEDS: Mapping[Format, str] = {
-    "open_clip": "open_clip_torch",
-    "hf": "transformers, torch and Pillow",
+    "open_clip": "open_clip_torch, numpy and Pillow",
+    "hf": "transformers, torch, numpy and Pillow",
     "onnx": "onnxruntime, numpy and Pillow",
 }
 MORE: Mapping[Format, str] = {
@@ -59,11 +60,14 @@ def write_anchors(saved: FineAlign, folder: Path) -> None:
 
 
 def write_usage(saved: FineAlign, format: Format, folder: Path, **values: Any) -> None:
-    """Write ``usage.py``.
+    """Write ``usage.py``, and ``reading.py``, by which it reads images as finealign does.
 
-    ``values`` are what its template needs in addition to ``working``, the size that photos are reduced to.
+    ``values`` are what its template needs in addition to ``working``, the size that photos are reduced to, and
+    ``white``, the white value of images of more than 8 bits a channel.
     """
-    values = {"working": saved.model_.inference.working_size, **values}
+    settings = saved.model_.inference
+    values = {"working": settings.working_size, "white": repr(settings.white_value), **values}
+    save_text(Path(channels.__file__).read_text(encoding="utf-8"), folder / READING)
     save_text(fill("finealign.export", f"usage_{format}.py.j2", values), folder / USAGE)
 
 

@@ -4,6 +4,7 @@ The format is recognised by a file's bytes, not by its name. Every image is conv
 channel, upright, first frame only, transparency composited on white. Embedded colour profiles are ignored.
 """
 
+import io
 import logging
 import re
 import threading
@@ -11,96 +12,178 @@ import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import (
+    AvifImagePlugin,
     BmpImagePlugin,
-    ExifTags,
     GifImagePlugin,
     Image,
     ImageFile,
+    Jpeg2KImagePlugin,
     JpegImagePlugin,
     PngImagePlugin,
+    PpmImagePlugin,
     TiffImagePlugin,
     WebPImagePlugin,
 )
 
+from finealign.images.channels import UnsupportedImageError, White, deep_tiff, is_read_by_pillow, refusal_of, rgb_of
 from finealign.images.files import ImageReadError, open_regular, reason_of
+from finealign.images.formats import HEAD, format_of, why_refused
+from finealign.images.repairs import ended, without_text
 
 MAX_PIXELS = 200_000_000
 MAX_SIDE = 100_000  # Pillow takes minutes to decode rows of millions of pixels, and minutes again to resize them
 MAX_SCANS = 100  # of one JPEG: the decoder goes over the whole image again for each
 
 Pixels = NDArray[np.uint8]  # (H, W, 3)
-# No other decoder is given a file: others of Pillow's start external programs (EPS), or read formats whose suffixes are
-# not listed as images. Importing the plugins registers them in Image.OPEN; JPEG covers MPO too.
-_FORMATS = tuple(
-    plugin.format
-    for plugin in (
-        JpegImagePlugin.JpegImageFile,
-        PngImagePlugin.PngImageFile,
-        WebPImagePlugin.WebPImageFile,
-        GifImagePlugin.GifImageFile,
-        BmpImagePlugin.BmpImageFile,
-        TiffImagePlugin.TiffImageFile,
-    )
-)
-_UPRIGHT = {  # by EXIF orientation
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
+_DECODERS: dict[str, Callable[..., ImageFile.ImageFile]] = {
+    "JPEG": JpegImagePlugin.jpeg_factory,  # MPO too
+    "PNG": PngImagePlugin.PngImageFile,
+    "WEBP": WebPImagePlugin.WebPImageFile,
+    "GIF": GifImagePlugin.GifImageFile,
+    "BMP": BmpImagePlugin.BmpImageFile,
+    "TIFF": TiffImagePlugin.TiffImageFile,
+    "AVIF": AvifImagePlugin.AvifImageFile,
+    "JPEG2000": Jpeg2KImagePlugin.Jpeg2KImageFile,
+    "PPM": PpmImagePlugin.PpmImageFile,
 }
 _SCAN = b"\xff\xda"  # a JPEG's marker for the start of a scan
 _SEGMENT = re.compile(rb"\xff([^\x00\x01\xd0-\xd7\xff])")  # a JPEG's marker that has a length behind it, or its end
 
 
-def read_image(path: Path, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def read_image(path: Path, *, max_pixels: int = MAX_PIXELS, white_value: White = "auto") -> Image.Image:
     """Read the image at ``path``: RGB, 8 bits per channel, upright by its EXIF, first frame, transparency on white.
 
-    16-bit greyscale keeps its high byte. Floats in [0, 1] are scaled by 255. Other floats, and integers beyond 16 bits,
-    are scaled so that the image's own minimum becomes 0 and its maximum 255. The result carries no metadata, so that no
-    later step can rotate it again.
+    More than 8 bits per channel are scaled by ``eight_bits``: ``white_value`` becomes 255. With "auto", 16 bits of
+    which an image fills only the lowest 10, 12 or 14 keep the highest 8 of those. The result carries no metadata, so
+    that no later step can rotate it again.
 
     Raises:
-        ImageReadError: the file is not a complete image, has more than ``max_pixels`` pixels or more than ``MAX_SIDE``
-            on a side, or is a JPEG of more than ``MAX_SCANS`` scans. The message is the reason alone.
+        ImageReadError: the file is not a complete image, is of a kind that is not supported, has more than
+            ``max_pixels`` pixels or more than ``MAX_SIDE`` on a side, or is a JPEG of more than ``MAX_SCANS`` scans.
+            The message is the reason alone.
     """
     with open_regular(path) as file:
-        return decode_image(file, max_pixels=max_pixels)
+        return decode_image(file, max_pixels=max_pixels, white_value=white_value)
 
 
 def decode_image(
-    file: BinaryIO, *, max_pixels: int = MAX_PIXELS, before: Callable[[int], None] = lambda pixels: None
+    file: BinaryIO,
+    *,
+    max_pixels: int = MAX_PIXELS,
+    white_value: White = "auto",
+    before: Callable[[int], None] = lambda pixels: None,
 ) -> Image.Image:
     """Decode the image in an open, seekable file as ``read_image`` does. Raises ImageReadError as it does.
 
     ``before`` is called with the image's number of pixels before they are decoded.
     """
+
+    def decode(data: BinaryIO) -> Image.Image:
+        return _decode(data, max_pixels, white_value, before)
+
     with _quiet_pillow:
         try:
-            image = _identify(file)
-            width, height = image.size
-            if width * height > max_pixels:
-                raise ImageReadError(f"{width} x {height} pixels, over the limit of {max_pixels:,}")
-            if max(width, height) > MAX_SIDE:
-                raise ImageReadError(f"{width} x {height} pixels, over the limit of {MAX_SIDE:,} a side")
-            if image.format in ("JPEG", "MPO"):
-                _refuse_scans(file)
-            before(width * height)
-            image.load()
-            return _to_rgb(_upright(image))
+            try:
+                return decode(file)
+            except (OSError, ValueError) as error:
+                repaired = _repaired(file, error, decode)
+                if repaired is None:
+                    raise
+                return repaired
         except ImageReadError:
             raise
+        except UnsupportedImageError as exc:
+            raise ImageReadError(str(exc)) from None
         except Exception as exc:  # damaged files make Pillow raise nearly anything, and one file must not end a run
-            raise ImageReadError(reason_of(exc)) from exc
+            raise ImageReadError(_unsupported_tiff(file) or reason_of(exc)) from exc
+
+
+def _decode(file: BinaryIO, max_pixels: int, white: White, before: Callable[[int], None]) -> Image.Image:
+    file.seek(0)
+    name = format_of(file.read(HEAD))
+    decoder = _decoder(name)
+    if decoder is None:
+        raise ImageReadError(why_refused(name))
+    deep = deep_tiff(file) if name == "TIFF" else None
+    file.seek(0)
+    # Not Image.open: it refuses large images by a global limit of its own, before their size is known.
+    image = deep or decoder(file, "")
+    width, height = image.size
+    if width * height > max_pixels:
+        raise ImageReadError(f"{width} x {height} pixels, over the limit of {max_pixels:,}")
+    if max(width, height) > MAX_SIDE:
+        raise ImageReadError(f"{width} x {height} pixels, over the limit of {MAX_SIDE:,} a side")
+    if name == "JPEG":
+        _refuse_scans(file)
+    if name == "JPEG2000":
+        _refuse_unended(file)
+    before(width * height)
+    return image.rgb(white) if not isinstance(image, ImageFile.ImageFile) else rgb_of(image, file, white)
+
+
+def _decoder(name: str | None) -> Callable[..., ImageFile.ImageFile] | None:
+    return _heif() if name == "HEIF" else _DECODERS.get(name or "")
+
+
+@cache
+def _heif() -> Callable[..., ImageFile.ImageFile] | None:
+    """pillow-heif's decoder; None where the package is not installed."""
+    try:
+        from pillow_heif import HeifImageFile
+    except ImportError:
+        return None
+    decoder: Callable[..., ImageFile.ImageFile] = HeifImageFile
+    return decoder
+
+
+def _unsupported_tiff(file: BinaryIO) -> str:
+    """What kind of TIFF it is where Pillow has no decoder for its kind, whole or not; empty for any other file."""
+    try:
+        file.seek(0)
+        head = file.read(8)
+        if format_of(head) != "TIFF":
+            return ""
+        tags: Any = TiffImagePlugin.ImageFileDirectory_v2(head + (file.read(8) if 43 in head[2:4] else b""))
+        file.seek(tags.next)
+        tags.load(file)
+        size_is_told = tags[TiffImagePlugin.IMAGEWIDTH] > 0 and tags[TiffImagePlugin.IMAGELENGTH] > 0
+        return "" if not size_is_told or is_read_by_pillow(tags) else refusal_of(tags)
+    except Exception:  # it is damaged rather
+        return ""
+
+
+def heif_version() -> str:
+    """The version of pillow-heif, or "none": an image that cannot be read without it can be with it."""
+    try:
+        return version("pillow-heif")
+    except PackageNotFoundError:
+        return "none"
+
+
+def _repaired(file: BinaryIO, error: Exception, decode: Callable[[BinaryIO], Image.Image]) -> Image.Image | None:
+    """The image where it is whole but for what viewers do not mind: large texts in a PNG, a JPEG without its end."""
+    if isinstance(error, ImageReadError | UnsupportedImageError):
+        return None
+    file.seek(0)
+    name = format_of(file.read(HEAD))
+    if name == "PNG" and "MAX_TEXT_" in str(error):  # part of the names of Pillow's limits
+        file.seek(0)
+        return decode(io.BytesIO(without_text(file.read())))
+    if name == "JPEG" and "truncated" in str(error):
+        file.seek(0)
+        images = [decode(io.BytesIO(data)) for data in ended(file.read())]
+        if images and all(image.tobytes() == images[0].tobytes() for image in images[1:]):
+            return images[0]
+    return None
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,12 +195,14 @@ class Photo:
     height: int
 
 
-def read_photo(path: Path, *, shorter_side: int | None, max_pixels: int = MAX_PIXELS) -> Photo:
+def read_photo(
+    path: Path, *, shorter_side: int | None, max_pixels: int = MAX_PIXELS, white_value: White = "auto"
+) -> Photo:
     """Read the image at ``path`` with ``read_image`` and convert it with ``to_photo``.
 
     Raises ImageReadError as ``read_image`` does.
     """
-    return to_photo(read_image(path, max_pixels=max_pixels), shorter_side=shorter_side)
+    return to_photo(read_image(path, max_pixels=max_pixels, white_value=white_value), shorter_side=shorter_side)
 
 
 def to_photo(image: Image.Image, *, shorter_side: int | None) -> Photo:
@@ -134,21 +219,9 @@ def to_photo(image: Image.Image, *, shorter_side: int | None) -> Photo:
     return Photo(np.array(image), width, height)  # a copy, because torch warns about read-only arrays
 
 
-def read_pixels(path: Path, *, shorter_side: int, max_pixels: int = MAX_PIXELS) -> Pixels:
+def read_pixels(path: Path, *, shorter_side: int, max_pixels: int = MAX_PIXELS, white_value: White = "auto") -> Pixels:
     """Return only the pixels of ``read_photo``: (H, W, 3) uint8. Raises ImageReadError as ``read_image`` does."""
-    return read_photo(path, shorter_side=shorter_side, max_pixels=max_pixels).pixels
-
-
-def _identify(file: BinaryIO) -> ImageFile.ImageFile:
-    # Not Image.open: it refuses large images by a global limit of its own, before their size is known.
-    prefix = file.read(16)
-    for name in _FORMATS:
-        factory, accepts = Image.OPEN[name]
-        # A decoder that this build of Pillow lacks returns a message, which is truthy but not True.
-        if accepts is not None and accepts(prefix) is True:
-            file.seek(0)
-            return factory(file, "")
-    raise ImageReadError("not an image")
+    return read_photo(path, shorter_side=shorter_side, max_pixels=max_pixels, white_value=white_value).pixels
 
 
 def _refuse_scans(file: BinaryIO) -> None:
@@ -159,6 +232,13 @@ def _refuse_scans(file: BinaryIO) -> None:
         raise ImageReadError(f"a JPEG of more than {MAX_SCANS} scans")
 
 
+def _refuse_unended(file: BinaryIO) -> None:
+    """Refuse a JPEG 2000 without the mark that ends its data, which its decoder does not always miss."""
+    file.seek(0)
+    if b"\xff\xd9" not in file.read():
+        raise ImageReadError("truncated file")
+
+
 def _scans(data: bytes) -> int:
     """Count the scans of a JPEG's first picture, stopping at one more than MAX_SCANS."""
     position, scans = 2, 0
@@ -166,49 +246,6 @@ def _scans(data: bytes) -> int:
         scans += marker[0] == _SCAN
         position = marker.end() + max(2, int.from_bytes(data[marker.end() : marker.end() + 2], "big"))
     return scans
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    # Not ImageOps.exif_transpose: it also rewrites the EXIF, which fails for some images whose orientation is valid.
-    try:
-        method = _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except Exception:  # the pixels can be intact where the EXIF is broken
-        return image
-    return image if method is None else image.transpose(method)
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        image = _to_grey(image)
-    if image.has_transparency_data:
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image.convert("RGBA"))
-    rgb = image.convert("RGB")
-    rgb.info = {}
-    return rgb
-
-
-def _to_grey(image: Image.Image) -> Image.Image:
-    """Scale 16-bit, 32-bit and float greyscale to 8 bits as ``read_image`` describes."""
-    values = np.asarray(image)
-    tags = image.tag_v2 if isinstance(image, TiffImagePlugin.TiffImageFile) else {}
-    if image.mode == "I" and tags and tags.get(TiffImagePlugin.SAMPLEFORMAT, (1,)) == (1,):
-        values = values.view(np.uint32)  # Pillow reads unsigned values as signed
-    if not np.isfinite(values).all():
-        raise ImageReadError("pixel values that are not finite")
-    low, high = float(values.min()), float(values.max())
-    if image.mode != "F" and low >= 0 and high <= 0xFFFF:
-        grey = (values >> 8).astype(np.uint8)
-    else:
-        if image.mode == "F" and low >= 0 and high <= 1:
-            low, high = 0.0, 1.0
-        scaled = (values.astype(np.float64) - low) * (255 / (high - low or 1))
-        grey = scaled.round().astype(np.uint8)
-    if tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0:  # 0 is white, which Pillow heeds only for 8 bits
-        grey = 255 - grey
-    if isinstance(key := image.info.get("transparency"), int):
-        grey[values == key] = 255
-    return Image.fromarray(grey)
 
 
 class _QuietPillow:

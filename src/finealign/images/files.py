@@ -2,13 +2,17 @@
 
 import io
 import os
+import re
 import stat
 from pathlib import Path
 
 from PIL import Image
 
-from finealign.errors import ImageInputError
+from finealign.errors import ImageInputError, one_line
 from finealign.images.shards import SUFFIX, ShardError, find_shard, member_size, open_member, read_shard
+
+# In Pillow's messages about files that may be whole.
+_UNSUPPORTED = re.compile(r"unsupported|not supported|not available|cannot handle|unable to use", re.IGNORECASE)
 
 
 class ImageReadError(ImageInputError):
@@ -69,6 +73,8 @@ def reason_of(exc: Exception) -> str:
             return text.lower()
     if "MAX_TEXT_" in str(exc):  # part of the names of Pillow's limits
         return "a text or colour profile in it is larger than Pillow allows"
+    if _UNSUPPORTED.search(str(exc)):
+        return f"of a kind that is not supported ({one_line(exc)}); save it as JPEG or PNG"
     return "truncated file" if "truncated" in str(exc).lower() else "damaged or truncated file"
 
 

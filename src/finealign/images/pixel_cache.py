@@ -25,14 +25,15 @@ import numpy as np
 import PIL
 
 from finealign.errors import ImageInputError, OutputError, display_path
-from finealign.images.decoding import Pixels, read_pixels
+from finealign.images.channels import White
+from finealign.images.decoding import Pixels, heif_version, read_pixels
 from finealign.images.files import ImageReadError, open_regular, reason_of
 from finealign.images.paths import PathList
 from finealign.images.prefetch import in_order
 from finealign.runtime.atomic import save_text
 from finealign.types import SetAside
 
-FORMAT = 2  # part of the key; to be raised when images are decoded differently, so that old entries are not used
+FORMAT = 3  # part of the key; to be raised when images are decoded differently, so that old entries are not used
 PIXELS, INDEX = "pixels.u8", "index.json"
 
 _ENTRY = re.compile(r"[0-9a-f]{64}")
@@ -96,6 +97,7 @@ def store_pixels(
     *,
     shorter_side: int,
     max_pixels: int,
+    white_value: White = "auto",
     folder: Path | None,
     max_bytes: int,
     on_progress: Callable[[int], None] = lambda done: None,
@@ -116,11 +118,13 @@ def store_pixels(
     Raises:
         ImageInputError: no image could be read.
     """
-    read = partial(read_pixels, shorter_side=shorter_side, max_pixels=max_pixels)
+    read = partial(read_pixels, shorter_side=shorter_side, max_pixels=max_pixels, white_value=white_value)
     entry: Path | None = None
     unreadable: dict[Path, str] = {}
     if folder is not None and max_bytes > 0:
-        key, unreadable = _key(paths, f"{FORMAT} {shorter_side} {max_pixels} {PIL.__version__}")
+        key, unreadable = _key(
+            paths, f"{FORMAT} {shorter_side} {max_pixels} {white_value} {PIL.__version__} {heif_version()}"
+        )
         entry = folder.absolute() / key
         loaded = _load(entry, paths, read, max_bytes)
         if loaded is not None:

@@ -40,6 +40,15 @@ class Shard:
         """The paths of all members, in the order of the archive."""
         return [Path(f"{self.path}/{self.names[index]}") for index in self.order]
 
+    def head(self, index: int, length: int) -> bytes:
+        """The first bytes of the member of this index in ``names``; none where it cannot be read."""
+        offset, size = self.places[2 * index : 2 * index + 2]
+        if offset < 0:
+            return b""
+        with self.path.open("rb") as file:
+            file.seek(offset)
+            return file.read(min(length, size))
+
     def place(self, name: str) -> tuple[int, int] | None:
         """The offset and the size in bytes of a member, or None where the archive has none of this name."""
         encoded = os.fsencode(name)

@@ -40,6 +40,7 @@ def decode_training_set(
                     paths,
                     shorter_side=settings.working_size,
                     max_pixels=settings.max_pixels,
+                    white_value=settings.white_value,
                     folder=_cache_folder(settings.cache),
                     max_bytes=int(settings.cache_gb * 1e9),
                     on_progress=advance,

@@ -8,7 +8,7 @@ from pydantic import Field
 from torch import Tensor
 
 from finealign.backbone.base import Backbone
-from finealign.config import Config, Fraction, MethodSettings, Positive, Settings
+from finealign.config import Auto, Config, Fraction, MethodSettings, Positive, Settings
 from finealign.errors import ConfigError, unknown_name
 from finealign.method.base import Method, SelfTrainingMethod
 from finealign.method.registry import choose_score, create_method, inference_method
@@ -33,6 +33,9 @@ class InferenceSettings(Settings):
     seed: Annotated[int, Field(ge=0, lt=2**64)] = Field(description="decides where the crops lie")
     working_size: Positive | None = Field(description="shorter side that images are reduced to; null: not at all")
     max_pixels: Positive = Field(description="images with more pixels than this are set aside unread")
+    white_value: Annotated[float, Field(gt=0)] | Auto = Field(
+        "auto", description="the value that is white in images of more than 8 bits a channel"
+    )
     temperatures: dict[Score, Temperature] = Field(
         {}, description="by score, what its logits are divided by before the softmax; 1 for a score that is not named"
     )
@@ -60,6 +63,7 @@ def inference_settings(config: Config) -> InferenceSettings:
         seed=config.seed,
         working_size=config.data.working_size,
         max_pixels=config.data.max_pixels,
+        white_value=config.data.white_value,
         class_prior=config.prediction.class_prior,
     )
 

@@ -27,13 +27,14 @@ from finealign.images.views import PREDICTION_EPOCH, Views
 from finealign.method.registry import choose_score
 from finealign.model.fitted import FittedModel
 from finealign.runtime.distributed import Ranks
-from finealign.types import Box, Explanation, ImageFeatures, Prediction, Score, SetAside
+from finealign.types import Blank, Box, Explanation, ImageFeatures, Prediction, Score, SetAside
 
 Item = TypeVar("Item")
 Rendered = tuple[Tensor, Tensor]  # uint8: the weak view (3, S, S) and the crops (N, 3, S, S)
-Outcome = tuple[Path, str | None]  # an image, and why it cannot be read; None if it can
+Outcome = tuple[Path, str | None, Blank | None]  # an image, why it cannot be read (None if it can), and if it is blank
 Rows = NDArray[np.float32]  # (n, C)
 
+DARK, SPECKS = 16, 0.005  # of 255, and the share of values that may be brighter in an image that is all but black
 PREDICTION_CHUNK = 32  # images decoded and encoded together
 
 
@@ -65,7 +66,12 @@ class Predictor:
     def read(self, path: Path) -> Photo:
         """Read an image file and reduce it to the model's working size. Raises ImageReadError."""
         settings = self.model.inference
-        return read_photo(path, shorter_side=settings.working_size, max_pixels=settings.max_pixels)
+        return read_photo(
+            path,
+            shorter_side=settings.working_size,
+            max_pixels=settings.max_pixels,
+            white_value=settings.white_value,
+        )
 
     def decode(self, file: BinaryIO, *, max_pixels: int, before: Callable[[int], None] = lambda pixels: None) -> Photo:
         """Do what ``read`` does, for the image in an open, seekable file.
@@ -73,7 +79,8 @@ class Predictor:
         ``before`` is called with the image's number of pixels before they are decoded. Raises ImageReadError, also for
         an image of more than ``max_pixels`` pixels.
         """
-        return self.to_photo(decode_image(file, max_pixels=max_pixels, before=before))
+        white = self.model.inference.white_value
+        return self.to_photo(decode_image(file, max_pixels=max_pixels, white_value=white, before=before))
 
     def to_photo(self, image: Image.Image) -> Photo:
         """Reduce a decoded RGB image to the model's working size."""
@@ -138,10 +145,10 @@ class Predictor:
             looks.append(Look(crops=False, at_start=True))
         with closing(self._encoded(paths, looks)) as encoded:
             for outcomes, features in encoded:
-                read_paths = [path for path, reason in outcomes if reason is None]
+                read = [(path, blank) for path, reason, blank in outcomes if reason is None]
                 at_start = features[-1] if with_start else None
-                predicted = self._predicted(read_paths, features[0], chosen, at_start=at_start)
-                for path, reason in outcomes:
+                predicted = self._predicted(read, features[0], chosen, at_start=at_start)
+                for path, reason, _ in outcomes:
                     yield next(predicted) if reason is None else SetAside(display_path(path), reason)
 
     def _none(self, features: ImageFeatures) -> Sequence[float | None]:
@@ -151,16 +158,21 @@ class Predictor:
 
     @torch.inference_mode()
     def _predicted(
-        self, paths: Sequence[Path], features: ImageFeatures, score: Score, *, at_start: ImageFeatures | None
+        self,
+        images: Sequence[tuple[Path, Blank | None]],
+        features: ImageFeatures,
+        score: Score,
+        *,
+        at_start: ImageFeatures | None,
     ) -> Iterator[Prediction]:
         scores, probabilities = self.scored(self.model, features, score)
         none = self._none(features)
         if at_start is None:
-            for index, path in enumerate(paths):
-                yield Prediction(path=path, scores=scores[index], probabilities=probabilities[index], none=none[index])
+            for index, (path, blank) in enumerate(images):
+                yield Prediction(path, scores[index], probabilities[index], none=none[index], blank=blank)
             return
         start_scores, start_probabilities = self.scored(self.start, at_start, "global")
-        for index, path in enumerate(paths):
+        for index, (path, blank) in enumerate(images):
             yield Prediction(
                 path=path,
                 scores=scores[index],
@@ -168,6 +180,7 @@ class Predictor:
                 start_scores=start_scores[index],
                 start_probabilities=start_probabilities[index],
                 none=none[index],
+                blank=blank,
             )
 
     @torch.inference_mode()
@@ -182,7 +195,9 @@ class Predictor:
         parts, set_aside = [], []
         with closing(self._encoded(paths, [Look(crops=crops, at_start=at_start)])) as encoded:
             for outcomes, (features,) in encoded:
-                set_aside += [SetAside(display_path(path), reason) for path, reason in outcomes if reason is not None]
+                set_aside += [
+                    SetAside(display_path(path), reason) for path, reason, _ in outcomes if reason is not None
+                ]
                 parts.append(features)
         if not any(len(part.weak) for part in parts):
             first = f" The first: {set_aside[0].path} ({set_aside[0].reason})." if set_aside else ""
@@ -214,16 +229,21 @@ class Predictor:
             chunks = _chunks(results, PREDICTION_CHUNK)
             for round_paths in _chunks(all_paths, PREDICTION_CHUNK * ranks.count):
                 chunk = [result for _, result in next(chunks, [])]  # none if other ranks take the last ones
-                reasons = [result.reason if isinstance(result, SetAside) else None for result in chunk]
-                all_reasons = [json.loads(text) for text in ranks.texts(json.dumps(reasons))]
-                sizes = [rank_reasons.count(None) for rank_reasons in all_reasons]
+                found = [
+                    (result.reason, None) if isinstance(result, SetAside) else (None, blank_of(result[0]))
+                    for result in chunk
+                ]
+                all_found = [json.loads(text) for text in ranks.texts(json.dumps(found))]
+                sizes = [sum(reason is None for reason, _ in rank_found) for rank_found in all_found]
                 views = [result for result in chunk if not isinstance(result, SetAside)]
                 parts = [self.embed(views, look) for look in looks]
                 features = [
                     ImageFeatures(weak=ranks.gather(part.weak, sizes), crops=ranks.gather(part.crops, sizes))
                     for part in parts
                 ]
-                yield list(zip(round_paths, chain.from_iterable(all_reasons), strict=True)), features
+                told = chain.from_iterable(all_found)
+                outcomes = [(path, *one) for path, one in zip(round_paths, told, strict=True)]
+                yield outcomes, features
 
     # --- explanations -------------------------------------------------------------------------------------------------
 
@@ -287,6 +307,21 @@ class Look:
 
     crops: bool
     at_start: bool = False
+
+
+def blank_of(view: Tensor) -> Blank | None:
+    """Whether an image (3, S, S) uint8 is all black or all white, but for ``SPECKS`` of it; None for neither."""
+    if (view > DARK).float().mean() < SPECKS:
+        return "black"
+    return "white" if (view < 255 - DARK).float().mean() < SPECKS else None
+
+
+def tell_blank(count: int, first: str) -> str:
+    """A sentence on ``count`` images that are all but black or white; empty where there are none."""
+    if not count:
+        return ""
+    are = "image is" if count == 1 else "images are"
+    return f"{count} {are} all but black or white, the first: {first}. Of more than 8 bits? See data.white_value."
 
 
 def readable(

@@ -18,8 +18,9 @@ import yaml
 from finealign.classifier import FineAlign, Images
 from finealign.config import Config, write_config
 from finealign.errors import FinealignError, NotFiniteError, OutputError, StoppedError
+from finealign.images.listing import left_out_of
 from finealign.images.tables import set_aside_csv
-from finealign.model.inference import readable
+from finealign.model.inference import readable, tell_blank
 from finealign.model.predictions import write_predictions
 from finealign.model.prepare import Prepared
 from finealign.model.shares import told_shares
@@ -55,6 +56,8 @@ class RunSummary:
     method: str
     images: int  # images that could be read
     set_aside: tuple[SetAside, ...]
+    left_out: str  # what else was in the folder of images, as a sentence
+    blank: str  # which images are all but black or white, as a sentence
     epochs: int
     seconds: float  # the whole run, without the time spent in ``on_epoch``
     fit_seconds: float  # the fit alone, without loading, predicting and writing the predictions
@@ -76,6 +79,8 @@ class RunSummary:
             "classes": list(self.model.texts_.classes),
             "images": self.images,
             "set_aside": [asdict(row) for row in self.set_aside],
+            "left_out": self.left_out,
+            "blank": self.blank,
             "epochs": self.epochs,
             "seconds": round(self.seconds, 2),
             "stopped": self.stopped,
@@ -141,6 +146,7 @@ class _Run:
         self.why_kept = f"there is no verdict on {prepared.config.method.name}, which does not train"
         self.set_aside: list[SetAside] = []
         self.strangers: Strangers | None = None
+        self.blank = ""
 
     def open(self, *, resume: bool, overwrite: bool) -> None:
         """Remove what the run replaces and write its first files. Raises OutputError where the run may not begin."""
@@ -153,6 +159,7 @@ class _Run:
             "status": "running",
             "identity": identity,
             "images": len(self.prepared.paths),
+            "left_out": left_out_of(self.prepared.paths),
             "classes": list(self.prepared.texts.classes),
             "seed": config.seed,
             "backbone": config.backbone,
@@ -169,6 +176,8 @@ class _Run:
             write_config(config, self.folder / CONFIG)
             if not resume:
                 save_text("", self.metrics.path)
+            if self.told["left_out"]:
+                self.progress.caution(self.told["left_out"])
         self.ranks.wait()
 
     def fit(self, on_epoch: Callable[[EpochRecord], None]) -> None:
@@ -228,7 +237,7 @@ class _Run:
                 write_predictions(predictions, classes, self.folder / PREDICTIONS, top_k=2, with_start=True)
             else:
                 deque(predictions, maxlen=0)  # predicting is shared by the ranks, so each has to consume the iterator
-        self.strangers = watch.strangers
+        self.strangers, self.blank = watch.strangers, tell_blank(watch.blanks, watch.first_blank)
         if self.ranks.first:
             with self.progress.stage("drawing the report", None):
                 write_examples(self.model, watch.chosen, self.folder / EXAMPLES)
@@ -245,6 +254,7 @@ class _Run:
             "processes": self.ranks.count,
             "set_aside": len(self.set_aside),
             "strangers": _strangers_told(self.strangers),
+            "blank": self.blank,
             "epochs": epochs,
             "seconds": {"fit": round(self.fitted - self.began, 2), "total": round(seconds, 2)},
         }
@@ -258,6 +268,8 @@ class _Run:
             method=self.prepared.config.method.name,
             images=len(self.prepared.paths) - len(self.set_aside),
             set_aside=tuple(self.set_aside),
+            left_out=left_out_of(self.prepared.paths),
+            blank=self.blank,
             epochs=epochs,
             seconds=seconds,
             fit_seconds=self.fitted - self.ready,
@@ -310,6 +322,7 @@ def plan(folder: Path, prepared: Prepared, *, resume: bool = False, overwrite: b
     return {
         "out": str(folder),
         "images": images,
+        "left_out": left_out_of(prepared.paths),
         "classes": list(texts.classes),
         "descriptions": sum(len(group) for group in texts.descriptions),
         "epochs": config.training.epochs,

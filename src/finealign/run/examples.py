@@ -52,6 +52,8 @@ class Watch:
     _likely: int = 0
     _judged: int = 0  # images of which the model can say whether they show none of the classes
     _none_sum: float = 0.0
+    blanks: int = 0  # images that are all but black or white
+    first_blank: str = ""
 
     def over(self, predictions: Iterable[Prediction]) -> Iterator[Prediction]:
         """Record the predictions while passing them on unchanged.
@@ -59,6 +61,9 @@ class Watch:
         Without the start's probabilities in them, no image counts as changed.
         """
         for index, prediction in enumerate(predictions):
+            if prediction.blank:
+                self.blanks += 1
+                self.first_blank = self.first_blank or display_path(prediction.path)
             now, before = prediction.probabilities, prediction.start_probabilities
             if before is not None and now.argmax() != before.argmax():
                 self._keep(self._changed, float(np.abs(now - before).sum()) / 2, index, prediction.path)
@@ -111,7 +116,8 @@ def write_examples(model: FineAlign, chosen: dict[str, list[Path]], folder: Path
 
 def _example(model: FineAlign, path: Path, picture: Path) -> dict[str, Any] | None:
     try:
-        image = read_image(path, max_pixels=model.model_.inference.max_pixels)
+        settings = model.model_.inference
+        image = read_image(path, max_pixels=settings.max_pixels, white_value=settings.white_value)
     except ImageReadError:
         return None
     predictor = model.predictor_

@@ -7,8 +7,13 @@ const RETRIES = 30; // of one image while the server is full
 const TOP = 10; // classes shown at most
 const TOLD = 1000; // milliseconds between two messages to a screen reader
 const PREVIEW = 480; // pixels of a preview's width
+const KINDS = 6; // of left out files that are named
 const NOTABLE = 0.5; // from which an image seems to show none of the classes
-const IMAGE = /\.(jpe?g|jpe|png|webp|gif|bmp|tiff?)$/i;
+const IMAGE =
+  /\.(jpe?g|jpe|jfif|jif|mpo|a?png|webp|gif|bmp|dib|tiff?|avifs?|hei[cf]|hif|jp2|j2k|j2c|jpc|jpf|jpx|p[pgbn]m)$/i;
+// How files of images begin that have no such ending, as latin-1.
+const MAGIC = /^(\xff\xd8\xff|\x89PNG|GIF8|RIFF....WEBP|BM|II\*\0|MM\0\*|\xff\x4f\xff\x51|\0\0\0\x0cj[PX]|....ftyp(av|he|mi|ms)|P[1-6]\s)/s;
+const FOREIGN = /^(@eadir|[#@]recycle|\$recycle\.bin|recycler|#snapshot|lost\+found|__macosx|\..*)$/i; // no photos of the user
 const FORMULA = /^[=+\-@\t\r]/; // what a spreadsheet would compute
 const SCORES = {
   global: "global: the whole image",
@@ -22,6 +27,7 @@ const count = (number, noun) => `${number} ${noun}${number === 1 ? "" : "s"}`;
 const pause = (seconds) => new Promise((resolve) => setTimeout(resolve, 1000 * seconds));
 
 let items = []; // {name, file, top, score, state, found, error, card, row}; state: waiting, done, failed or stopped
+let leftOut = new Map(); // how many files of folders by kind
 let next = 0; // the first that has not been sent
 let under = 0; // requests under way
 let stopping = new AbortController();
@@ -44,7 +50,7 @@ function make(tag, attributes = {}, ...inside) {
 function add(named) {
   if (!model) return;
   if (!named.length) {
-    byId("status").textContent = "There was no image among them.";
+    byId("status").textContent = `There was no image among them.${told()}`;
     return;
   }
   if (stopping.signal.aborted) stopping = new AbortController();
@@ -59,26 +65,50 @@ function add(named) {
   pump();
 }
 
-const isImage = (name) => IMAGE.test(name) && !name.split("/").pop().startsWith(".");
+/** Of a folder's files those that are images, by their ending or else by how they begin; the others are counted. */
+async function images(named) {
+  const kept = [];
+  for (const one of named) {
+    const steps = one.name.split("/");
+    const name = steps.pop();
+    if (name.startsWith(".") || steps.slice(1).some((step) => FOREIGN.test(step))) leave("hidden or a system's own");
+    else if (!one.file || IMAGE.test(name) || MAGIC.test(await beginning(one.file))) kept.push(one);
+    else leave(/.(\.[^.]+)$/.exec(name)?.[1].toLowerCase() ?? "without an ending");
+  }
+  return kept;
+}
+
+const leave = (kind) => leftOut.set(kind, (leftOut.get(kind) ?? 0) + 1);
+
+async function beginning(file) {
+  try {
+    return String.fromCharCode(...new Uint8Array(await file.slice(0, 32).arrayBuffer()));
+  } catch {
+    return "";
+  }
+}
 
 /** Every file below what was dropped, a folder's images alone; what cannot be opened is among them without a file. */
 async function dropped(transfer) {
   const entries = [...transfer.items].map((item) => item.webkitGetAsEntry?.()).filter(Boolean);
   if (!entries.length) return [...transfer.files].map((file) => ({ name: file.name, file }));
   const found = [];
+  const inside = [];
   const visit = async (entry, inFolder) => {
     const name = entry.fullPath.replace(/^\//, "");
     try {
       if (entry.isDirectory) {
         for (const inner of await listed(entry.createReader())) await visit(inner, true);
-      } else if (!inFolder || isImage(entry.name)) {
-        found.push({ name, file: await new Promise((resolve, reject) => entry.file(resolve, reject)) });
+      } else {
+        const file = await new Promise((resolve, reject) => entry.file(resolve, reject));
+        (inFolder ? inside : found).push({ name, file });
       }
     } catch {
       found.push({ name, file: null });
     }
   };
   for (const entry of entries) await visit(entry, false);
+  found.push(...(await images(inside)));
   return found.sort((one, other) => (one.name < other.name ? -1 : 1));
 }
 
@@ -160,6 +190,7 @@ function stop() {
 function clear() {
   stopping.abort();
   items = [];
+  leftOut = new Map();
   next = under = rowsShown = 0;
   byId("cards").replaceChildren();
   byId("rows").replaceChildren();
@@ -337,7 +368,15 @@ function summary() {
   if (of("failed")) parts.push(`${of("failed")} failed`);
   if (of("stopped")) parts.push(`${of("stopped")} stopped`);
   if (changed) parts.push(`label changed in ${changed}`);
-  return `${parts.join(", ")}.`;
+  return `${parts.join(", ")}.${told()}`;
+}
+
+/** What was left out of folders, as a sentence behind another. */
+function told() {
+  const kinds = [...leftOut].sort(([, one], [, other]) => other - one);
+  const shown = kinds.slice(0, KINDS).map(([kind, number]) => `${number} ${kind}`);
+  if (kinds.length > KINDS) shown.push(`${kinds.length - KINDS} more kinds`);
+  return shown.length ? ` Left out as no images: ${shown.join(", ")}.` : "";
 }
 
 // --- the CSV ---------------------------------------------------------------------------------------------------------
@@ -383,10 +422,10 @@ function choose(input, named) {
 
 function listen() {
   byId("files").addEventListener("change", ({ target }) => choose(target, (file) => ({ name: file.name, file })));
-  byId("folder").addEventListener("change", ({ target }) => {
+  byId("folder").addEventListener("change", async ({ target }) => {
     const files = [...target.files].map((file) => ({ name: file.webkitRelativePath || file.name, file }));
     target.value = "";
-    add(files.filter(({ name }) => isImage(name)));
+    add(await images(files));
   });
   document.addEventListener("paste", ({ clipboardData }) => {
     add([...clipboardData.files].map((file) => ({ name: `pasted ${(pasted += 1)}`, file })));
