@@ -32,20 +32,20 @@ MANY_A_CLASS = 100.0  # images per class above which the evidence "images_a_clas
 # sum of the evidence plus the constant. The pieces overlap, so a weight says little by itself. docs/ABLATION.md has how
 # often the verdict is right.
 WEIGHTS = {
-    "structure": -1.207,
-    "margin": -5.108,
-    "images_a_class": 0.318,
-    "confidence": 7.640,
-    "anchors_kept": 3.607,
-    "unevenness": -3.786,
-    "shift": 5.959,
-    "off_prior": -8.276,
-    "mixture": 22.119,
-    "mixtures_agree": 8.285,
-    "text": 1.105,
+    "structure": -1.047,
+    "margin": -3.804,
+    "images_a_class": 0.400,
+    "confidence": -3.087,
+    "anchors_kept": -1.285,
+    "unevenness": 0.075,
+    "shift": 6.714,
+    "off_prior": -12.716,
+    "mixture": 23.552,
+    "mixtures_agree": 8.606,
+    "text": 1.851,
 }
-CONSTANT = -11.341
-HELPED, HURT = 6.69, 0.0  # scores above the first are called "helped", below the second "hurt"
+CONSTANT = 1.559
+HELPED, HURT = 8.52, 0.0  # scores above the first are called "helped", below the second "hurt"
 MOST_RELABELLED = 0.35  # more new labels than these are never called "helped": whole clusters may have got wrong names
 
 
