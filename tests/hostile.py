@@ -704,7 +704,12 @@ LISTS = [
     Hostile(
         "latin_1", listing("path\na.png\nbé.png\n".encode("latin-1")), Fails("ImageInputError", "line 3: not UTF-8")
     ),
-    Hostile("utf_16", listing("path\na.png\n".encode("utf-16")), Fails("ImageInputError", "line 1: not UTF-8.*Save")),
+    Hostile("utf_16", listing("path\na.png\n".encode("utf-16")), Works({"images": 1, "set_aside": {}})),
+    Hostile(
+        "utf_16_cut",
+        listing("path\na.png\n".encode("utf-16")[:-1]),
+        Fails("ImageInputError", "not UTF-16 text.*Save it as UTF-8"),
+    ),
     Hostile("binary", listing(WHOLE["png"]), Fails("ImageInputError", "line 1: not UTF-8")),
     Hostile("nulls", listing(bytes(100)), Fails("ImageInputError", "0 columns named 'path'")),
     Hostile("endless_field", listing("path\n" + "x" * 200_000), Fails("ImageInputError", "line 2: field larger than")),
@@ -738,7 +743,7 @@ LISTS = [
     Hostile("device", listing("path\n/dev/zero\n"), Works({"images": 0, "set_aside": {"zero": "not a regular file"}})),
     Hostile("lines_empty", listing("", "l.txt"), Fails("ImageInputError", "empty file")),
     Hostile("lines_of_comments", listing("# a\n\n  \n", "l.txt"), Fails("ImageInputError", "lists no images")),
-    Hostile("lines_in_utf_16", listing("a.png\n".encode("utf-16"), "l.txt"), Fails("ImageInputError", "not UTF-8")),
+    Hostile("lines_in_utf_16", listing("a.png\n".encode("utf-16"), "l.txt"), Works({"images": 1, "set_aside": {}})),
     Hostile(
         "lines_that_list_themselves",
         listing("l.txt\na.png\n", "l.txt"),
@@ -765,7 +770,7 @@ LABELLED = [
         "label_left_out", listing("path,label\na.png,\n"), Fails("ImageInputError", "line 2: no value for 'label'")
     ),
     Hostile("quote_not_closed", listing('path,label\n"a.png,robin\n'), Fails("ImageInputError", "line 2: .*quotes")),
-    Hostile("utf_16", listing("path,label\na.png,robin\n".encode("utf-16")), Fails("ImageInputError", "not UTF-8")),
+    Hostile("utf_16", listing("path,label\na.png,robin\n".encode("utf-16")), Works({"images": 1, "set_aside": 0})),
     Hostile("binary", listing(WHOLE["gif"]), Fails("ImageInputError", "not UTF-8")),
     Hostile("unknown_class", listing("path,label\na.png,gull\n"), Fails("ImageInputError", "'gull' .1 image.*Valid")),
     Hostile(
@@ -845,7 +850,14 @@ CLASSES = [
     Hostile("control_character", text("robin\nwr\x07en\n"), Fails("PromptError", r"'wr\\x07en' holds a control")),
     Hostile("escape", text("robin\n\x1b[31mwren\n"), Fails("PromptError", "holds a control character")),
     Hostile("null", text("robin\nwren\0\n"), Fails("PromptError", "holds a control character")),
-    Hostile("utf_16", text("robin\nwren\n".encode("utf-16")), Fails("PromptError", "cannot be read.*UTF-8 text file")),
+    Hostile("utf_16", text("robin\nwren\n".encode("utf-16")), classes("robin", "wren")),
+    Hostile("json", text('[\n  "robin",\n  "wren"\n]\n'), classes("robin", "wren")),
+    Hostile("table", text("id;Name\n0;robin\n1;wren\n"), classes("robin", "wren")),
+    Hostile("signs", text("-1\n1\n"), classes("-1", "1")),
+    Hostile("sharp_s", text("Masse\nMaße\n"), classes("Masse", "Maße")),
+    Hostile("comment", text("# my birds\nrobin\nwren\n"), Fails("PromptError", "line 1: '# my birds' looks like a")),
+    Hostile("quotes_and_commas", text('"robin",\n"wren",\n'), Fails("PromptError", "line 1: .*in quotes.*JSON")),
+    Hostile("numbered", text("0 robin\n1 wren\n"), Fails("PromptError", "line 1: '0 robin' and all lines.*a number")),
     Hostile(
         "utf_16_without_a_bom", text("robin\nwren\n".encode("utf-16-le")), Fails("PromptError", "control character")
     ),
@@ -905,7 +917,7 @@ DESCRIPTIONS = [
     Hostile("comma_too_many", text(f"{{{ROBIN}, {WREN},}}"), Fails("PromptError", "is not JSON")),
     Hostile("binary", text(WHOLE["webp"]), Fails("PromptError", "cannot be read.*JSON file")),
     Hostile("nulls", text(bytes(99)), Fails("PromptError", "is not JSON")),
-    Hostile("utf_16", text(f"{{{ROBIN}, {WREN}}}".encode("utf-16")), Fails("PromptError", "cannot be read")),
+    Hostile("utf_16", text(f"{{{ROBIN}, {WREN}}}".encode("utf-16")), Works({"descriptions": 2})),
     Hostile("null", described(None), Fails("PromptError", "found NoneType. Wanted: a mapping")),
     Hostile("list", described(["robin", "wren"]), Fails("PromptError", "found list. Wanted: a mapping")),
     Hostile("number", described(3), Fails("PromptError", "found int")),
@@ -968,7 +980,7 @@ TEMPLATES = [
     Hostile("one_bad_among_good", text("a {}.\nb\n"), Fails("PromptError", r"'b' needs exactly one \{\}")),
     Hostile("endless", text("x" * 1_000_000), Fails("PromptError", "^.{,500}$")),
     Hostile("binary", text(WHOLE["jpeg"]), Fails("PromptError", "The templates in .* cannot be read")),
-    Hostile("utf_16", text("a {}.\n".encode("utf-16")), Fails("PromptError", "The templates in .* cannot be read")),
+    Hostile("utf_16", text("a {}.\n".encode("utf-16")), Works({"descriptions": 2})),
     Hostile("folder", empty, Fails("PromptError", "The templates in .* cannot be read: not a regular file")),
     Hostile("pipe", fifo, Fails("PromptError", "not a regular file")),
     Hostile("missing", lambda path: path, Fails("PromptError", "No templates at .*no such file")),

@@ -245,7 +245,7 @@ def test_list_images__csv_reads_path_and_never_the_label(tmp_path: Path) -> None
         ("l.txt", b"", r"empty file"),
         ("l.txt", b"# nothing\n\n", r"lists no images.*one path a line"),
         ("l.txt", b"a.jpg\n\xe9.jpg\n", r"line 2: not UTF-8 text.*Save"),
-        ("l.txt", "a.jpg\n".encode("utf-16"), r"not UTF-8 text"),
+        ("l.txt", "a.jpg\n".encode("utf-16")[:-1], r"not UTF-16 text"),
         ("l.json", b"[]", r"suffix '.json'.*Wanted a folder.*Rename"),
         ("l", b"a.jpg", r"suffix ''"),
     ],

@@ -1,7 +1,7 @@
 """Reading ground truth: the only module that does so."""
 
 import os
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from finealign.errors import ImageInputError, display_path, first_few
 from finealign.evaluate.metrics import check_classes
 from finealign.images.listing import list_images
 from finealign.images.tables import read_table
-from finealign.texts.prompts import fold
+from finealign.texts.names import Matcher
 from finealign.types import Truth
 
 UNKNOWN_SHOWN = 10
@@ -42,7 +42,7 @@ def read_truth(source: str | Path, classes: Sequence[str]) -> Truth:
             f"No ground truth at {_shown(source)}. "
             "Give a folder with one sub-folder a class, or a CSV with columns path,label."
         )
-    matches = _matcher(classes)
+    matches = Matcher(classes)
     index = {name: matches(name) for name in {name for _, name in labelled}}
     unknown = Counter(name for _, name in labelled if len(index[name]) != 1)
     if unknown:
@@ -85,15 +85,6 @@ def _read_csv(table: Path) -> list[tuple[Path, str]]:
             f"Write paths relative to {_shown(table.parent)}, the folder of the CSV."
         )
     return labelled
-
-
-def _matcher(classes: Sequence[str]) -> Callable[[str], list[int]]:
-    """A function from a name to the indices of the classes it matches: one, none, or several if it is ambiguous."""
-    exact = {name: [index] for index, name in enumerate(classes)}
-    folded: defaultdict[str, list[int]] = defaultdict(list)
-    for index, name in enumerate(classes):
-        folded[fold(name)].append(index)
-    return lambda name: exact.get(name) or folded.get(fold(name), [])
 
 
 def _unknown_classes(
