@@ -708,7 +708,7 @@ MISTAKES: dict[str, tuple[Arguments, str, str]] = {
     "unknown device": (lambda made, here: [*made.adapt("--device", "tpu")], "Use auto, cpu", "ConfigError"),
     "unknown architecture": (
         lambda made, here: [*made.adapt("--backbone", "ViT-B-33/openai")],
-        "Did you mean 'ViT-B-32'?",
+        "Did you mean 'ViT-B-32-quickgelu/openai'?",
         "BackboneError",
     ),
     "weights in the wrong tower": (
