@@ -660,7 +660,7 @@ SOURCES = [
     Hostile(
         "folder_of_one_bad_image",
         folder("a.png", data=b"x"),
-        Works({"images": 0, "set_aside": {"a.png": "not an image"}}),
+        Fails("ImageInputError", "The only image cannot be read.*a.png.*not an image"),
     ),
     Hostile(
         "link_to_itself",
@@ -692,7 +692,14 @@ LISTS = [
     Hostile("header_alone", listing("path,label\n"), Fails("ImageInputError", "lists no images.*below the header")),
     Hostile("no_path", listing("file,label\na.png,robin\n"), Fails("ImageInputError", "0 columns named 'path'")),
     Hostile("path_twice", listing("path,path\na.png,b.png\n"), Fails("ImageInputError", "2 columns named 'path'")),
-    Hostile("semicolons", listing("path;label\na.png;robin\n"), Fails("ImageInputError", "'path;label'.*commas")),
+    Hostile("semicolons", listing("path;label\na.png;robin\n"), Works({"images": 1, "set_aside": {}})),
+    Hostile("tabs", listing("id\tPath\n1\ta.png\n2\tb.png\n"), Works({"images": 2, "set_aside": {}})),
+    Hostile("bars", listing("path|label\na.png|robin\n"), Fails("ImageInputError", "'path.label'.*commas, semicolons")),
+    Hostile("told_separator", listing("sep=;\r\npath;label\r\na.png;robin\r\n"), Works({"images": 1, "set_aside": {}})),
+    Hostile("capitals", listing("PATH\na.png\n", "list.CSV"), Works({"images": 1, "set_aside": {}})),
+    Hostile("backslashes", listing("path\nimages.png\\c.png\n"), Works({"images": 1, "set_aside": {}})),
+    Hostile("none_exists", listing("path\nx.png\ny.png\n"), Fails("ImageInputError", "None of the 2 images.*x.png")),
+    Hostile("none_exists_as_lines", listing("x.png\n", "l.txt"), Fails("ImageInputError", "The only image.*no such")),
     Hostile("no_header", listing("a.png\nb.png\n"), Fails("ImageInputError", "its header is 'a.png'")),
     Hostile("blank_first_line", listing("\npath\na.png\n"), Fails("ImageInputError", "its header is ''.*header line")),
     Hostile("quote_not_closed", listing('path\na.png\n"b.png\n'), Fails("ImageInputError", "line 3: .*quotes")),
@@ -720,7 +727,7 @@ LISTS = [
     Hostile(
         "carriage_return_in_a_name",
         listing("path\na\r.png\n"),
-        Works({"images": 0, "set_aside": {"a": "no such file", ".png": "no such file"}}),
+        Fails("ImageInputError", "None of the 2 images can be read.*no such file"),
     ),
     Hostile(
         "null_in_a_path",
@@ -740,7 +747,7 @@ LISTS = [
         ),
     ),
     Hostile("paths_from_elsewhere", absolute, Works({"images": 2, "set_aside": {"b.png": "no such file"}})),
-    Hostile("device", listing("path\n/dev/zero\n"), Works({"images": 0, "set_aside": {"zero": "not a regular file"}})),
+    Hostile("device", listing("path\n/dev/zero\n"), Fails("ImageInputError", "only image.*not a regular file")),
     Hostile("lines_empty", listing("", "l.txt"), Fails("ImageInputError", "empty file")),
     Hostile("lines_of_comments", listing("# a\n\n  \n", "l.txt"), Fails("ImageInputError", "lists no images")),
     Hostile("lines_in_utf_16", listing("a.png\n".encode("utf-16"), "l.txt"), Works({"images": 1, "set_aside": {}})),
@@ -765,7 +772,16 @@ LABELLED = [
     Hostile("empty", listing(""), Fails("ImageInputError", "empty file")),
     Hostile("header_alone", listing("path,label\n"), Fails("ImageInputError", "lists no images")),
     Hostile("no_label", listing("path\na.png\n"), Fails("ImageInputError", "0 columns named 'label'")),
-    Hostile("capitals", listing("Path,Label\na.png,robin\n"), Fails("ImageInputError", "0 columns named 'path'")),
+    Hostile("capitals", listing("Path,Label\na.png,robin\n"), Works({"images": 1, "set_aside": 0})),
+    Hostile("semicolons", listing("Label;Path\nrobin;a.png\n"), Works({"images": 1, "set_aside": 0})),
+    Hostile("tabs", listing("path\tlabel\na.png\trobin\n"), Works({"images": 1, "set_aside": 0})),
+    Hostile("backslashes", listing("path,label\nimages.png\\c.png,wren\n"), Works({"images": 1, "set_aside": 0})),
+    Hostile(
+        "class_too_many",
+        listing("path,label\na.png,robin\nb.png,gull\n"),
+        Works({"images": 1, "set_aside": 0, "left_out": {"gull": 1}}),
+    ),
+    Hostile("folder_too_many", folder("robin/a.png", "gull/b.png"), Works({"images": 1, "left_out": {"gull": 1}})),
     Hostile(
         "label_left_out", listing("path,label\na.png,\n"), Fails("ImageInputError", "line 2: no value for 'label'")
     ),

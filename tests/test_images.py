@@ -237,7 +237,7 @@ def test_list_images__csv_reads_path_and_never_the_label(tmp_path: Path) -> None
     ("name", "content", "message"),
     [
         ("l.csv", b"file,label\na.jpg,cat\n", r"0 columns named 'path'.*'file,label'.*header"),
-        ("l.csv", b"path;label\na.jpg;cat\n", r"'path;label'.*commas"),
+        ("l.csv", b"path|label\na.jpg|cat\n", r"'path.label'.*commas, semicolons or tabs"),
         ("l.csv", b"path,path\na.jpg,b.jpg\n", r"2 columns named 'path'"),
         ("l.csv", b"path,label\n", r"lists no images.*below the header"),
         ("l.csv", b"", r"empty file"),

@@ -140,3 +140,4 @@ class Truth:
 
     paths: tuple[Path, ...]
     labels: tuple[int, ...]
+    left_out: Mapping[str, int] = field(default_factory=dict)  # names that match no class: how many images each has

@@ -52,9 +52,7 @@ def of_transformers(repository: str) -> str:
     pair = OPENAI.get(repository.partition("@")[0].casefold())
     if pair is None:
         return ""
-    return (
-        f"{repository!r} is a repository for transformers, not open_clip. The same weights are {pair}: type that."
-    )
+    return f"{repository!r} is a repository for transformers, not open_clip. The same weights are {pair}: type that."
 
 
 def not_open_clips(folder: Path) -> str:

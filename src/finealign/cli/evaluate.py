@@ -1,5 +1,6 @@
 """`finealign evaluate`: measure a model on labelled images."""
 
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -8,7 +9,7 @@ import typer
 from rich.console import Console
 
 from finealign.cli.app import app
-from finealign.cli.guards import print_json, tell_set_aside, working
+from finealign.cli.guards import print_json, tell_left_out, tell_set_aside, working
 from finealign.cli.options import AsJson, Device, ExpectedPrior, Model, Precision, ScoreKind, UsedModel
 
 if TYPE_CHECKING:  # they import torch, which is slow
@@ -48,6 +49,7 @@ def evaluate(
             print_json(figures)
             return
         evaluation_tables(figures, Console())
+        tell_left_out(figures, Console(stderr=True))
         tell_set_aside([asdict(row) for row in set_aside], Console(stderr=True))
 
 
@@ -59,8 +61,8 @@ def measured(
     ``folder`` is where the model was loaded from, and ``score`` is of the adapted model, which is the one in use
     afterwards. Returns the summary of ``evaluate_predictions``, which ``in_full`` extends by what a report draws, and
     the labelled images that could not be read. To the summary are added ``adapted_to``, how many of the measured images
-    the model was adapted to, None where this is not known, and ``class_prior``, how the adapted model took the images
-    to be distributed.
+    the model was adapted to, None where this is not known, ``class_prior``, how the adapted model took the images to be
+    distributed, and ``left_out``, how many images each name has that matches no class.
     """
     from finealign.cli.bars import Bars
     from finealign.evaluate.summary import evaluate_predictions
@@ -69,11 +71,14 @@ def measured(
     from finealign.run.folder import count_adapted_to
 
     names, use = model.texts_.classes, model.use_
-    truth = read_truth(labelled, names)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what is left out is among the figures
+        truth = read_truth(labelled, names)
     set_aside: list[SetAside] = []
     with Bars().stage("evaluating", len(truth.paths)) as stage:
         outcomes = model.use("adapted").iter_predictions(truth.paths, score=score, with_start=True)
         predictions = list(readable(outcomes, set_aside, stage.advance))
     figures = evaluate_predictions(predictions, truth, names, set_aside=len(set_aside), in_full=in_full, use=use)
     adapted_to = count_adapted_to(folder, (prediction.path for prediction in predictions))
-    return figures | {"adapted_to": adapted_to, "class_prior": model.class_prior_}, set_aside
+    more = {"adapted_to": adapted_to, "class_prior": model.class_prior_, "left_out": dict(truth.left_out)}
+    return figures | more, set_aside

@@ -5,7 +5,7 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -108,3 +108,12 @@ def tell_set_aside(rows: list[dict[str, str]], screen: Console) -> None:
         soft_wrap=True,
         highlight=False,
     )
+
+
+def tell_left_out(figures: Mapping[str, Any], screen: Console) -> None:
+    """Print which labelled images were not measured, as no class has their name; nothing if there are none."""
+    from finealign.errors import printable
+    from finealign.evaluate.truth import left_out_line
+
+    if line := left_out_line(figures["left_out"]):
+        screen.print(f"[yellow]{escape(printable(line))}[/]", soft_wrap=True, highlight=False)

@@ -9,7 +9,7 @@ from rich.markup import escape
 
 from finealign.cli.app import app
 from finealign.cli.evaluate import measured
-from finealign.cli.guards import print_json, refuse_launcher, working
+from finealign.cli.guards import print_json, refuse_launcher, tell_left_out, working
 from finealign.cli.options import AsJson, Device, Precision, ScoreKind
 from finealign.errors import FinealignError
 
@@ -38,6 +38,7 @@ def report(
             render(run, measured=False)  # raises if there is no run to report, before any image is encoded
             loaded = FineAlign.load(run, device=device, precision=precision)
             figures, _ = measured(loaded, run, labelled, score, in_full=True)
+            tell_left_out(figures, Console(stderr=True))
             save_evaluation(figures | {"score": score or loaded.score_}, run)
         path = write_report(run)
         if as_json:

@@ -1,8 +1,11 @@
 """Reading ground truth: the only module that does so."""
 
 import os
+import re
+import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 
 from finealign.errors import ImageInputError, display_path, first_few
@@ -14,27 +17,31 @@ from finealign.types import Truth
 
 UNKNOWN_SHOWN = 10
 VALID_SHOWN = 20
+_SLASHES = re.compile(r"[/\\:\u2044\u2215\uff0f]")  # a slash, and what file systems have in its place
 
 
 # --- reading the truth ------------------------------------------------------------------------------------------------
 
 
-def read_truth(source: str | Path, classes: Sequence[str]) -> Truth:
+def read_truth(source: str | Path, classes: Sequence[str], *, strict: bool = False) -> Truth:
     """The true class of each image, from a folder of class folders or from a CSV with columns ``path,label``.
 
     A folder holds ``<class>/**/<image>``; paths in a CSV are relative to the folder of the CSV. A name is first matched
     to the class names exactly, then ignoring case, Unicode form and the difference between ``_``, ``-`` and white
-    space. Class names that differ in these alone have to be written exactly. Classes without images are allowed.
+    space. Class names that differ in these alone have to be written exactly. The folder of a class with a slash in its
+    name has another character for it, or is two folders. Classes without images are allowed. Images of names that match
+    no class are left out, which ``Truth.left_out`` and a warning tell, or refused if ``strict``.
 
     Raises:
-        ImageInputError: ``source`` is missing or holds no images, an image lies outside the class folders, a name
-            matches no class or several, a CSV lists an image twice or only images that do not exist.
+        ImageInputError: ``source`` is missing or holds no images, an image lies outside the class folders, no name
+            matches a class (or one does not, if ``strict``), a name matches several, a CSV lists an image twice or
+            only images that do not exist.
         ValueError: a name occurs twice in ``classes``.
     """
     check_classes(classes)
-    source = Path(source)
+    source, matcher = Path(source), Matcher(classes)
     if os.path.isdir(source):
-        labelled = _read_folders(source)
+        labelled = _read_folders(source, matcher, classes)
     elif os.path.exists(source):
         labelled = _read_csv(source)
     else:
@@ -42,18 +49,31 @@ def read_truth(source: str | Path, classes: Sequence[str]) -> Truth:
             f"No ground truth at {_shown(source)}. "
             "Give a folder with one sub-folder a class, or a CSV with columns path,label."
         )
-    matches = Matcher(classes)
+    matches = _also_without_slashes(matcher, classes)
     index = {name: matches(name) for name in {name for _, name in labelled}}
     unknown = Counter(name for _, name in labelled if len(index[name]) != 1)
+    known = [(path, index[name][0]) for path, name in labelled if name not in unknown]
+    if unknown and (strict or not known or any(index[name] for name in unknown)):
+        raise ImageInputError(_unknown_classes(source, unknown, index, classes))
     if unknown:
-        raise ImageInputError(_unknown_classes(source, unknown, matches, classes))
+        warnings.warn(left_out_line(unknown), stacklevel=2)
     return Truth(
-        paths=tuple(path for path, _ in labelled),
-        labels=tuple(index[name][0] for _, name in labelled),
+        paths=tuple(path for path, _ in known),
+        labels=tuple(label for _, label in known),
+        left_out=dict(unknown),
     )
 
 
-def _read_folders(root: Path) -> list[tuple[Path, str]]:
+def left_out_line(left_out: Mapping[str, int]) -> str:
+    """Say which names match no class, so that their images are not measured; empty if there are none."""
+    if not left_out:
+        return ""
+    listed = (f"{name!r:.100} ({_images(left_out[name])})" for name in sorted(left_out))
+    names = first_few(listed, len(left_out), UNKNOWN_SHOWN)
+    return f"Left out, as no class of the model is called so: {names}."
+
+
+def _read_folders(root: Path, matcher: Matcher, classes: Sequence[str]) -> list[tuple[Path, str]]:
     images = list_images(root)
     stray = [path for path in images if path.parent == root]
     if stray:
@@ -63,7 +83,24 @@ def _read_folders(root: Path) -> list[tuple[Path, str]]:
             f"{_shown(stray[0].name)}, whose class is not told. "
             "Put each image in a sub-folder named after its class, or give a CSV with columns path,label."
         )
-    return [(path, path.relative_to(root).parts[0]) for path in images]
+    deepest = max(name.count("/") for name in classes)
+    named = cache(lambda folders: _class_of_folders(folders, matcher, classes))
+    return [(path, named(path.relative_to(root).parts[:-1][: deepest + 1])) for path in images]
+
+
+def _class_of_folders(folders: tuple[str, ...], matcher: Matcher, classes: Sequence[str]) -> str:
+    """The class name that folders within one another spell, as ``AC`` and ``DC`` do "AC/DC"; else the first folder."""
+    for depth in range(len(folders), 1, -1):
+        name = "/".join(folders[:depth])
+        if len(found := matcher(name)) == 1 and "/" in classes[found[0]]:
+            return classes[found[0]]
+    return folders[0]
+
+
+def _also_without_slashes(matcher: Matcher, classes: Sequence[str]) -> Callable[[str], list[int]]:
+    """As ``matcher``; a name without a match may have another character for a slash, which no folder can hold."""
+    replaced = Matcher([_SLASHES.sub(" ", name) for name in classes])
+    return lambda name: matcher(name) or replaced(_SLASHES.sub(" ", name))
 
 
 def _read_csv(table: Path) -> list[tuple[Path, str]]:
@@ -88,10 +125,10 @@ def _read_csv(table: Path) -> list[tuple[Path, str]]:
 
 
 def _unknown_classes(
-    source: Path, unknown: Counter[str], matches: Callable[[str], list[int]], classes: Sequence[str]
+    source: Path, unknown: Counter[str], index: Mapping[str, Sequence[int]], classes: Sequence[str]
 ) -> str:
     def described(name: str) -> str:
-        candidates = " or ".join(f"{classes[index]!r:.100}" for index in matches(name))
+        candidates = " or ".join(f"{classes[place]!r:.100}" for place in index[name])
         hint = f"; could be {candidates}, write one exactly" if candidates else ""
         return f"{name!r:.100} ({_images(unknown[name])}{hint})"
 
