@@ -66,10 +66,17 @@ def test_read_classes__from_a_file(content: str, tmp_path: Path) -> None:
         (" robin , house  wren,finch ", ("robin", "house wren", "finch")),
         ('"gull, herring", wren', ("gull, herring", "wren")),
         ("wren,robin", ("wren", "robin")),
+        ('["wren", "gull, herring"]', ("wren", "gull, herring")),
+        ("-1,1", ("-1", "1")),
     ],
 )
 def test_read_classes__from_a_list(text: str, wanted: tuple[str, ...]) -> None:
     assert read_classes(text) == wanted
+
+
+def test_read_classes__a_list_in_brackets_is_json_or_refused() -> None:
+    with pytest.raises(PromptError, match="The list in --classes is not JSON"):
+        read_classes("[robin, wren]")
 
 
 def test_read_classes__a_file_whose_name_has_a_comma_is_a_file(tmp_path: Path) -> None:

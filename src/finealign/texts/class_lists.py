@@ -33,7 +33,7 @@ def names_in(text: str, path: Path) -> list[str]:
     """
     shown, suffix = display_path(path), path.suffix.lower()
     if suffix == ".json":
-        return _of_value(_json(text, shown), shown)
+        return names_in_json(text, shown)
     if suffix in (".yaml", ".yml"):
         return _of_value(_yaml(text, shown), shown)
     if (table := _table(text, shown, suffix)) is not None:
@@ -52,6 +52,11 @@ def names_in(text: str, path: Path) -> list[str]:
                 continue
     _refuse_other_lists(lines, shown)
     return lines
+
+
+def names_in_json(text: str, shown: str) -> list[str]:
+    """The class names in a JSON text; ``shown`` says in messages where it is from. Raises PromptError."""
+    return _of_value(_json(text, shown), shown)
 
 
 class _NotParsedError(PromptError):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from finealign.errors import PromptError, display_path
 from finealign.runtime.textfile import TextFileError, read_text
-from finealign.texts.class_lists import names_in
+from finealign.texts.class_lists import names_in, names_in_json
 from finealign.texts.names import Matcher, fold, same
 from finealign.types import Texts
 
@@ -41,6 +41,8 @@ def read_classes(source: str | Path) -> tuple[str, ...]:
         text = _read_text(path, "class names", "a UTF-8 text file with one class name a line")
         names = names_in(text, path)
         return check_classes(names, where=display_path(path))
+    if text.lstrip().startswith("[") and text.rstrip().endswith("]"):
+        return check_classes(names_in_json(text, "The list in --classes"), where="--classes")
     if "," not in text:
         raise PromptError(
             f"Found neither a file nor a list in --classes {text!r:.200}. Wanted: a text file with one class name a "
