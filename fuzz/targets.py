@@ -34,7 +34,8 @@ from finealign.method.registry import create_method
 from finealign.model import folder as model_folder
 from finealign.model.fitted import FittedModel, inference_settings
 from finealign.run.folder import Metrics, read_identity
-from finealign.texts.prompts import fold, make_texts, read_classes, read_descriptions, read_templates
+from finealign.texts.names import same
+from finealign.texts.prompts import make_texts, read_classes, read_descriptions, read_templates
 from finealign.training.checkpoints import Checkpoint, read_last_checkpoint, write_checkpoint
 from finealign.training.memmap import MemmapTensors, read_memmap
 from finealign.training.state import EpochRecord
@@ -124,7 +125,7 @@ def read_class_names(data: bytes) -> None:
     else:
         names = read_classes(content.decode("utf-8", "surrogateescape"))
     assert len(names) >= 2
-    assert len({fold(name) for name in names}) == len(names)
+    assert not any(same(first, second) for place, first in enumerate(names) for second in names[:place])
     "\n".join(names).encode()
     make_texts(names)
     assert read_classes(written("again.txt", "\n".join(names).encode())) == names

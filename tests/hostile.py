@@ -699,7 +699,7 @@ SOURCES = [
     Hostile(
         "folder_of_one_bad_image",
         folder("a.png", data=b"x"),
-        Works({"images": 0, "set_aside": {"a.png": "not an image"}}),
+        Fails("ImageInputError", "The only image cannot be read.*a.png.*not an image"),
     ),
     Hostile(
         "link_to_itself",
@@ -731,7 +731,14 @@ LISTS = [
     Hostile("header_alone", listing("path,label\n"), Fails("ImageInputError", "lists no images.*below the header")),
     Hostile("no_path", listing("file,label\na.png,robin\n"), Fails("ImageInputError", "0 columns named 'path'")),
     Hostile("path_twice", listing("path,path\na.png,b.png\n"), Fails("ImageInputError", "2 columns named 'path'")),
-    Hostile("semicolons", listing("path;label\na.png;robin\n"), Fails("ImageInputError", "'path;label'.*commas")),
+    Hostile("semicolons", listing("path;label\na.png;robin\n"), Works({"images": 1, "set_aside": {}})),
+    Hostile("tabs", listing("id\tPath\n1\ta.png\n2\tb.png\n"), Works({"images": 2, "set_aside": {}})),
+    Hostile("bars", listing("path|label\na.png|robin\n"), Fails("ImageInputError", "'path.label'.*commas, semicolons")),
+    Hostile("told_separator", listing("sep=;\r\npath;label\r\na.png;robin\r\n"), Works({"images": 1, "set_aside": {}})),
+    Hostile("capitals", listing("PATH\na.png\n", "list.CSV"), Works({"images": 1, "set_aside": {}})),
+    Hostile("backslashes", listing("path\nimages.png\\c.png\n"), Works({"images": 1, "set_aside": {}})),
+    Hostile("none_exists", listing("path\nx.png\ny.png\n"), Fails("ImageInputError", "None of the 2 images.*x.png")),
+    Hostile("none_exists_as_lines", listing("x.png\n", "l.txt"), Fails("ImageInputError", "The only image.*no such")),
     Hostile("no_header", listing("a.png\nb.png\n"), Fails("ImageInputError", "its header is 'a.png'")),
     Hostile("blank_first_line", listing("\npath\na.png\n"), Fails("ImageInputError", "its header is ''.*header line")),
     Hostile("quote_not_closed", listing('path\na.png\n"b.png\n'), Fails("ImageInputError", "line 3: .*quotes")),
@@ -743,7 +750,12 @@ LISTS = [
     Hostile(
         "latin_1", listing("path\na.png\nbé.png\n".encode("latin-1")), Fails("ImageInputError", "line 3: not UTF-8")
     ),
-    Hostile("utf_16", listing("path\na.png\n".encode("utf-16")), Fails("ImageInputError", "line 1: not UTF-8.*Save")),
+    Hostile("utf_16", listing("path\na.png\n".encode("utf-16")), Works({"images": 1, "set_aside": {}})),
+    Hostile(
+        "utf_16_cut",
+        listing("path\na.png\n".encode("utf-16")[:-1]),
+        Fails("ImageInputError", "not UTF-16 text.*Save it as UTF-8"),
+    ),
     Hostile("binary", listing(WHOLE["png"]), Fails("ImageInputError", "line 1: not UTF-8")),
     Hostile("nulls", listing(bytes(100)), Fails("ImageInputError", "0 columns named 'path'")),
     Hostile("endless_field", listing("path\n" + "x" * 200_000), Fails("ImageInputError", "line 2: field larger than")),
@@ -754,7 +766,7 @@ LISTS = [
     Hostile(
         "carriage_return_in_a_name",
         listing("path\na\r.png\n"),
-        Works({"images": 0, "set_aside": {"a": "no such file", ".png": "no such file"}}),
+        Fails("ImageInputError", "None of the 2 images can be read.*no such file"),
     ),
     Hostile(
         "null_in_a_path",
@@ -774,10 +786,10 @@ LISTS = [
         ),
     ),
     Hostile("paths_from_elsewhere", absolute, Works({"images": 2, "set_aside": {"b.png": "no such file"}})),
-    Hostile("device", listing("path\n/dev/zero\n"), Works({"images": 0, "set_aside": {"zero": "not a regular file"}})),
+    Hostile("device", listing("path\n/dev/zero\n"), Fails("ImageInputError", "only image.*not a regular file")),
     Hostile("lines_empty", listing("", "l.txt"), Fails("ImageInputError", "empty file")),
     Hostile("lines_of_comments", listing("# a\n\n  \n", "l.txt"), Fails("ImageInputError", "lists no images")),
-    Hostile("lines_in_utf_16", listing("a.png\n".encode("utf-16"), "l.txt"), Fails("ImageInputError", "not UTF-8")),
+    Hostile("lines_in_utf_16", listing("a.png\n".encode("utf-16"), "l.txt"), Works({"images": 1, "set_aside": {}})),
     Hostile(
         "lines_that_list_themselves",
         listing("l.txt\na.png\n", "l.txt"),
@@ -799,12 +811,21 @@ LABELLED = [
     Hostile("empty", listing(""), Fails("ImageInputError", "empty file")),
     Hostile("header_alone", listing("path,label\n"), Fails("ImageInputError", "lists no images")),
     Hostile("no_label", listing("path\na.png\n"), Fails("ImageInputError", "0 columns named 'label'")),
-    Hostile("capitals", listing("Path,Label\na.png,robin\n"), Fails("ImageInputError", "0 columns named 'path'")),
+    Hostile("capitals", listing("Path,Label\na.png,robin\n"), Works({"images": 1, "set_aside": 0})),
+    Hostile("semicolons", listing("Label;Path\nrobin;a.png\n"), Works({"images": 1, "set_aside": 0})),
+    Hostile("tabs", listing("path\tlabel\na.png\trobin\n"), Works({"images": 1, "set_aside": 0})),
+    Hostile("backslashes", listing("path,label\nimages.png\\c.png,wren\n"), Works({"images": 1, "set_aside": 0})),
+    Hostile(
+        "class_too_many",
+        listing("path,label\na.png,robin\nb.png,gull\n"),
+        Works({"images": 1, "set_aside": 0, "unknown": {"gull": 1}}),
+    ),
+    Hostile("folder_too_many", folder("robin/a.png", "gull/b.png"), Works({"images": 1, "unknown": {"gull": 1}})),
     Hostile(
         "label_left_out", listing("path,label\na.png,\n"), Fails("ImageInputError", "line 2: no value for 'label'")
     ),
     Hostile("quote_not_closed", listing('path,label\n"a.png,robin\n'), Fails("ImageInputError", "line 2: .*quotes")),
-    Hostile("utf_16", listing("path,label\na.png,robin\n".encode("utf-16")), Fails("ImageInputError", "not UTF-8")),
+    Hostile("utf_16", listing("path,label\na.png,robin\n".encode("utf-16")), Works({"images": 1, "set_aside": 0})),
     Hostile("binary", listing(WHOLE["gif"]), Fails("ImageInputError", "not UTF-8")),
     Hostile("unknown_class", listing("path,label\na.png,gull\n"), Fails("ImageInputError", "'gull' .1 image.*Valid")),
     Hostile(
@@ -884,7 +905,14 @@ CLASSES = [
     Hostile("control_character", text("robin\nwr\x07en\n"), Fails("PromptError", r"'wr\\x07en' holds a control")),
     Hostile("escape", text("robin\n\x1b[31mwren\n"), Fails("PromptError", "holds a control character")),
     Hostile("null", text("robin\nwren\0\n"), Fails("PromptError", "holds a control character")),
-    Hostile("utf_16", text("robin\nwren\n".encode("utf-16")), Fails("PromptError", "cannot be read.*UTF-8 text file")),
+    Hostile("utf_16", text("robin\nwren\n".encode("utf-16")), classes("robin", "wren")),
+    Hostile("json", text('[\n  "robin",\n  "wren"\n]\n'), classes("robin", "wren")),
+    Hostile("table", text("id;Name\n0;robin\n1;wren\n"), classes("robin", "wren")),
+    Hostile("signs", text("-1\n1\n"), classes("-1", "1")),
+    Hostile("sharp_s", text("Masse\nMaße\n"), classes("Masse", "Maße")),
+    Hostile("comment", text("# my birds\nrobin\nwren\n"), Fails("PromptError", "line 1: '# my birds' looks like a")),
+    Hostile("quotes_and_commas", text('"robin",\n"wren",\n'), Fails("PromptError", "line 1: .*in quotes.*JSON")),
+    Hostile("numbered", text("0 robin\n1 wren\n"), Fails("PromptError", "line 1: '0 robin' and all lines.*a number")),
     Hostile(
         "utf_16_without_a_bom", text("robin\nwren\n".encode("utf-16-le")), Fails("PromptError", "control character")
     ),
@@ -944,7 +972,7 @@ DESCRIPTIONS = [
     Hostile("comma_too_many", text(f"{{{ROBIN}, {WREN},}}"), Fails("PromptError", "is not JSON")),
     Hostile("binary", text(WHOLE["webp"]), Fails("PromptError", "cannot be read.*JSON file")),
     Hostile("nulls", text(bytes(99)), Fails("PromptError", "is not JSON")),
-    Hostile("utf_16", text(f"{{{ROBIN}, {WREN}}}".encode("utf-16")), Fails("PromptError", "cannot be read")),
+    Hostile("utf_16", text(f"{{{ROBIN}, {WREN}}}".encode("utf-16")), Works({"descriptions": 2})),
     Hostile("null", described(None), Fails("PromptError", "found NoneType. Wanted: a mapping")),
     Hostile("list", described(["robin", "wren"]), Fails("PromptError", "found list. Wanted: a mapping")),
     Hostile("number", described(3), Fails("PromptError", "found int")),
@@ -1007,7 +1035,7 @@ TEMPLATES = [
     Hostile("one_bad_among_good", text("a {}.\nb\n"), Fails("PromptError", r"'b' needs exactly one \{\}")),
     Hostile("endless", text("x" * 1_000_000), Fails("PromptError", "^.{,500}$")),
     Hostile("binary", text(WHOLE["jpeg"]), Fails("PromptError", "The templates in .* cannot be read")),
-    Hostile("utf_16", text("a {}.\n".encode("utf-16")), Fails("PromptError", "The templates in .* cannot be read")),
+    Hostile("utf_16", text("a {}.\n".encode("utf-16")), Works({"descriptions": 2})),
     Hostile("folder", empty, Fails("PromptError", "The templates in .* cannot be read: not a regular file")),
     Hostile("pipe", fifo, Fails("PromptError", "not a regular file")),
     Hostile("missing", lambda path: path, Fails("PromptError", "No templates at .*no such file")),

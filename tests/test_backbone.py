@@ -20,6 +20,7 @@ from torch.nn.functional import normalize
 
 from conftest import CLASSES, HANG, TEXT_TOWER, VISION_TOWERS
 from finealign.backbone import model as room
+from finealign.backbone.identifiers import OPENAI
 from finealign.backbone.load import list_backbones, load_backbone
 from finealign.backbone.model import OpenClipBackbone
 from finealign.config import DEFAULT_BACKBONE
@@ -103,9 +104,53 @@ def test_load_backbone__no_slash(identifier: str) -> None:
         load_backbone(identifier)
 
 
-def test_load_backbone__an_unknown_architecture_names_the_nearest() -> None:
-    with pytest.raises(BackboneError, match=r"Unknown architecture 'VIT-B-32-quickgelu'.*mean 'ViT-B-32-quickgelu'"):
-        load_backbone("VIT-B-32-quickgelu/openai")
+# What is given, and what the message says to type.
+MEANT = {
+    "VIT-B-32-quickgelu/openai": "Did you mean ViT-B-32-quickgelu/openai?",
+    "vit-b-32/openai": "Did you mean ViT-B-32-quickgelu/openai?",
+    "ViT-B-32::openai": "Did you mean ViT-B-32-quickgelu/openai?",
+    "ViT-B/32/openai": "Did you mean ViT-B-32-quickgelu/openai?",
+    "ViT-B/32": "Did you mean ViT-B-32-quickgelu/openai or",
+    "vit_b_32": "Did you mean ViT-B-32-quickgelu/openai or",
+    "ViT-L/14@336px": "Did you mean ViT-L-14-336-quickgelu/openai?",
+    "ViT-B-33/openai": "Unknown architecture 'ViT-B-33'.*Did you mean 'ViT-B-32-quickgelu/openai'?",
+    "openai/clip-vit-base-patch32": "for transformers.*The same weights are ViT-B-32-quickgelu/openai: type that",
+    "openai/clip-vit-large-patch14-336": "The same weights are ViT-L-14-336-quickgelu/openai: type that",
+    "hf-hub:openai/clip-vit-base-patch16": "The same weights are ViT-B-16-quickgelu/openai: type that",
+    "laion/CLIP-ViT-B-32-laion2B-s34B-b79K": "type hf-hub:laion/CLIP-ViT-B-32-laion2B-s34B-b79K",
+    "some/where": "type hf-hub:some/where.*A folder is named by local-dir:FOLDER",
+    "hf:some/where": "Type hf-hub:some/where",
+    "https://huggingface.co/some/where": "Type hf-hub:some/where",
+    "local_dir:some/where": "Type local-dir:some/where",
+    "./some/where": "looks like a folder, but there is none",
+}
+
+
+@pytest.mark.parametrize("identifier", MEANT)
+def test_load_backbone__what_is_not_known_is_told_with_what_to_type(identifier: str) -> None:
+    with pytest.raises(BackboneError, match=MEANT[identifier].replace("?", r"\?")) as caught:
+        load_backbone(identifier)
+    assert "ViT-S-32" not in str(caught.value)
+
+
+def test_load_backbone__what_is_told_to_type_for_openais_weights_is_there() -> None:
+    assert set(OPENAI.values()) <= set(list_backbones())
+
+
+def test_load_backbone__a_bare_folder(tiny_backbone: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = Path(tiny_backbone("transformer").removeprefix("local-dir:"))
+    with pytest.raises(BackboneError, match=f"is a folder. Type local-dir:{folder}"):
+        load_backbone(str(folder))
+    monkeypatch.chdir(folder.parent)
+    with pytest.raises(BackboneError, match=f"is a folder. Type local-dir:{folder.name}"):
+        load_backbone(folder.name)
+    with pytest.raises(BackboneError, match=rf"not there.*There is one in local-dir:{folder.parent}/.*{folder.name}"):
+        load_backbone(f"local-dir:{folder.parent}")
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(BackboneError, match=r"is a folder.*open_clip_config.json is not there.*for transformers"):
+        load_backbone(str(tmp_path))
+    with pytest.raises(BackboneError, match=r"is a file. Wanted: local-dir:FOLDER"):
+        load_backbone(str(tmp_path / "config.json"))
 
 
 def test_load_backbone__an_unknown_tag_lists_the_valid_ones() -> None:

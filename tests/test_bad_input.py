@@ -141,7 +141,7 @@ def answer(*arguments: str | Path) -> dict[str, Any]:
         raise result.exception
     found: dict[str, Any] = json.loads(result.stdout)
     assert result.exit_code == (1 if "error" in found else 0)
-    assert result.stderr == ""
+    assert result.stderr == "" or result.stderr.startswith("Caution: The tokenizer has no words")
     return found
 
 

@@ -121,7 +121,7 @@ SETTINGS: dict[str, tuple[str | bytes, str]] = {
     # not text
     "picture": (b"\x89PNG\r\n\x1a\n" + bytes(100), "cannot be read as UTF-8 text"),
     "nulls": (bytes(100), "is not YAML"),
-    "UTF-16": ("seed: 3".encode("utf-16"), "cannot be read as UTF-8 text"),
+    "UTF-16 cut": ("seed: 3".encode("utf-16")[:-1], "cannot be read as UTF-8 text"),
     "random bytes": (bytes(range(128, 256)) * 9, "cannot be read as UTF-8 text"),
     "pickle": (pickle.dumps({"seed": 3}), "cannot be read as UTF-8 text"),
     "escape codes": ("seed: \x1b[31m3", "is not YAML"),

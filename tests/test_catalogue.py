@@ -18,7 +18,8 @@ from PIL import Image
 from finealign.benchmark.catalogue import DATA_SETS, DPA_TABLE, DataSet, LabelledSet, load_set, readable
 from finealign.errors import FinealignError, ImageInputError
 from finealign.images.decoding import read_image
-from finealign.texts.prompts import DEFAULT_TEMPLATES, fold, make_texts
+from finealign.texts.names import fold
+from finealign.texts.prompts import DEFAULT_TEMPLATES, make_texts
 
 DESCRIBED = [
     "dtd", "eurosat", "fgvc_aircraft", "food101", "flowers102", "oxford_pets", "cifar10", "cifar100", "ucf101",

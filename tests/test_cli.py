@@ -254,7 +254,7 @@ def test_evaluate__has_the_documented_keys(made: Made) -> None:
     found = only_json(command("evaluate", made.run, made.labelled, *PRECISE, "--json"))
     assert set(found) == {
         "adapted", "start", "zero_shot", "difference", "use", "images", "set_aside", "per_class", "confused_pairs",
-        "adapted_to", "class_prior", "left_out", "blank",
+        "adapted_to", "class_prior", "left_out", "unknown", "blank",
     }  # fmt: skip
     assert set(found["adapted"]) == set(found["start"]) == HEADLINE
     assert set(found["difference"]) == {"top1", "low", "high", "balanced", "balanced_low", "balanced_high"}
@@ -389,6 +389,28 @@ def test_evaluate__class_names_with_brackets_are_shown_as_they_are(made: Made, t
     truth = f"path,label\n{made.photos / 'red' / '0.png'},red {brackets}\n{made.photos / 'blue' / '0.png'},blue\n"
     (tmp_path / "truth.csv").write_text(truth, encoding="utf-8")
     assert f"red {brackets}" in command("evaluate", tmp_path / "run", tmp_path / "truth.csv", *PRECISE).stdout
+
+
+def test_evaluate__a_class_folder_too_many_is_left_out_and_said(made: Made, tmp_path: Path) -> None:
+    shutil.copytree(made.labelled, tmp_path / "more")
+    shutil.copytree(next(made.labelled.iterdir()), tmp_path / "more" / "unicorn")
+    whole = only_json(command("evaluate", made.run, made.labelled, *PRECISE, "--json"))
+    found = only_json(command("evaluate", made.run, tmp_path / "more", *PRECISE, "--json"))
+    unicorns = len(list((tmp_path / "more" / "unicorn").iterdir()))
+    assert found["unknown"] == {"unicorn": unicorns}
+    assert found["adapted"] == whole["adapted"]
+    told = command("evaluate", made.run, tmp_path / "more", *PRECISE)
+    assert f"Left out, as no class of the model is called so: 'unicorn' ({unicorns} images)." in told.stderr
+
+
+def test_predict__where_no_image_can_be_read_there_is_no_table(made: Made, tmp_path: Path) -> None:
+    (tmp_path / "list.csv").write_text("path\nx.png\ny.png\n")
+    for more in ([], ["--json"], ["--out", tmp_path / "labels.csv"]):
+        done = command("predict", made.run, tmp_path / "list.csv", *PRECISE, *more)
+        assert done.exit_code == 1
+        assert "None of the 2 images can be read" in done.stderr + done.stdout
+        assert "confidence" not in done.stdout
+    assert [path.name for path in tmp_path.iterdir()] == ["list.csv"]
 
 
 def test_evaluate__an_unreadable_image_is_counted_apart(made: Made, tmp_path: Path) -> None:
@@ -720,7 +742,7 @@ MISTAKES: dict[str, tuple[Arguments, str, str]] = {
     "unknown device": (lambda made, here: [*made.adapt("--device", "tpu")], "Use auto, cpu", "ConfigError"),
     "unknown architecture": (
         lambda made, here: [*made.adapt("--backbone", "ViT-B-33/openai")],
-        "Did you mean 'ViT-B-32'?",
+        "Did you mean 'ViT-B-32-quickgelu/openai'?",
         "BackboneError",
     ),
     "weights in the wrong tower": (

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
+from real_data import ADVICE, shared_folder
 
 from finealign.errors import ImageInputError
 from finealign.evaluate import metrics as evaluate
@@ -31,6 +32,7 @@ from finealign.evaluate.metrics import (
 )
 from finealign.evaluate.summary import Evaluation, evaluate_scores, summary
 from finealign.evaluate.truth import read_truth
+from finealign.images.listing import list_images
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -675,12 +677,69 @@ def test_read_truth__colliding_class_names_match_exactly_or_not_at_all(tmp_path:
 def test_read_truth__unknown_names_are_listed(tmp_path: Path, draw: Draw) -> None:
     draw("cat/1.png", "cta/2.png", "cta/3.png", "unicorn/4.png")
     with pytest.raises(ImageInputError) as raised:
-        read_truth(tmp_path, ["cat", "dog"])
+        read_truth(tmp_path, ["cat", "dog"], strict=True)
     message = str(raised.value)
     assert "2 folder names match no class" in message
     assert "with 3 images" in message
     assert "'cta' (2 images), 'unicorn' (1 image)" in message
     assert "Valid class names: 'cat', 'dog'." in message
+
+
+def test_read_truth__what_is_no_class_is_left_out_and_said(tmp_path: Path, draw: Draw) -> None:
+    draw("cat/1.png", "cta/2.png", "cta/3.png", "unicorn/4.png")
+    with pytest.warns(UserWarning, match=r"Left out, .*: 'cta' \(2 images\), 'unicorn' \(1 image\)\."):
+        truth = read_truth(tmp_path, ["cat", "dog"])
+    assert (truth.paths, truth.labels) == ((tmp_path / "cat" / "1.png",), (0,))
+    assert truth.unknown == {"cta": 2, "unicorn": 1}
+    table = tmp_path / "truth.csv"
+    table.write_text("path,label\ncat/1.png,cat\ncta/2.png,cta\n")
+    with pytest.warns(UserWarning, match=r"'cta' \(1 image\)"):
+        assert read_truth(table, ["cat", "dog"]).unknown == {"cta": 1}
+
+
+@pytest.mark.parametrize("folder", ["AC/DC", "ac_dc", "AC DC", "AC-DC", "AC:DC", "AC\u2215DC"])
+def test_read_truth__a_name_with_a_slash(tmp_path: Path, draw: Draw, folder: str) -> None:
+    draw(f"{folder}/1.png", f"{folder}/deeper/2.png", "AC/3.png")
+    classes = ["AC/DC", "AC"]
+    assert labelled(tmp_path, classes) == {"1.png": "AC/DC", "2.png": "AC/DC", "3.png": "AC"}
+
+
+def test_read_truth__folders_in_a_class_folder_are_no_names(tmp_path: Path, draw: Draw) -> None:
+    draw("tabby/cat/1.png", "tabby cat/2.png", "F-16A-B/3.png")
+    found = labelled(tmp_path, ["tabby", "tabby cat", "F-16A/B"])
+    assert found == {"1.png": "tabby", "2.png": "tabby cat", "3.png": "F-16A/B"}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "path;label\nin/1.png;cat\n2.png;dog\n",
+        "Label\tPATH\ncat\tin/1.png\ndog\t2.png\n",
+        "sep=;\r\nPath;Label\r\nin/1.png;cat\r\n2.png;dog\r\n",
+        "path,label\nin\\1.png,cat\n2.png,dog\n",
+        "path\tlabel\nin\\1.png\tcat\n2.png\tdog\n".encode("utf-16"),
+        b"\xfe\xff" + "path,label\nin/1.png,cat\n2.png,dog\n".encode("utf-16-be"),
+    ],
+)
+@pytest.mark.parametrize("name", ["truth.csv", "TRUTH.CSV"])
+def test_read_truth__tables_of_spreadsheets(tmp_path: Path, draw: Draw, content: str | bytes, name: str) -> None:
+    draw("in/1.png", "2.png")
+    (tmp_path / name).write_bytes(content.encode() if isinstance(content, str) else content)
+    assert labelled(tmp_path / name, ["dog", "cat"]) == {"1.png": "cat", "2.png": "dog"}
+    assert sorted(path.name for path in list_images(tmp_path / name)) == ["1.png", "2.png"]
+
+
+def test_read_truth__a_backslash_that_is_part_of_a_name_stays(tmp_path: Path, draw: Draw) -> None:
+    draw("a\\1.png", "a/1.png")
+    (tmp_path / "truth.csv").write_text("path,label\na\\1.png,cat\n")
+    assert read_truth(tmp_path / "truth.csv", ["cat"]).paths == (tmp_path / "a\\1.png",)
+
+
+def test_read_truth__the_table_that_failed() -> None:
+    table = shared_folder() / "cases" / "labels_semicolon.csv"
+    if not table.is_file():
+        pytest.skip(f"no {table.name} here. {ADVICE}")
+    assert labelled(table, ["iris", "pansy"]) == {"photo.jfif": "pansy"}
 
 
 def test_read_truth__long_lists_are_cut(tmp_path: Path, draw: Draw) -> None:
@@ -731,7 +790,7 @@ def test_read_truth__csv_with_an_unknown_label(tmp_path: Path, draw: Draw) -> No
     draw("1.png", "2.png")
     (tmp_path / "truth.csv").write_text("path,label\n1.png,cat\n2.png,cow\n")
     with pytest.raises(ImageInputError, match=r"1 label name matches no class.*1 image: 'cow' \(1 image\).*'cat'"):
-        read_truth(tmp_path / "truth.csv", ["cat"])
+        read_truth(tmp_path / "truth.csv", ["cat"], strict=True)
 
 
 def test_read_truth__csv_naming_an_image_twice(tmp_path: Path, draw: Draw) -> None:

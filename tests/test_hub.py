@@ -138,3 +138,17 @@ def test_hub__what_is_not_there_is_one_sentence(hub: Hub, photos: Path, tmp_path
     told = adapt(hub, photos, "other", tmp_path / "run", wanted=1)
     assert "The weights of hf-hub:birds/other cannot be had" in told
     assert "Traceback" not in told
+
+
+def test_hub__weights_in_another_format_alone_are_told_as_that(hub: Hub, photos: Path, tmp_path: Path) -> None:
+    del hub.commits[SECOND]["open_clip_model.safetensors"]
+    told = adapt(hub, photos, "tiny", tmp_path / "run", wanted=1)
+    assert (
+        "birds/tiny has its weights as open_clip_pytorch_model.bin alone. Wanted: open_clip_model.safetensors" in told
+    )
+    assert "hf download birds/tiny --local-dir FOLDER, then --backbone local-dir:FOLDER" in told
+    assert not [path for path in hub.asked if path.endswith(".bin")]
+
+    del hub.commits[THIRD]["open_clip_config.json"]
+    told = adapt(hub, photos, f"tiny@{THIRD}", tmp_path / "run", wanted=1)
+    assert "birds/tiny holds no model for open_clip: open_clip_config.json is not in it" in told

@@ -334,7 +334,7 @@ def test_list_images__csv_reads_path_and_never_the_label(tmp_path: Path) -> None
     ("name", "content", "message"),
     [
         ("l.csv", b"file,label\na.jpg,cat\n", r"0 columns named 'path'.*'file,label'.*header"),
-        ("l.csv", b"path;label\na.jpg;cat\n", r"'path;label'.*commas"),
+        ("l.csv", b"path|label\na.jpg|cat\n", r"'path.label'.*commas, semicolons or tabs"),
         ("l.csv", b"path,path\na.jpg,b.jpg\n", r"2 columns named 'path'"),
         ("l.csv", b"path,label\n", r"lists no images.*below the header"),
         ("l.csv", b"", r"empty file"),
@@ -342,7 +342,7 @@ def test_list_images__csv_reads_path_and_never_the_label(tmp_path: Path) -> None
         ("l.txt", b"", r"empty file"),
         ("l.txt", b"# nothing\n\n", r"lists no images.*one path a line"),
         ("l.txt", b"a.jpg\n\xe9.jpg\n", r"line 2: not UTF-8 text.*Save"),
-        ("l.txt", "a.jpg\n".encode("utf-16"), r"not UTF-8 text"),
+        ("l.txt", "a.jpg\n".encode("utf-16")[:-1], r"not UTF-16 text"),
         ("l.json", b"[]", r"suffix '.json'.*Wanted a folder.*Rename"),
         ("l", b"a.jpg", r"suffix ''"),
     ],

@@ -1,6 +1,7 @@
 """What can be wrong is found once, before anything is trained; what is shown to a model is the same everywhere."""
 
 import io
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from conftest import CLASSES, tiny_config
 from finealign import FineAlign, adapt_into
 from finealign.backbone.model import OpenClipBackbone
 from finealign.config import make_config, read_config, resolve
-from finealign.errors import ConfigError
+from finealign.errors import CautionWarning, ConfigError
 from finealign.images import listing
 from finealign.images.left_out import LeftOut
 from finealign.images.listing import Listing, list_images
@@ -231,3 +232,22 @@ def test_choose_device__the_second_gpu_is_the_one_that_computes(photos: Path, ti
     config = tiny_config(tiny_backbone("transformer"), device="cuda:1")
     model = FineAlign(CLASSES, config=config).fit(photos)
     assert model.backbone_.device == model.method_.classifier().device == torch.device("cuda:1")
+
+
+def test_prepare__names_without_words_of_the_tokenizer_are_told_once(tiny_backbone: Tiny, photos: Path) -> None:
+    """open_clip's tokenizer has letters of English words; others it takes byte by byte."""
+    model = FineAlign(
+        ["三毛猫", "قط منزلي", "Straße", "naïve café", "tabby cat"], backbone=tiny_backbone("transformer")
+    )
+    with pytest.warns(CautionWarning) as told:
+        model.prepare(photos)
+    (message,) = [str(warning.message) for warning in told if warning.category is CautionWarning]
+    assert "no words for 2 class names and reads 16 byte pieces: '三毛猫' as 8, 'قط منزلي' as 8." in message
+    assert "xlm-roberta-base-ViT-B-32/laion5b_s13b_b90k" in message
+
+
+def test_prepare__names_in_latin_letters_are_not_told_of(tiny_backbone: Tiny, photos: Path) -> None:
+    model = FineAlign(["Übergröße", "Đà Nẵng", "Ångström", "🐈", "-1"], backbone=tiny_backbone("transformer"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", CautionWarning)
+        model.prepare(photos)

@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from real_data import ADVICE, shared_folder
 
 from finealign.errors import PromptError
+from finealign.texts.names import Matcher, fold, same
 from finealign.texts.prompts import (
     DEFAULT_TEMPLATES,
     check_classes,
     check_templates,
-    fold,
     make_texts,
     read_classes,
     read_descriptions,
@@ -65,10 +66,17 @@ def test_read_classes__from_a_file(content: str, tmp_path: Path) -> None:
         (" robin , house  wren,finch ", ("robin", "house wren", "finch")),
         ('"gull, herring", wren', ("gull, herring", "wren")),
         ("wren,robin", ("wren", "robin")),
+        ('["wren", "gull, herring"]', ("wren", "gull, herring")),
+        ("-1,1", ("-1", "1")),
     ],
 )
 def test_read_classes__from_a_list(text: str, wanted: tuple[str, ...]) -> None:
     assert read_classes(text) == wanted
+
+
+def test_read_classes__a_list_in_brackets_is_json_or_refused() -> None:
+    with pytest.raises(PromptError, match="The list in --classes is not JSON"):
+        read_classes("[robin, wren]")
 
 
 def test_read_classes__a_file_whose_name_has_a_comma_is_a_file(tmp_path: Path) -> None:
@@ -138,7 +146,7 @@ def test_read_classes__any_file_is_class_names_or_a_prompt_error(content: bytes,
         assert str(error).strip()
         return
     assert len(names) >= 2
-    assert len({fold(name) for name in names}) == len(names)
+    assert not any(same(first, second) for place, first in enumerate(names) for second in names[:place])
     assert check_classes(names) == names
 
 
@@ -163,6 +171,149 @@ def test_read_classes__what_csv_refuses(text: str) -> None:
         assert str(error).strip()
 
 
+# --- lists of other kinds ---------------------------------------------------------------------------------------------
+
+FLOWERS = ("pansy", "iris", "daisy")
+LISTS: dict[str, tuple[str, str | bytes]] = {
+    "JSON over lines": ("a.json", '[\n  "pansy",\n  "iris",\n  "daisy"\n]\n'),
+    "JSON over lines as text": ("a.txt", '[\n  "pansy",\n  "iris",\n  "daisy"\n]\n'),
+    "JSON on one line": ("a.txt", '["pansy", "iris", "daisy"]'),
+    "a list of Python": ("a.txt", "['pansy', 'iris', 'daisy',]\n"),
+    "descriptions": ("a.json", '{"pansy": ["A face."], "iris": ["A flag."], "daisy": ["A star."]}'),
+    "classes of torchvision": ("a.json", '{"pansy": 0, "iris": 1, "daisy": 2}'),
+    "names of transformers": ("a.json", '{"2": "daisy", "0": "pansy", "1": "iris"}'),
+    "categories of COCO": (
+        "a.json",
+        json.dumps({"images": [], "categories": [{"id": 7, "name": name} for name in ("pansy", "iris", "daisy")]}),
+    ),
+    "YAML": ("a.yaml", "# flowers\n- pansy\n- iris\n- 'daisy'\n"),
+    "YAML as text": ("a.txt", "- pansy\n- iris\n- daisy\n"),
+    "YAML of YOLO": ("a.yml", "path: data\nnc: 3\nnames:\n  0: pansy\n  1: iris\n  2: daisy\n"),
+    "CSV with ids": ("a.csv", "id,name\n0,pansy\n1,iris\n2,daisy\n"),
+    "CSV with ids as text": ("a.txt", "id,name\n0,pansy\n1,iris\n2,daisy\n"),
+    "CSV by a spreadsheet": ("A.CSV", "\ufeffNr;Class;Note\r\n1;pansy;\r\n2;iris;x\r\n3;daisy\r\n;;\r\n"),
+    "CSV that tells its separator": ("a.csv", "sep=;\nclass;Name\n0;pansy\n1;iris\n2;daisy\n"),
+    "CSV of one column": ("a.csv", "name\npansy\niris\ndaisy\n"),
+    "CSV without a header": ("a.csv", "pansy\niris\ndaisy\n"),
+    "CSV of numbered classes": ("a.csv", "class,species\n0,pansy\n1,iris\n2,daisy\n"),
+    "tabs": ("a.tsv", "name\tlatin\npansy\tViola\niris\tIris\ndaisy\tBellis\n"),
+    "tabs in UTF-16": ("a.txt", "id\tName\n1\tpansy\n2\tiris\n3\tdaisy\n".encode("utf-16")),
+    "UTF-16": ("a.txt", "pansy\r\niris\r\ndaisy\r\n".encode("utf-16")),
+    "UTF-32": ("a.txt", "pansy\niris\ndaisy\n".encode("utf-32")),
+}
+
+
+@pytest.mark.parametrize("case", LISTS)
+def test_read_classes__from_lists_of_other_kinds(case: str, tmp_path: Path) -> None:
+    name, content = LISTS[case]
+    assert read_classes(written(tmp_path, content, name)) == FLOWERS
+
+
+@pytest.mark.parametrize("name", ["classes_pretty.json", "classes_table.csv"])
+def test_read_classes__from_the_files_that_failed(name: str) -> None:
+    assert read_classes(shared_case(name)) == FLOWERS
+
+
+def shared_case(name: str) -> Path:
+    path = shared_folder() / "cases" / name
+    if not path.is_file():
+        pytest.skip(f"no {name} here. {ADVICE}")
+    return path
+
+
+def test_read_classes__a_list_may_have_any_name(tmp_path: Path) -> None:
+    odd = ("[", '"pansy",', "# 1", "0 name", "a: b", "-")
+    assert read_classes(written(tmp_path, json.dumps(odd[:-1]), "a.json")) == odd[:-1]
+
+
+# What is written, the line of which is told, and what is told of it.
+OTHER_LISTS = {
+    "a comment": ("# my flowers\npansy\niris\n", 1, "looks like a comment"),
+    "a comment between": ("pansy\n// more\niris\n", 2, "looks like a comment"),
+    "quotes and commas": ('"pansy",\n"iris",\n', 1, "is in quotes"),
+    "quotes": ("pansy\n'iris'\n", 2, "is in quotes"),
+    "commas at the end": ("pansy,\niris,\n", 1, "take its last character away"),
+    "a list that is cut": ('[\n"pansy",\n"iris"\n', 1, "is punctuation"),
+    "an object that is cut": ('{"pansy": 1,\n"iris": 2\n', 1, "part of a list or a mapping"),
+    "JSON lines": ('{"name": "pansy"}\n{"name": "iris"}\n', 1, "part of a list or a mapping"),
+    "code": ("classes = [\n'pansy',\n'iris']\n", 1, "beginning of a list"),
+    "code on a line": ("pansy\nclasses = ['iris']\n", 2, "part of a list"),
+    "a section": ("[classes]\npansy\niris\n", 1, "part of a list"),
+    "YAML": ("names:\n  - pansy\n  - iris\n", 1, "beginning of a list or a mapping"),
+    "YAML on a line": ("nc: 2\nnames: [pansy, iris]\n", 2, "part of a list"),
+    "a line of YAML": ("---\npansy\niris\n", 1, "is punctuation"),
+    "one entry of YAML": ("pansy\n- iris\n", 2, "entry of a list"),
+    "entries of Markdown": ("* pansy\n* iris\n", 1, "entry of a list"),
+    "a table of Markdown": ("| id | name |\n|---|---|\n| 0 | pansy |\n", 1, "row of a table"),
+    "tabs": ("0\tpansy\n1\tiris\n", 1, "row of a table"),
+    "markup": ("<li>pansy</li>\n<li>iris</li>\n", 1, "looks like markup"),
+    "ids": ("0 pansy\n1 iris\n", 1, "begin with a number"),
+    "ids with dots": ("1. pansy\n2. iris\n", 1, "begin with a number"),
+    "ids in brackets": ("[0] pansy\n[1] iris\n", 1, "begin with a number"),
+    "ids and commas": ("0,pansy\n1,iris\n", 1, "begin with a number"),
+    "ids of CUB": ("001.Black_footed_Albatross\n002.Laysan_Albatross\n", 1, "begin with a number"),
+    "ids of WordNet": ("n01440764 tench\nn01443537 goldfish\n", 1, "begin with a number or an identifier"),
+    "a mapping": ("pansy: a flower with a face\niris: a flag\n", 1, "look like a mapping"),
+    "a mapping to numbers": ("pansy:0\niris:1\n", 1, "look like a mapping"),
+    "numbers behind": ("pansy,0\niris,1\n", 1, "look like a mapping"),
+    "rows without a header": ("pansy;Viola\niris;Iris\n", 1, "look like rows of a table"),
+}
+
+
+@pytest.mark.parametrize("case", OTHER_LISTS)
+def test_read_classes__a_line_of_another_kind_of_list_is_no_name(case: str, tmp_path: Path) -> None:
+    content, line, told = OTHER_LISTS[case]
+    with pytest.raises(PromptError, match=rf"file\.txt, line {line}: .*{told}.*Wanted: one class name a line.*JSON"):
+        read_classes(written(tmp_path, content))
+
+
+WRONG_LISTS = {
+    "JSON cut": ("a.json", '["pansy", "iris"', "is not JSON"),
+    "JSON of numbers": ("a.json", "[1, 2]", "entry 1 is not text, but int"),
+    "JSON of a text": ("a.json", '"pansy"', "no list of class names, but str"),
+    "JSON of objects": ("a.json", '[{"id": 1}, {"id": 2}]', "not all of which have a name"),
+    "JSON with a key twice": ("a.json", '{"pansy": [], "pansy": []}', "'pansy' stands twice"),
+    "JSON nested": ("a.json", "[" * 100_000, "is not JSON"),
+    "YAML of words that mean something": ("a.yaml", "- yes\n- no\n", "entry 1 is not text, but bool.*in quotes"),
+    "YAML nested": ("a.yaml", "[" * 100_000, "is not YAML"),
+    "CSV without names": ("a.csv", "0,pansy\n1,iris\n", "no column for the class names; its first line is '0,pansy'"),
+    "CSV with a name left out": ("a.csv", "id,name\n0,pansy\n1,\n", "line 3: no value for 'name'"),
+    "CSV with a comma in a name": ("a.csv", "id,name\n0,pansy, wild\n", "line 2: 3 values for 2 columns.*in quotes"),
+    "CSV with an open quote": ("a.csv", 'id,name\n0,"pansy\n', "line .*quotes"),
+    "CSV with a column twice": ("a.csv", "name,Name\npansy,iris\n", "2 columns named|stands twice|only 'pansy'"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_LISTS)
+def test_read_classes__a_list_that_cannot_be_read_is_told(case: str, tmp_path: Path) -> None:
+    name, content, told = WRONG_LISTS[case]
+    with pytest.raises(PromptError, match=told):
+        read_classes(written(tmp_path, content, name))
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("737-200", "737-300", "A320"),
+        ("5 euro", "10 euro", "20 euro"),
+        ("7-spot ladybird", "2 spot ladybird", "harlequin"),
+        ("Star Wars: A New Hope", "Alien"),
+        ("gull, herring", "tench, Tinca tinca"),
+        ("AM General Hummer SUV 2000", "Audi TT 2012"),
+        ("class 0", "class 1"),
+        ("0", "1", "2"),
+        ("0.5", "1.5"),
+        ("-1", "+1", "1"),
+        ("C++", "C#", "F#"),
+        ("'Apapane", "\u02bbo\u02bbo", "Bewick's wren"),
+        ("$5", "€10", "🐈"),
+        ("St. John's wort", "U.S.A."),
+    ],
+)
+def test_read_classes__names_with_signs_and_numbers_are_names(names: tuple[str, ...], tmp_path: Path) -> None:
+    assert read_classes(written(tmp_path, "\n".join(names))) == names
+
+
 # --- check_classes, fold ----------------------------------------------------------------------------------------------
 
 
@@ -174,6 +325,12 @@ def test_read_classes__what_csv_refuses(text: str) -> None:
         ("tabby-cat", "tabby cat"),
         ("tabby_-cat", "Tabby  Cat"),
         ("STRASSE", "straße"),
+        ("Maße", "MASSE"),
+        ("MA\u1e9eE", "maße"),
+        ("-cat", "cat"),
+        ("-1 b", "-1 B"),
+        ("tree-", "Tree"),
+        ("\ufb01nch", "finch"),
         ("café", unicodedata.normalize("NFD", "CAFÉ")),
         ("ΣΊΣΥΦΟΣ", "σίσυφος"),
     ],
@@ -190,9 +347,29 @@ def test_check_classes__the_same_name_twice(second: str) -> None:
         check_classes(["robin", "wren", second], where="my list")
 
 
-@pytest.mark.parametrize(("first", "second"), [("cat", "cats"), ("a b", "ab"), ("e", "é"), ("1", "１")])
+NEAR = [
+    *[("cat", "cats"), ("a b", "ab"), ("e", "é"), ("1", "１")],
+    *[("-1", "1"), ("at -5 degrees", "at 5 degrees"), ("A-", "A"), ("AB-", "AB"), ("blood O-", "blood O")],
+    *[("Masse", "Maße"), ("busse", "Buße")],
+]
+
+
+@pytest.mark.parametrize(("first", "second"), NEAR)
 def test_check_classes__near_names_are_not_the_same(first: str, second: str) -> None:
     assert check_classes([first, second]) == (first, second)
+
+
+def test_matcher__takes_the_nearest_spelling_and_does_not_guess() -> None:
+    meant = Matcher(["Masse", "Maße", "-1", "1"])
+    names = ["masse", "maße", "MASSE", "Maße", "-1", "1", "_1", "2"]
+    assert [meant(name) for name in names] == [[0], [1], [0], [1], [2], [3], [3], []]
+
+
+def test_make_texts__names_that_differ_by_a_sign_have_texts_of_their_own() -> None:
+    texts = make_texts(["-1", "1", "Masse", "Maße"], {"1": ["a"], "-1": ["b"], "maße": ["c"], "masse": ["d"]})
+    assert texts.descriptions == (("b",), ("a",), ("d",), ("c",))
+    with pytest.raises(PromptError, match="miss 1 of 2 classes: '-1'"):
+        make_texts(["-1", "1"], {"1": ["a"]})
 
 
 @pytest.mark.parametrize("name", ["a\x00b", "a\x07b", "\x1b[31mred", "a\x7fb", "a\x9fb"])

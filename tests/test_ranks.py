@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from conftest import CLASSES, HANG, write_photos
+from finealign.run.contract import LOCK
+from finealign.run.lock import held
 from finealign.runtime.distributed import Ranks
 from finealign.training.checkpoints import read_last_checkpoint
 
@@ -134,6 +136,17 @@ def test_adapt__processes_with_other_settings_are_refused(tiny_backbone: Tiny, p
     done = run([*words[:start], str(script), *words[start + 2 :]], wanted=1)
     assert "The processes of this run differ in images, texts, settings or versions" in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_adapt__a_folder_that_another_process_writes_is_refused_on_every_rank(
+    tiny_backbone: Tiny, pictures: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    with held(out):
+        done = run(adapt("torchrun", pictures, tiny_backbone("transformer"), out), wanted=1)
+        assert f"run is being written by process {os.getpid()}." in done.stderr
+        assert [path.name for path in out.iterdir()] == [LOCK]
+    assert not out.exists()
 
 
 def until(true: Callable[[], bool], *, seconds: float = 120) -> None:

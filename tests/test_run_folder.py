@@ -216,6 +216,7 @@ def test_adapt_into__the_configuration_is_resolved_and_gives_the_same_run(
     # Where a run runs may differ, so it is written as it was asked for.
     assert {name for name, value in resolved.items() if value == "auto"} == {
         "data.cache",
+        "data.white_value",
         "data.workers",
         "training.strangers",
     }

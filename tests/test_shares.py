@@ -37,6 +37,10 @@ FILES: dict[str, tuple[str, str | bytes, dict[str, float]]] = {
     "CSV by Windows": ("a.CSV", b"\xef\xbb\xbfclass,share\r\nrobin,0.5\r\n\r\ncrow,1\r\n", {"robin": 0.5, "crow": 1}),
     "CSV with quotes": ("a.csv", 'share,class\n0.5,"wren, ""house"""\n', {'wren, "house"': 0.5}),
     "CSV with a column more": ("a.csv", "id, class ,count\n1, robin ,4\n", {"robin": 4}),
+    "CSV by a spreadsheet": ("a.csv", "sep=;\r\nClass;Share\r\nrobin;0,5\r\n", {"robin": 0.5}),
+    "CSV with tabs in UTF-16": ("a.csv", "Class\tCount\nrobin\t5\n".encode("utf-16"), {"robin": 5}),
+    "TSV": ("a.TSV", "class\tcount\nrobin\t5\n", {"robin": 5}),
+    "UTF-16": ("a.json", '{"robin": 1}'.encode("utf-16"), {"robin": 1}),
     "CSV of no class": ("a.csv", "class,share\n", {}),
 }
 
@@ -67,7 +71,8 @@ WRONG: dict[str, tuple[str, str | bytes, str]] = {
     "too many digits": ("a.json", '{"robin": ' + "9" * 4000 + "}", "for 'robin'. Wanted: a share or a count"),
     "more digits than Python reads": ("a.json", '{"robin": ' + "9" * 5000 + "}", "is not JSON"),
     "twice": ("a.json", '{"robin": 0.5, "robin": 0.5}', "names 'robin' twice"),
-    "UTF-16": ("a.json", '{"robin": 1}'.encode("utf-16"), "cannot be read: .*not UTF-8 text"),
+    "UTF-16 without its mark": ("a.json", '{"robin": 1}'.encode("utf-16-le"), "is not JSON"),
+    "UTF-16 cut": ("a.json", '{"robin": 1}'.encode("utf-16")[:-1], "cannot be read: .*not UTF-16 text"),
     "a picture": ("a.csv", b"\x89PNG\r\n\x1a\n\xff", "cannot be read: .*not UTF-8 text"),
     "CSV empty": ("a.csv", "", "has the columns ''. Wanted: .*CSV with the columns class and share"),
     "CSV of other columns": ("a.csv", "name,share\nrobin,1\n", "has the columns 'name,share'"),

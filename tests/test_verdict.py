@@ -169,7 +169,7 @@ def test_judge__favours_the_likelier_model(structure: float, favoured: str, monk
 
 @pytest.mark.parametrize(
     ("name", "worse"),
-    [("mixture", -0.3), ("mixtures_agree", 0.4), ("off_prior", 0.5), ("confidence", 0.2), ("text", -2.0)],
+    [("mixture", -0.3), ("mixtures_agree", 0.4), ("off_prior", 0.5), ("text", -2.0)],
 )
 def test_judge__what_speaks_against_a_run(name: str, worse: float) -> None:
     """Labels that clusters and texts do not bear out, shares that nobody expected, an unsure model."""

@@ -29,7 +29,7 @@ from finealign.model.card import is_card, model_card
 from finealign.model.fitted import FittedModel, check_class_prior, check_use, inference_settings, what_learned
 from finealign.model.folder import own_norms, read_model, write_model
 from finealign.model.inference import Predictor, tell_blank
-from finealign.model.prepare import Prepared, check_settings, given_shares, prepare
+from finealign.model.prepare import Prepared, check_settings, given_shares, prepare, unknown_words
 from finealign.model.refusal import NONE_OF_THESE, cutoff
 from finealign.runtime.atomic import save_text
 from finealign.runtime.devices import choose_device, choose_precision
@@ -159,6 +159,8 @@ class FineAlign:
         texts, config = self.check()
         paths = list_images(images, exclude=config.data.exclude)
         backbone = backbone or self.load_backbone(config, progress)
+        if told := unknown_words(texts, backbone):
+            (progress or Progress()).caution(told)
         return prepare(texts, config, paths, backbone, text_features=text_features)
 
     def load_backbone(self, config: Config, progress: Progress | None = None) -> Backbone:

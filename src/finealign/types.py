@@ -143,3 +143,4 @@ class Truth:
     paths: tuple[Path, ...]
     labels: tuple[int, ...]
     left_out: str = ""  # what else was in the folder, as a sentence
+    unknown: Mapping[str, int] = field(default_factory=dict)  # names that match no class: how many images each has

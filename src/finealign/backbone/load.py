@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from finealign.backbone.hub import cached_commit, fetch
+from finealign.backbone.identifiers import explain_identifier, not_open_clips
 from finealign.backbone.model import CONFIG, WEIGHTS, OpenClipBackbone
 from finealign.errors import BackboneError, one_line, unknown_name
 from finealign.types import Precision
@@ -159,20 +160,13 @@ def _split(identifier: str) -> tuple[str, str | None]:
     if identifier.startswith("local-dir:"):
         folder = Path(identifier.removeprefix("local-dir:")).expanduser()
         if not (folder / CONFIG).is_file():
-            raise BackboneError(
-                f"No open_clip model in {folder}: {CONFIG} is not there. Wanted: a folder with {CONFIG} and {WEIGHTS}."
-            )
+            raise BackboneError(not_open_clips(folder))
         return f"local-dir:{folder}", None
     if identifier.startswith("hf-hub:"):
         return identifier, None
-    name, separator, tag = identifier.rpartition("/")
-    if not separator:
-        raise BackboneError(
-            f"Backbone {identifier!r} names no weights. Wanted: ARCH/PRETRAINED (as ViT-B-32-quickgelu/openai), "
-            "ARCH/random, hf-hub:NAME or local-dir:PATH. `finealign models` lists the pairs."
-        )
+    name, _, tag = identifier.rpartition("/")
     if name not in open_clip.list_models():
-        raise BackboneError(unknown_name("architecture", name, open_clip.list_models()))
+        raise BackboneError(explain_identifier(identifier, list_backbones()))
     if tag == "random":
         return name, tag
     tags = open_clip.list_pretrained_tags_by_model(name)

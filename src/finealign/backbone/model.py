@@ -211,6 +211,23 @@ class OpenClipBackbone:
         )
         return beyond
 
+    def spelled_out(self, names: Sequence[str]) -> dict[str, int]:
+        """The names that the tokenizer knows no words of, and how many pieces it takes each for.
+
+        Of such a name, as one in Chinese to a tokenizer of English, no piece holds more than one letter, and many hold
+        but a byte of one. Nothing is said of other tokenizers than open_clip's own.
+        """
+        encode = getattr(self.tokenizer, "encode", None)
+        if encode is None or not hasattr(self.tokenizer, "byte_decoder"):
+            return {}
+        found = {}
+        for name in names:
+            letters = sum(character.isalpha() for character in name)
+            foreign = sum(character.isalpha() and not character.isascii() for character in name)
+            if 2 * foreign > letters and (pieces := len(encode(name))) >= letters:
+                found[name] = pieces
+        return found
+
     def _refuse_overflow(self, sentences: list[str]) -> None:
         too_long = [text for text, beyond in zip(sentences, self.beyond_window(sentences), strict=True) if beyond]
         if too_long:

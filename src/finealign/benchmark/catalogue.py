@@ -177,7 +177,7 @@ def _class_folders(folder: Path, classes: Sequence[str] | None = None) -> Split 
     if not (folder / "train").is_dir() or not (folder / "test").is_dir():
         return None
     labels = classes or _folders(folder / "test")
-    return list_images(folder / "train"), read_truth(folder / "test", labels), labels
+    return list_images(folder / "train"), read_truth(folder / "test", labels, strict=True), labels
 
 
 def _one_folder(folder: Path) -> Split | None:
@@ -186,7 +186,7 @@ def _one_folder(folder: Path) -> Split | None:
         return None
     if (folder / "train").is_dir() and (folder / "val").is_dir():
         labels = _folders(folder / "val")
-        return list_images(folder / "train"), read_truth(folder / "val", labels), labels
+        return list_images(folder / "train"), read_truth(folder / "val", labels, strict=True), labels
     labels = [label for label in _folders(folder) if label not in NO_CLASS]
     paths = {label: list_images(folder / label) for label in labels}
     return *_split([(path, index) for index, label in enumerate(labels) for path in paths[label]]), labels
@@ -321,7 +321,7 @@ def _own_folder(name: str) -> LabelledSet:
         labels: Sequence[str] = given or _folders(folder)
         if {"train", "val"} >= set(labels):
             raise ImageInputError(f"{folder} holds {' and '.join(labels)} and no test. Wanted: train/ and test/.")
-        truth = read_truth(folder, labels)
+        truth = read_truth(folder, labels, strict=True)
         split = truth.paths, truth, labels
     unlabelled, test, labels = split
     file = folder / "descriptions.json"

@@ -84,7 +84,8 @@ def adapt(
             raise FinealignError("--resume continues what is there and --overwrite removes it. Give one of them.")
         folder = out or default_folder(images, chosen)
         if dry_run:
-            planned = plan(folder, model.prepare(images), resume=resume, overwrite=overwrite)
+            prepared = model.prepare(images, progress=Bars(drawn=ranks.first))
+            planned = plan(folder, prepared, resume=resume, overwrite=overwrite)
             if ranks.first:
                 _show_plan(planned, as_json)
             ranks.leave()

@@ -8,6 +8,8 @@ from typing import Annotated
 import typer
 
 from finealign import __version__
+from finealign.cli.streams import StreamError, protect_streams, tell, tell_escaped
+from finealign.runtime.home import ensure_home
 
 app = typer.Typer(
     name="finealign",
@@ -23,14 +25,28 @@ def main() -> None:
     """Run the command line."""
     # open_clip logs to the root logger, which prints every line to the screen if it has no handler.
     logging.basicConfig(handlers=[logging.NullHandler()])
+    protect_streams()
+    ensure_home()
+    code = _exit_code()
+    if "LOCAL_RANK" in os.environ:  # an interpreter that shuts down is sometimes aborted by gloo's threads
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+def _exit_code() -> int:
+    """Run the command and write all of its output. Returns the exit code."""
     try:
-        app()
-    except SystemExit as done:
-        if "LOCAL_RANK" in os.environ:  # an interpreter that shuts down is sometimes aborted by gloo's threads
+        try:
+            app()
+        finally:
             sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(done.code if isinstance(done.code, int) else done.code is not None)
-        raise
+            tell_escaped()
+    except StreamError as error:
+        return tell(error)
+    except SystemExit as done:
+        return done.code if isinstance(done.code, int) else int(done.code is not None)
+    return 0
 
 
 @app.callback(invoke_without_command=True)

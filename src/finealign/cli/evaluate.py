@@ -1,9 +1,10 @@
 """`finealign evaluate`: measure a model on labelled images."""
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -50,9 +51,16 @@ def evaluate(
             print_json(figures)
             return
         evaluation_tables(figures, Console())
-        for sentence in (figures["left_out"], figures["blank"]):
-            tell_left_out(str(sentence), Console(stderr=True))
+        tell_not_measured(figures, Console(stderr=True))
         tell_set_aside([asdict(row) for row in set_aside], Console(stderr=True))
+
+
+def tell_not_measured(figures: Mapping[str, Any], screen: Console) -> None:
+    """Print what was left out of the labelled images, and what is among them that shows nothing."""
+    from finealign.evaluate.truth import unknown_line
+
+    for sentence in (figures["left_out"], unknown_line(figures["unknown"]), figures["blank"]):
+        tell_left_out(sentence, screen)
 
 
 def measured(
@@ -70,7 +78,8 @@ def measured(
     afterwards. Returns the summary of ``evaluate_predictions``, which ``in_full`` extends by what a report draws, and
     the labelled images that could not be read. To the summary are added ``adapted_to``, how many of the measured images
     the model was adapted to, None where this is not known, ``class_prior``, how the adapted model took the images to be
-    distributed, ``left_out``, what was in the folder besides the images, and ``blank``, which images show nothing.
+    distributed, ``left_out``, what was in the folder besides the images, ``unknown``, how many images each name has
+    that matches no class, and ``blank``, which images show nothing.
     """
     from finealign.cli.bars import Bars
     from finealign.errors import display_path
@@ -80,7 +89,9 @@ def measured(
     from finealign.run.folder import count_adapted_to
 
     names, use = model.texts_.classes, model.use_
-    truth = read_truth(labelled, names, exclude=exclude)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what is left out is among the figures
+        truth = read_truth(labelled, names, exclude=exclude)
     set_aside: list[SetAside] = []
     with Bars().stage("evaluating", len(truth.paths)) as stage:
         outcomes = model.use("adapted").iter_predictions(truth.paths, score=score, with_start=True)
@@ -93,5 +104,6 @@ def measured(
         "adapted_to": adapted_to,
         "class_prior": model.class_prior_,
         "left_out": truth.left_out,
+        "unknown": dict(truth.unknown),
         "blank": told_blank,
     }, set_aside

@@ -42,6 +42,8 @@ Exclude = Annotated[
     ),
 ]
 Model = Annotated[Path, typer.Argument(help="A run folder, or its model/.")]
-Classes = Annotated[str, typer.Option(help="A file with one class name a line, or names with commas between.")]
+Classes = Annotated[
+    str, typer.Option(help="A file with one class name a line, JSON, YAML or CSV; or names with commas between.")
+]
 Templates = Annotated[Path | None, typer.Option(help="A file with one template a line, {} for the name.")]
 BackboneName = Annotated[str | None, typer.Option(help="ARCH/PRETRAINED, hf-hub:NAME or local-dir:PATH.")]

@@ -1,9 +1,10 @@
 """`finealign predict`: classify images with an adapted model."""
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -26,7 +27,7 @@ from finealign.cli.options import (
 )
 
 if TYPE_CHECKING:  # it imports torch, which is slow
-    from finealign.types import Prediction
+    from finealign.types import Prediction, SetAside
 
 
 @app.command()
@@ -100,7 +101,7 @@ def predict(
             progress.stage("predicting", len(paths)) as stage,
         ):
             outcomes = loaded.iter_predictions(paths, score=score)
-            predictions = counted(readable(outcomes, set_aside, progress.between(stage, ranks)))
+            predictions = counted(_some(readable(outcomes, set_aside, progress.between(stage, ranks)), set_aside))
             if not ranks.first:
                 count = sum(1 for _ in predictions)
             elif out:
@@ -145,3 +146,22 @@ def predict(
         tell_left_out(left_out_of(paths), notes)
         tell_left_out(tell_blank(blanks, first_blank), notes)
         tell_set_aside([asdict(row) for row in set_aside], notes)
+
+
+def _some(predictions: Iterable["Prediction"], set_aside: "Sequence[SetAside]") -> Iterable["Prediction"]:
+    """The predictions, of which the first is made at once. Raises ImageInputError where there is none.
+
+    ``set_aside`` is filled while predictions are made.
+    """
+    from finealign.errors import ImageInputError, display_path
+
+    made = iter(predictions)
+    first = next(made, None)
+    if first is None:
+        what = "The only image" if len(set_aside) == 1 else f"None of the {len(set_aside)} images"
+        verb = "cannot be read" if len(set_aside) == 1 else "can be read"
+        raise ImageInputError(
+            f"{what} {verb}, so there is nothing to predict; the first is '{display_path(set_aside[0].path)}' "
+            f"({set_aside[0].reason}). Paths in a list are relative to the folder of the list."
+        )
+    return chain([first], made)

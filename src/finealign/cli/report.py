@@ -8,8 +8,8 @@ from rich.console import Console
 from rich.markup import escape
 
 from finealign.cli.app import app
-from finealign.cli.evaluate import measured
-from finealign.cli.guards import print_json, refuse_launcher, tell_left_out, working
+from finealign.cli.evaluate import measured, tell_not_measured
+from finealign.cli.guards import print_json, refuse_launcher, working
 from finealign.cli.options import AsJson, Device, Precision, ScoreKind
 from finealign.errors import FinealignError
 
@@ -38,8 +38,8 @@ def report(
             render(run, measured=False)  # raises if there is no run to report, before any image is encoded
             loaded = FineAlign.load(run, device=device, precision=precision)
             figures, _ = measured(loaded, run, labelled, score, in_full=True)
-            for sentence in () if as_json else (figures["left_out"], figures["blank"]):
-                tell_left_out(str(sentence), Console(stderr=True))
+            if not as_json:
+                tell_not_measured(figures, Console(stderr=True))
             save_evaluation(figures | {"score": score or loaded.score_}, run)
         path = write_report(run)
         if as_json:

@@ -1,41 +1,50 @@
 """Reading ground truth: the only module that does so."""
 
 import os
-from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+import re
+import warnings
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 
 from finealign.errors import ImageInputError, display_path, first_few
 from finealign.evaluate.metrics import check_classes
 from finealign.images.listing import left_out_of, list_images, not_excluded
 from finealign.images.tables import read_table
-from finealign.texts.prompts import fold
+from finealign.texts.names import Matcher
 from finealign.types import Truth
 
 UNKNOWN_SHOWN = 10
 VALID_SHOWN = 20
+_SLASHES = re.compile(r"[/\\:\u2044\u2215\uff0f]")  # a slash, and what file systems have in its place
 
 
 # --- reading the truth ------------------------------------------------------------------------------------------------
 
 
-def read_truth(source: str | Path, classes: Sequence[str], *, exclude: Sequence[str] = ()) -> Truth:
+def read_truth(
+    source: str | Path, classes: Sequence[str], *, strict: bool = False, exclude: Sequence[str] = ()
+) -> Truth:
     """The true class of each image, from a folder of class folders or from a CSV with columns ``path,label``.
 
     A folder holds ``<class>/**/<image>``; paths in a CSV are relative to the folder of the CSV. A name is first matched
     to the class names exactly, then ignoring case, Unicode form and the difference between ``_``, ``-`` and white
-    space. Class names that differ in these alone have to be written exactly. Classes without images are allowed.
-    ``exclude`` leaves images out as in ``list_images``.
+    space. Class names that differ in these alone have to be written exactly. The folder of a class with a slash in its
+    name has another character for it, or is two folders. Classes without images are allowed. Images of names that match
+    no class are left out, which ``Truth.unknown`` and a warning tell, or refused if ``strict``. ``exclude`` leaves
+    images out as in ``list_images``.
 
     Raises:
-        ImageInputError: ``source`` is missing or holds no images, an image lies outside the class folders, a name
-            matches no class or several, a CSV lists an image twice or only images that do not exist.
+        ImageInputError: ``source`` is missing or holds no images, an image lies outside the class folders, no name
+            matches a class (or one does not, if ``strict``), a name matches several, a CSV lists an image twice or
+            only images that do not exist.
         ValueError: a name occurs twice in ``classes``.
     """
     check_classes(classes)
-    source = Path(source)
+    source, matcher = Path(source), Matcher(classes)
     if os.path.isdir(source):
-        labelled, left_out = _read_folders(source, exclude)
+        labelled, left_out = _read_folders(source, matcher, classes, exclude)
     elif os.path.exists(source):
         labelled, left_out = _read_csv(source, exclude), ""
     else:
@@ -43,19 +52,34 @@ def read_truth(source: str | Path, classes: Sequence[str], *, exclude: Sequence[
             f"No ground truth at {_shown(source)}. "
             "Give a folder with one sub-folder a class, or a CSV with columns path,label."
         )
-    matches = _matcher(classes)
+    matches = _also_without_slashes(matcher, classes)
     index = {name: matches(name) for name in {name for _, name in labelled}}
     unknown = Counter(name for _, name in labelled if len(index[name]) != 1)
+    known = [(path, index[name][0]) for path, name in labelled if name not in unknown]
+    if unknown and (strict or not known or any(index[name] for name in unknown)):
+        raise ImageInputError(_unknown_classes(source, unknown, index, classes))
     if unknown:
-        raise ImageInputError(_unknown_classes(source, unknown, matches, classes))
+        warnings.warn(unknown_line(unknown), stacklevel=2)
     return Truth(
-        paths=tuple(path for path, _ in labelled),
-        labels=tuple(index[name][0] for _, name in labelled),
+        paths=tuple(path for path, _ in known),
+        labels=tuple(label for _, label in known),
         left_out=left_out,
+        unknown=dict(unknown),
     )
 
 
-def _read_folders(root: Path, exclude: Sequence[str]) -> tuple[list[tuple[Path, str]], str]:
+def unknown_line(unknown: Mapping[str, int]) -> str:
+    """Say which names match no class, so that their images are not measured; empty if there are none."""
+    if not unknown:
+        return ""
+    listed = (f"{name!r:.100} ({_images(unknown[name])})" for name in sorted(unknown))
+    names = first_few(listed, len(unknown), UNKNOWN_SHOWN)
+    return f"Left out, as no class of the model is called so: {names}."
+
+
+def _read_folders(
+    root: Path, matcher: Matcher, classes: Sequence[str], exclude: Sequence[str]
+) -> tuple[list[tuple[Path, str]], str]:
     images = list_images(root, exclude=exclude)
     stray = [path for path in images if path.parent == root]
     if stray:
@@ -65,7 +89,25 @@ def _read_folders(root: Path, exclude: Sequence[str]) -> tuple[list[tuple[Path, 
             f"{_shown(stray[0].name)}, whose class is not told. "
             "Put each image in a sub-folder named after its class, or give a CSV with columns path,label."
         )
-    return [(path, path.relative_to(root).parts[0]) for path in images], left_out_of(images)
+    deepest = max(name.count("/") for name in classes)
+    named = cache(lambda folders: _class_of_folders(folders, matcher, classes))
+    labelled = [(path, named(path.relative_to(root).parts[:-1][: deepest + 1])) for path in images]
+    return labelled, left_out_of(images)
+
+
+def _class_of_folders(folders: tuple[str, ...], matcher: Matcher, classes: Sequence[str]) -> str:
+    """The class name that folders within one another spell, as ``AC`` and ``DC`` do "AC/DC"; else the first folder."""
+    for depth in range(len(folders), 1, -1):
+        name = "/".join(folders[:depth])
+        if len(found := matcher(name)) == 1 and "/" in classes[found[0]]:
+            return classes[found[0]]
+    return folders[0]
+
+
+def _also_without_slashes(matcher: Matcher, classes: Sequence[str]) -> Callable[[str], list[int]]:
+    """As ``matcher``; a name without a match may have another character for a slash, which no folder can hold."""
+    replaced = Matcher([_SLASHES.sub(" ", name) for name in classes])
+    return lambda name: matcher(name) or replaced(_SLASHES.sub(" ", name))
 
 
 def _read_csv(table: Path, exclude: Sequence[str]) -> list[tuple[Path, str]]:
@@ -91,20 +133,11 @@ def _read_csv(table: Path, exclude: Sequence[str]) -> list[tuple[Path, str]]:
     return labelled
 
 
-def _matcher(classes: Sequence[str]) -> Callable[[str], list[int]]:
-    """A function from a name to the indices of the classes it matches: one, none, or several if it is ambiguous."""
-    exact = {name: [index] for index, name in enumerate(classes)}
-    folded: defaultdict[str, list[int]] = defaultdict(list)
-    for index, name in enumerate(classes):
-        folded[fold(name)].append(index)
-    return lambda name: exact.get(name) or folded.get(fold(name), [])
-
-
 def _unknown_classes(
-    source: Path, unknown: Counter[str], matches: Callable[[str], list[int]], classes: Sequence[str]
+    source: Path, unknown: Counter[str], index: Mapping[str, Sequence[int]], classes: Sequence[str]
 ) -> str:
     def described(name: str) -> str:
-        candidates = " or ".join(f"{classes[index]!r:.100}" for index in matches(name))
+        candidates = " or ".join(f"{classes[place]!r:.100}" for place in index[name])
         hint = f"; could be {candidates}, write one exactly" if candidates else ""
         return f"{name!r:.100} ({_images(unknown[name])}{hint})"
 

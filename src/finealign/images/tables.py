@@ -1,56 +1,70 @@
 """Read lists and CSV tables that users provide, and write the CSV file of images that were set aside."""
 
-import csv
-import io
 from collections.abc import Sequence
 from pathlib import Path
 
 from finealign.errors import ImageInputError, OutputError, display_path
 from finealign.images.files import reason_of
 from finealign.runtime.atomic import row_writer
+from finealign.runtime.delimited import Table, TableError, open_table
 from finealign.runtime.textfile import TextFileError, read_text
 from finealign.types import SetAside
 
 
 def read_table(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
-    """Read ``columns`` of a UTF-8, comma-separated file with a header line.
+    """Read ``columns``, in lower case, of a table with a header line, as ``open_table`` does.
 
-    Each row maps these columns, and no others, to their values, stripped of surrounding whitespace.
+    Each row maps these columns, and no others, to their values, stripped of surrounding whitespace. In the column
+    ``path`` the backslashes of Windows become slashes where a file is there by that name alone.
 
     Raises:
         ImageInputError: the file cannot be read as such a table, one of the columns is missing or occurs twice, or a
             row has no value in one of them. For a row, the message gives the line.
     """
     shown = f"'{display_path(path)}'"
-    reader = csv.DictReader(io.StringIO(read_list(path), newline=""), strict=True)
     rows: list[dict[str, str]] = []
-    last_line = 0
     try:
-        header = [name.strip() for name in reader.fieldnames or ()]
-        reader.fieldnames = header
+        table = open_table(read_list(path), columns)
         for column in columns:
-            if header.count(column) != 1:
+            if table.count(column) != 1:
                 raise ImageInputError(
-                    f"{shown} has {header.count(column)} columns named {column!r}, wanted one; its header is "
-                    f"{','.join(header)!r:.200}. Start the file with a header line, its columns separated by commas."
+                    f"{shown} has {table.count(column)} columns named {column!r}, wanted one; its header is "
+                    f"{','.join(table.header)!r:.200}. Start the file with a header line, its columns separated by "
+                    "commas, semicolons or tabs."
                 )
-        last_line = 1
-        for row in reader:
-            last_line = reader.reader.line_num  # DictReader's own line_num is too low after blank lines
-            where = f"{shown}, line {last_line}"
-            if None in row:
-                raise ImageInputError(
-                    f"{where}: more values than the {len(header)} columns of the header. Quote values with commas."
-                )
-            # DictReader fills a row that is too short with None.
-            values = {column: (row[column] or "").strip() for column in columns}
-            for column, value in values.items():
-                if not value:
-                    raise ImageInputError(f"{where}: no value for {column!r}. Fill it in or delete the line.")
-            rows.append(values)
-    except csv.Error as error:
-        raise ImageInputError(f"{shown}, line {last_line + 1}: {error}. Check the quotes there.") from error
+        for line, row in table.rows():
+            rows.append(_values(row, line, table, columns, shown))
+    except TableError as error:
+        raise ImageInputError(f"{shown}, line {error.line}: {error}. Check the quotes there.") from error
+    for found in rows:
+        if "\\" in found.get("path", ""):
+            found["path"] = _with_slashes(found["path"], path.parent)
     return rows
+
+
+def _values(row: Sequence[str], line: int, table: Table, columns: Sequence[str], shown: str) -> dict[str, str]:
+    """The values of a row in ``columns``. Raises ImageInputError."""
+    where, width = f"{shown}, line {line}", len(table.header)
+    if len(row) > width:
+        raise ImageInputError(
+            f"{where}: more values than the {width} columns of the header. Quote values with {table.separator!r}."
+        )
+    values = {}
+    for column in columns:
+        place = table.index(column)
+        values[column] = row[place].strip() if place < len(row) else ""
+        if not values[column]:
+            raise ImageInputError(f"{where}: no value for {column!r}. Fill it in or delete the line.")
+    return values
+
+
+def _with_slashes(path: str, folder: Path) -> str:
+    """The path as Windows means it, where that is there and the path as written is not."""
+    meant = path.replace("\\", "/")
+    try:
+        return meant if (folder / meant).exists() and not (folder / path).exists() else path
+    except OSError:  # such as a name that is too long, which is told when the image is read
+        return path
 
 
 def set_aside_csv(rows: Sequence[SetAside], path: Path) -> None:

@@ -58,7 +58,10 @@ def _cache_folder(cache: str) -> Path | None:
     if cache == "temporary":
         return None
     if cache == "auto":
-        return Path(user_cache_dir("finealign", appauthor=False)) / "pixels"
+        try:
+            return Path(user_cache_dir("finealign", appauthor=False)) / "pixels"
+        except RuntimeError:  # no home folder is known, so that nothing can be kept for another run
+            return None
     return Path(cache).expanduser()
 
 

@@ -7,10 +7,12 @@ from typing import Any
 
 from finealign.backbone.base import Backbone
 from finealign.config import DEFAULT_BACKBONE, Config, MethodSettings, make_config, resolve
-from finealign.errors import ConfigError
+from finealign.errors import ConfigError, first_few
 from finealign.method.registry import choose_score, method_options, method_settings
 from finealign.texts.shares import class_shares
 from finealign.types import TextFeatures, Texts
+
+MULTILINGUAL = "xlm-roberta-base-ViT-B-32/laion5b_s13b_b90k"
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +39,24 @@ def prepare(
         text_features = backbone.encode_texts(texts)
     resolved = resolve(config, images=max(1, len(paths)), classes=len(texts.classes), input_size=backbone.input_size)
     return Prepared(texts=texts, text_features=text_features, config=resolved, paths=paths, backbone=backbone)
+
+
+def unknown_words(texts: Texts, backbone: Backbone) -> str:
+    """What to tell the user of class names that the backbone's tokenizer has no words for; empty if there are none.
+
+    Only backbones that offer ``spelled_out``, which is not part of the protocol, can tell.
+    """
+    spelled_out = getattr(backbone, "spelled_out", None)
+    found: dict[str, int] = spelled_out(texts.classes) if spelled_out else {}
+    if not found:
+        return ""
+    what = "1 class name" if len(found) == 1 else f"{len(found)} class names"
+    shown = first_few((f"{name!r:.60} as {pieces}" for name, pieces in found.items()), len(found), 3)
+    return (
+        f"The tokenizer has no words for {what} and reads {sum(found.values())} byte pieces: {shown}. The model may "
+        "make nothing of them. Give English names, or descriptions in English, or take a backbone for more languages, "
+        f"as {MULTILINGUAL}."
+    )
 
 
 def check_settings(config: Config | None, arguments: Mapping[str, Any]) -> Config:

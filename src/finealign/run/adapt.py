@@ -4,11 +4,12 @@
 with the images, texts, settings and weights that it began with.
 """
 
+import json
 import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ from finealign.run.contract import (
 )
 from finealign.run.examples import Strangers, Watch, write_examples
 from finealign.run.folder import Metrics, check_room, identity_of, versions, write_json
+from finealign.run.lock import held, refuse_held
 from finealign.run.report import write_report
 from finealign.run.verdict import Verdict, judge_model
 from finealign.runtime.atomic import save_text
@@ -114,21 +116,22 @@ def adapt_into(
     state; the time it takes is left out of all timings. With several ranks only the first one writes, and all of them
     must see the same folder.
 
-    Raises OutputError when the folder is not empty and neither ``resume`` nor ``overwrite`` is given, when it is not a
-    run folder, or when the run to resume had other images, texts, settings or weights. Also raises whatever
-    ``FineAlign.fit`` raises.
+    Raises OutputError when another process writes the folder, when it is not empty and neither ``resume`` nor
+    ``overwrite`` is given, when it is not a run folder, or when the run to resume had other images, texts, settings or
+    weights. Also raises whatever ``FineAlign.fit`` raises.
     """
     progress = progress or Progress()
     began = time.time()
     prepared = images if isinstance(images, Prepared) else model.prepare(images, progress=progress)
     run = _Run(folder, model, prepared, progress, began)
-    run.open(resume=resume, overwrite=overwrite)
-    with run.told_of_failure():
-        run.fit(on_epoch)
-        run.judge(keep_adapted=keep_adapted)
-        run.save()
-        run.predict()
-    return run.close()
+    with ExitStack() as lock:
+        run.open(lock, resume=resume, overwrite=overwrite)
+        with run.told_of_failure():
+            run.fit(on_epoch)
+            run.judge(keep_adapted=keep_adapted)
+            run.save()
+            run.predict()
+        return run.close()
 
 
 class _Run:
@@ -148,12 +151,24 @@ class _Run:
         self.strangers: Strangers | None = None
         self.blank = ""
 
-    def open(self, *, resume: bool, overwrite: bool) -> None:
-        """Remove what the run replaces and write its first files. Raises OutputError where the run may not begin."""
+    def open(self, lock: ExitStack, *, resume: bool, overwrite: bool) -> None:
+        """Remove what the run replaces and write its first files, with the folder locked until ``lock`` is closed.
+
+        Raises OutputError where the run may not begin.
+        """
         identity = identity_of(self.prepared)
         self.ranks.refuse_different("images, texts, settings or versions", [identity, versions()])
-        replaced = check_room(self.folder, identity, resume=resume, overwrite=overwrite)
+        replaced: list[Path] = []
+
+        def take() -> None:
+            lock.enter_context(held(self.folder))
+            # Again, as another process may have begun and ended a run in between.
+            replaced.extend(check_room(self.folder, identity, resume=resume, overwrite=overwrite))
+
+        self.by_first(lambda: refuse_held(self.folder))
+        check_room(self.folder, identity, resume=resume, overwrite=overwrite)
         self.ranks.wait()  # every rank checks the folder before the first rank changes it
+        self.by_first(take)
         config = self.prepared.config
         self.told = {
             "status": "running",
@@ -283,6 +298,17 @@ class _Run:
             report_problem=report_problem,
         )
 
+    def by_first(self, work: Callable[[], None]) -> None:
+        """Do what only the first rank may do. Its OutputError is raised on every rank."""
+        problem = ""
+        if self.ranks.first:
+            try:
+                work()
+            except OutputError as error:
+                problem = str(error)
+        if told := json.loads(self.ranks.texts(json.dumps(problem))[0]):
+            raise OutputError(told)
+
     @contextmanager
     def told_of_failure(self) -> Iterator[None]:
         """Record in run.json why the run ended before it was complete, and let the error through."""
@@ -317,6 +343,7 @@ def plan(folder: Path, prepared: Prepared, *, resume: bool = False, overwrite: b
 
     The folder is checked as ``adapt_into`` checks it, so the same OutputErrors are raised.
     """
+    refuse_held(folder)
     check_room(folder, identity_of(prepared), resume=resume, overwrite=overwrite)
     config, texts, images = prepared.config, prepared.texts, len(prepared.paths)
     return {

@@ -6,3 +6,7 @@ EXAMPLES, EVALUATION, REPORT = "examples", "evaluation.json", "report.html"
 CONTENTS = (RUN, CONFIG, METRICS, PREDICTIONS, SET_ASIDE, EXAMPLES, MODEL, CHECKPOINTS, EVALUATION, REPORT)
 
 EXAMPLES_LIST = "examples.json"  # in the folder EXAMPLES, beside the pictures it lists
+
+# While a process writes the run folder, and never behind it: the process that does, and the one that takes its place.
+LOCK = "run.lock"
+TAKING_OVER = f"{LOCK}.part"

@@ -18,7 +18,7 @@ from finealign.images.files import file_size
 from finealign.images.tables import read_table
 from finealign.model.folder import model_folder
 from finealign.model.prepare import Prepared
-from finealign.run.contract import CONTENTS, PREDICTIONS, RUN
+from finealign.run.contract import CONTENTS, LOCK, PREDICTIONS, RUN, TAKING_OVER
 from finealign.runtime.atomic import require_folder, save_text
 from finealign.runtime.replace import require_replaceable
 from finealign.training.state import EpochRecord
@@ -69,7 +69,8 @@ def check_room(folder: Path, identity: Mapping[str, str], *, resume: bool, overw
         kind="run",
         foreign=foreign,
         overwrite=overwrite or resume,
-        ignored=[Path(RUN).with_suffix(".part").name],  # left by a run killed while it wrote its first file
+        # The first is left by a run killed while it wrote its first file.
+        ignored=[Path(RUN).with_suffix(".part").name, LOCK, TAKING_OVER],
         choices="Use --resume to continue it, --overwrite to replace it, or another --out.",
     )
     if resume:

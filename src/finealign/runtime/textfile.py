@@ -1,5 +1,6 @@
-"""Read text files that users provide: regular files of bounded size in UTF-8."""
+"""Read text files that users provide: regular files of bounded size in UTF-8, or in UTF-16 that says so."""
 
+import codecs
 import stat
 from pathlib import Path
 
@@ -17,11 +18,12 @@ class TextFileError(Exception):
 def read_text(path: Path, *, most_bytes: int = MOST_BYTES) -> str:
     """Read the whole text of a UTF-8 file, without its byte order mark.
 
-    Pipes and devices are refused, because opening one can block for ever and it may have no end.
+    UTF-16 and UTF-32, in which spreadsheets save "Unicode text", are read if the file begins with their mark. Pipes and
+    devices are refused, because opening one can block for ever and it may have no end.
 
     Raises:
         TextFileError: the file does not exist, is not a regular file, holds more than ``most_bytes`` bytes, cannot be
-            read, or is not UTF-8.
+            read, or is not text in these encodings.
     """
     try:
         status = path.stat()
@@ -38,8 +40,23 @@ def read_text(path: Path, *, most_bytes: int = MOST_BYTES) -> str:
         raise TextFileError((error.strerror or str(error)).lower()) from error
     except ValueError:  # a null byte, or characters the file system cannot encode
         raise TextFileError("not a usable file name") from None
+    return _decoded(data)
+
+
+# UTF-32 first, as its mark begins with that of UTF-16.
+_MARKS = {
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+
+
+def _decoded(data: bytes) -> str:
+    encoding = next((name for mark, name in _MARKS.items() if data.startswith(mark)), "utf-8-sig")
     try:
-        return data.decode("utf-8-sig")
+        return data.decode(encoding)
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        raise TextFileError(f"line {line}: not UTF-8 text") from None
+        named = "UTF-8" if encoding == "utf-8-sig" else encoding.upper()
+        raise TextFileError(f"line {line}: not {named} text") from None

@@ -11,6 +11,8 @@ from pathlib import Path
 
 from finealign.errors import PromptError, display_path
 from finealign.runtime.textfile import TextFileError, read_text
+from finealign.texts.class_lists import names_in, names_in_json
+from finealign.texts.names import Matcher, fold, same
 from finealign.types import Texts
 
 # Neutral wording only: a template that names a domain would be a hidden setting for one data set.
@@ -28,7 +30,7 @@ _HALF = re.compile("[\ud800-\udfff]")
 
 
 def read_classes(source: str | Path) -> tuple[str, ...]:
-    """Read class names from a text file with one name per line, or from a comma-separated list.
+    """Read class names from a file, as ``class_lists.names_in`` does, or from a comma-separated list.
 
     A string is taken as a path if a file of that name exists, else as a list. Names are stripped and normalised to
     Unicode NFC. Raises PromptError if the file or the list cannot be read, or as ``check_classes`` does.
@@ -36,11 +38,11 @@ def read_classes(source: str | Path) -> tuple[str, ...]:
     text = str(source)
     path = Path(text)
     if isinstance(source, Path) or _is_file(path):
-        names = _read_text(path, "class names", "a UTF-8 text file with one class name a line").split("\n")
-        # Blank lines at the end of the file are not classes; a blank line between names is an error.
-        while names and not names[-1].strip():
-            names.pop()
+        text = _read_text(path, "class names", "a UTF-8 text file with one class name a line")
+        names = names_in(text, path)
         return check_classes(names, where=display_path(path))
+    if text.lstrip().startswith("[") and text.rstrip().endswith("]"):
+        return check_classes(names_in_json(text, "The list in --classes"), where="--classes")
     if "," not in text:
         raise PromptError(
             f"Found neither a file nor a list in --classes {text!r:.200}. Wanted: a text file with one class name a "
@@ -59,8 +61,7 @@ def check_classes(names: Sequence[str], *, where: str = "the list of classes") -
     """Check class names. Returns them stripped, with white space collapsed, in Unicode NFC.
 
     ``where`` says in error messages where the names come from. Raises PromptError if a name is blank, is not text,
-    holds a control character or lone surrogate, or is the same as another under ``fold``, or if there are fewer than
-    two names.
+    holds a control character or lone surrogate, or is the ``same`` as another, or if there are fewer than two names.
     """
     if isinstance(names, str):
         raise PromptError(f"Found one text, {names!r:.100}, as class names. Wanted: a list with at least two names.")
@@ -76,30 +77,24 @@ def check_classes(names: Sequence[str], *, where: str = "the list of classes") -
     blank = [str(position) for position, is_visible in enumerate(visible, 1) if not is_visible]
     if blank:
         raise PromptError(f"{where} has a blank name at position {', '.join(blank[:5])}. Remove it or fill it in.")
-    by_folded: dict[str, str] = {}
-    for name in cleaned:
-        folded = fold(name)
-        if folded in by_folded:
-            earlier = by_folded[folded]
-            variant = f"and {earlier!r:.100} are the same name but for case or spacing, or what cannot be seen"
-            problem = "stands twice" if earlier == name else variant
-            raise PromptError(f"{where}: {name!r:.100} {problem}. Keep one of them.")
-        by_folded[folded] = name
+    _refuse_twins(cleaned, where)
     if len(cleaned) < 2:
         content = f"only {cleaned[0]!r:.100}" if cleaned else "no name"
         raise PromptError(f"{where} holds {content}. Wanted: at least two classes, or there is nothing to tell apart.")
     return cleaned
 
 
-def fold(name: str) -> str:
-    """Reduce a class name to a form that is equal for all spellings that count as the same class.
-
-    The result is in Unicode NFC and case-folded. ``_``, ``-`` and runs of white space become one space. Invisible
-    format characters, such as a stray BOM, are removed.
-    """
-    visible = "".join(character for character in name if unicodedata.category(character) != "Cf")
-    folded = unicodedata.normalize("NFC", unicodedata.normalize("NFC", visible).casefold())
-    return " ".join(folded.replace("_", " ").replace("-", " ").split())
+def _refuse_twins(names: Sequence[str], where: str) -> None:
+    """Raise PromptError where a name is the ``same`` as an earlier one."""
+    by_folded: dict[str, list[str]] = {}
+    for name in names:
+        alike = by_folded.setdefault(fold(name), [])
+        for earlier in alike:
+            if same(earlier, name):
+                variant = f"and {earlier!r:.100} are the same name but for case or spacing, or what cannot be seen"
+                problem = "stands twice" if earlier == name else variant
+                raise PromptError(f"{where}: {name!r:.100} {problem}. Keep one of them.")
+        alike.append(name)
 
 
 def read_descriptions(path: Path) -> dict[str, list[str]]:
@@ -154,7 +149,7 @@ def make_texts(
     """Check class names, descriptions and templates, and combine them into the texts of a run.
 
     Without ``descriptions``, the templates filled with the class name are used as descriptions. Without ``templates``,
-    ``DEFAULT_TEMPLATES`` are used. Keys of ``descriptions`` are matched to class names exactly, else after ``fold``.
+    ``DEFAULT_TEMPLATES`` are used. Keys of ``descriptions`` are matched to class names as ``Matcher`` does.
 
     Raises PromptError as the checks of the parts do, if a key matches no class, or if a class has no description.
     """
@@ -164,8 +159,7 @@ def make_texts(
         filled = tuple(tuple(template.replace("{}", name) for template in prompts) for name in names)
         return Texts(classes=names, descriptions=filled, templates=prompts)
     by_key = _check_mapping(descriptions, "the descriptions")
-    key_by_folded = {fold(key): key for key in by_key}
-    keys = [name if name in by_key else key_by_folded.get(fold(name)) for name in names]
+    keys = _keys_of(names, list(by_key))
     missing = [name for name, key in zip(names, keys, strict=True) if key is None]
     if missing:
         raise PromptError(
@@ -180,6 +174,16 @@ def make_texts(
         )
     sentences = tuple(tuple(by_key[key]) for key in keys if key is not None)
     return Texts(classes=names, descriptions=sentences, templates=prompts)
+
+
+def _keys_of(names: Sequence[str], keys: Sequence[str]) -> list[str | None]:
+    """The key that means each name, None where there is none. A key that is a name itself goes first."""
+    meant, known = Matcher(names), set(names)
+    found: dict[int, str] = {}
+    for key in sorted(keys, key=lambda key: key not in known):
+        if len(places := meant(key)) == 1:
+            found.setdefault(places[0], key)
+    return [found.get(index) for index in range(len(names))]
 
 
 def _check_mapping(descriptions: object, where: str) -> dict[str, list[str]]:

@@ -1,17 +1,17 @@
 """The class prior as users give it: what share of the images each class is expected to have."""
 
-import csv
-import io
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from finealign.errors import ConfigError, display_path
+from finealign.runtime.delimited import Table, TableError, open_table
 from finealign.runtime.textfile import TextFileError, read_text
-from finealign.texts.prompts import fold
+from finealign.texts.names import Matcher
 
 WANTED = 'JSON {"class": share or count}, or CSV with the columns class and share (or count)'
+VALUES = ("share", "count")  # columns, of which one is wanted
 MOST = 1e15  # of a count: floats are exact up to there, and sums stay finite
 NUMBER = "Wanted: a share or a count, at least 0 and at most 1e15."
 WORDS = ("auto", "even")
@@ -29,7 +29,7 @@ def read_shares(path: Path) -> dict[str, float]:
         text = read_text(path)
     except TextFileError as error:
         raise ConfigError(f"The class prior {shown} cannot be read: {error}. Wanted: {WANTED}.") from None
-    pairs = _from_csv(text, shown) if path.suffix.lower() == ".csv" else _from_json(text, shown)
+    pairs = _from_csv(text, shown) if path.suffix.lower() in (".csv", ".tsv") else _from_json(text, shown)
     found: dict[str, float] = {}
     for name, value in pairs:
         if name in found:
@@ -63,20 +63,28 @@ def _from_json(text: str, shown: str) -> list[tuple[str, float]]:
 
 def _from_csv(text: str, shown: str) -> list[tuple[str, float]]:
     try:
-        header, *rows = [row for row in csv.reader(io.StringIO(text, newline=""), strict=True) if row] or [[]]
-    except csv.Error as error:
+        tables = [open_table(text, ("class", value)) for value in VALUES]
+        table = next((table for table in tables if table.count("class")), tables[0])
+        values = [value for value in VALUES if table.count(value)]
+        if table.count("class") != 1 or [table.count(value) for value in values] != [1]:
+            found = ",".join(table.header)
+            raise ConfigError(f"The class prior {shown} has the columns {found!r:.200}. Wanted: {WANTED}.")
+        return list(_rows_of(table, table.index(values[0]), shown))
+    except TableError as error:
         raise ConfigError(f"The class prior {shown} is not CSV: {error}. Wanted: {WANTED}.") from None
-    names = [name.strip() for name in header]
-    values = [name for name in names if name in ("share", "count")]
-    if names.count("class") != 1 or len(values) != 1:
-        raise ConfigError(f"The class prior {shown} has the columns {','.join(names)!r:.200}. Wanted: {WANTED}.")
-    class_column, value_column = names.index("class"), names.index(values[0])
-    found = []
-    for number, row in enumerate(rows, start=2):
-        if len(row) != len(names):
-            raise ConfigError(f"The class prior {shown}, row {number}: {len(row)} values for {len(names)} columns.")
-        found.append((row[class_column].strip(), _number(row[class_column], row[value_column], shown)))
-    return found
+
+
+def _rows_of(table: Table, value_column: int, shown: str) -> Iterator[tuple[str, float]]:
+    class_column = table.index("class")
+    for number, (_, row) in enumerate(table.rows(), start=2):
+        if len(row) != len(table.header):
+            raise ConfigError(
+                f"The class prior {shown}, row {number}: {len(row)} values for {len(table.header)} columns."
+            )
+        value = row[value_column]
+        if table.separator != ",":  # where commas are for decimals
+            value = value.replace(",", ".")
+        yield row[class_column].strip(), _number(row[class_column], value, shown)
 
 
 def _number(name: object, value: object, shown: str) -> float:
@@ -99,8 +107,9 @@ def class_shares(given: Mapping[str, float], classes: Sequence[str]) -> list[flo
     more than 1, or to less without leaving a class out, and if no class is above 0.
     """
     values: dict[int, float] = {}
+    matcher = Matcher(classes)
     for name, value in given.items():
-        index = _class_of(name, classes)
+        index = _class_of(name, classes, matcher)
         if index in values:
             raise ConfigError(f"The class prior names {classes[index]!r:.100} twice. Keep one number a class.")
         if not 0 <= value <= MOST:
@@ -121,10 +130,8 @@ def class_shares(given: Mapping[str, float], classes: Sequence[str]) -> list[flo
     return [values.get(index, rest) / whole for index in range(len(classes))]
 
 
-def _class_of(name: str, classes: Sequence[str]) -> int:
-    if name in classes:
-        return list(classes).index(name)
-    matches = [index for index, known in enumerate(classes) if fold(known) == fold(name)]
+def _class_of(name: str, classes: Sequence[str], matcher: Matcher) -> int:
+    matches = matcher(name)
     if len(matches) != 1:
         problem = "no class" if not matches else "several classes, write one exactly"
         valid = ", ".join(f"{known!r:.60}" for known in classes[:20])

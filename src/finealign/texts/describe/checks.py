@@ -4,7 +4,7 @@ import re
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from finealign.texts.prompts import fold
+from finealign.texts.names import fold
 
 MIN_WORDS = 4
 MAX_CHARACTERS = 400
