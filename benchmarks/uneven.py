@@ -9,7 +9,7 @@ image and its mean crop. FAIR's figures are those of the score ``--score``.
 
 import argparse
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean
@@ -32,11 +32,22 @@ FEWEST = 20  # images of a folder
 SETS = "eurosat,dtd10,flowers12,ucmerced"
 
 
-def ways(encoded: Encoded) -> dict[str, tuple[Encoded, Settings, Tensor | None]]:
-    """What is compared: the images it sees, its settings, and the class prior if it is given."""
+Ways = dict[str, tuple[Encoded, Settings, Tensor | None]]  # the images seen, the settings, the class prior if given
+
+
+def by_weight(encoded: Encoded, weights: Sequence[str]) -> Ways:
+    """FAIR with an estimated prior, by the weight of its fairness term."""
+    return {
+        f"weight {weight}": (encoded, {"method": {"name": "fair", "fairness_weight": float(weight)}}, None)
+        for weight in weights
+    }
+
+
+def ways(encoded: Encoded) -> Ways:
+    """What is compared."""
     counts = torch.bincount(encoded.hidden[encoded.hidden != NONE], minlength=encoded.texts.num_classes).float()
     both = normalize(encoded.weak + normalize(encoded.crops.mean(1), dim=1), dim=1)
-    found: dict[str, tuple[Encoded, Settings, Tensor | None]] = {
+    found: Ways = {
         "stata": (encoded, {"method": {"name": "stata"}}, None),
         "stata, with crops": (replace(encoded, weak=both), {"method": {"name": "stata"}}, None),
         "transclip": (encoded, {"method": {"name": "transclip"}}, None),
@@ -58,13 +69,13 @@ def top1(method: Method, encoded: Encoded, score: Score) -> float:
     return 100 * float(right[belongs].float().mean())
 
 
-def run(encoded: Encoded, seed: int, score: Score) -> dict[str, float]:
+def run(encoded: Encoded, seed: int, score: Score, weights: Sequence[str]) -> dict[str, float]:
     """Own top-1 in percent of everything that is compared."""
     start = create_method(
         make_config({"method": {"name": "cupl"}}).method, encoded.texts, logit_scale=encoded.logit_scale
     )
     found = {"start": top1(start, encoded, "global")}
-    for name, (seen, settings, shares) in ways(encoded).items():
+    for name, (seen, settings, shares) in (by_weight(encoded, weights) if weights else ways(encoded)).items():
         method, _ = trained(seen, settings, seed, shares=shares)
         found[name] = top1(method, seen, score)
     return found
@@ -79,9 +90,11 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=3)
     parser.add_argument("--most", type=int, default=45, help="images a class")
     parser.add_argument("--score", default="fused", choices=("las", "fused", "global"))
+    parser.add_argument("--weights", default="", help="compare these weights of FAIR's fairness term, and nothing else")
     known = parser.parse_args()
+    weights = [weight for weight in known.weights.split(",") if weight]
     frozen = Frozen(require_shared(), known.out)
-    log = known.out / "uneven.jsonl"
+    log = known.out / f"uneven{'-weights' if weights else ''}.jsonl"
     rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.exists() else []
     key = ("backbone", "set", "variant", "draw", "most", "score")
     done = {tuple(row[name] for name in key) for row in rows}
@@ -95,7 +108,7 @@ def main() -> None:
                     encoded = frozen.folder(backbone, name, variant, draw, most=known.most)
                     if len(encoded.weak) < FEWEST:
                         continue
-                    rows.append({**dict(zip(key, this, strict=True)), "top1": run(encoded, draw, known.score)})
+                    rows.append({**dict(zip(key, this, strict=True)), "top1": run(encoded, draw, known.score, weights)})
                     with log.open("a", encoding="utf-8") as opened:
                         opened.write(json.dumps(rows[-1]) + "\n")
     for backbone in known.backbones.split(","):
