@@ -73,6 +73,7 @@ METHODS = (
 AXES: dict[str, dict[str, Settings]] = {
     "method": {name: method_settings(name) for name in METHODS},
     "score": varied("prediction", "score", ["global", "las", "fused"]),
+    "whole share": varied("method", "whole_share", [0.0, 0.5, 1.0]),
     "crops N": varied("views", "crops", [1, 2, 4, 6]),
     "crops kept K": varied("method", "crops_kept", [1, 2, 4, 6]),
     "tau": varied("method", "crop_temperature", [0.018, 0.05, 0.1, 0.3]),
