@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -144,8 +145,10 @@ def test_load_backbone__a_bare_folder(tiny_backbone: Tiny, tmp_path: Path, monke
     monkeypatch.chdir(folder.parent)
     with pytest.raises(BackboneError, match=f"is a folder. Type local-dir:{folder.name}"):
         load_backbone(folder.name)
-    with pytest.raises(BackboneError, match=rf"not there.*There is one in local-dir:{folder.parent}/.*{folder.name}"):
-        load_backbone(f"local-dir:{folder.parent}")
+    around = tmp_path / "around"
+    shutil.copytree(folder, around / "model")
+    with pytest.raises(BackboneError, match=rf"not there.*There is one in local-dir:{around}/model"):
+        load_backbone(f"local-dir:{around}")
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(BackboneError, match=r"is a folder.*open_clip_config.json is not there.*for transformers"):
         load_backbone(str(tmp_path))
