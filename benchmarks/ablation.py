@@ -83,7 +83,7 @@ AXES: dict[str, dict[str, Settings]] = {
         ["none", "margin", "agreement", "confusion", "confusion*agreement", "margin*agreement*confusion"],
     ),
     "fixed share gamma": varied("method", "fixed_share", [0.25, 0.5, 0.75, 1.0]),
-    "teacher": varied("method", "teacher_momentum", [0.9, 0.99]),
+    "teacher": varied("method", "teacher_momentum", [0.0, 0.5, 0.9, 0.99]),
     "label balance": varied("method", "label_balance", [0.25, 0.5, 0.75, 1.0]),
     "fairness": varied("method", "fairness", ["batch", "off"]),
     "fairness weight": varied("method", "fairness_weight", [0.5, 1.0, 3.0, 4.0, 8.0]),
