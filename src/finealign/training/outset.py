@@ -1,6 +1,6 @@
-"""What is found out about the images before the first step: who is a stranger, and what share each class has.
+"""What is found out about the images before the first step: strangers, the classes' shares, and trust in crops.
 
-Both look at the features of all images as the start encodes them, and at the start's classifier. No label is read.
+All look at the features of all images as the start encodes them, and at the start's classifier. No label is read.
 """
 
 from collections.abc import Callable
@@ -40,13 +40,12 @@ class Stock:
 def take_stock(
     state: State, source: ImageSource, config: Config, *, on_stock: Callable[[Stock], None] | None = None
 ) -> None:
-    """Set how far each image belongs to the classes, what share of the images each is expected to have, and how far
-    crops are trusted.
+    """Set how far images belong to the classes, the share that each class is expected to have, and the trust in crops.
 
     ``training.strangers`` off lets all images belong. The estimated shares become the class prior where
-    ``method.class_prior`` is auto, and ``whole_share`` is decided where ``method.whole_share`` is. Near copies of one
-    image count once for both, and strangers as little as they belong.
-    ``on_stock``, if given, is called with what was seen.
+    ``method.class_prior`` is auto, and the share of the whole image in the score is decided where
+    ``method.whole_share`` is auto. Near copies of one image count once for both, and strangers as little as they
+    belong. ``on_stock``, if given, is called with what was seen.
     """
     method = state.method
     if not isinstance(method, SelfTrainingMethod):
