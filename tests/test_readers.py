@@ -302,6 +302,7 @@ PIECES = [
 tables = st.lists(st.sampled_from(PIECES), max_size=20).map("".join) | st.binary(max_size=60)
 
 
+@pytest.mark.filterwarnings("ignore:Left out, as no class of the model is called so")
 @settings(max_examples=200, deadline=None)
 @given(
     content=tables | tables.map(lambda rows: "path,label\n" + rows if isinstance(rows, str) else b"path,label\n" + rows)

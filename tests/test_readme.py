@@ -95,7 +95,7 @@ def test_readme__names_what_is_there() -> None:
 
     for path in re.findall(r"`((?:src|methods|docs|benchmarks)/[\w./-]*)`", README):
         assert (ROOT / path).exists() or (ROOT / "src" / "finealign" / path).exists(), path
-    for path in re.findall(r"\]\(((?!http|#)[^)]+)\)", README):
+    for path in re.findall(r"\]\(((?!http|#)[^)#]+)", README):
         assert (ROOT / path).exists(), path
     assert len(README.splitlines()) < 250
     listed = set(re.findall(r"^      ([\w.]+)/? ", README, flags=re.MULTILINE))
