@@ -36,6 +36,7 @@ WORLDS = {
     "clip-b32": tuple(f"clip-b32/{name}" for name in SPLITS),
     "demo": ("demo",),
 }
+STRANGE_TO = {"dtd": ("stanford_cars",)}  # where the strangers of a set come from, if not from its backbone's others
 MOST = {"cifar100": 8}  # images a class that are encoded; else USUAL
 USUAL, TESTED = 45, 200
 CROPS, STRONG = 8, 2
@@ -52,6 +53,8 @@ class Frozen:
 
     def encoded(self, backbone: str, name: str) -> Encoded:
         """Return a set as a backbone sees it; it is encoded when first asked for."""
+        if backbone in ("clip-b32", "demo") and (backbone, name) not in self.kept:
+            self.kept[backbone, name] = self.world("demo" if backbone == "demo" else f"{backbone}/{name}", 0)
         if (backbone, name) not in self.kept:
             file = self.out / f"{backbone}-{name}.safetensors"
             if not file.exists():
@@ -84,7 +87,9 @@ class Frozen:
         drawn = _rows(whole, torch.from_numpy(chosen))
         if variant != "strangers":
             return drawn
-        others = [self.encoded(backbone, other) for other in SETS[backbone] if other != name]
+        others = [
+            self.encoded(backbone, other) for other in STRANGE_TO.get(name, SETS.get(backbone, ())) if other != name
+        ]
         pool = [(other, row) for other in others for row in range(len(other.weak))]
         picked = [pool[place] for place in rng.permutation(len(pool))[: round(STRANGERS * len(chosen))]]
         strangers = [_rows(other, torch.tensor([row])) for other, row in picked]

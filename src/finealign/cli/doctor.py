@@ -1,17 +1,38 @@
-"""`finealign doctor`: what this machine has."""
+"""`finealign doctor`: what this machine has, and whether a backbone is the one it is called."""
 
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 from rich.console import Console
 from rich.table import Table
 
 from finealign.cli.app import app
 from finealign.cli.guards import guarded, print_json
-from finealign.cli.options import AsJson
+from finealign.cli.options import AsJson, BackboneName
+from finealign.errors import BackboneError, FinealignError
+
+if TYPE_CHECKING:  # it imports torch, which is slow
+    from finealign.backbone.verify import Cosines
 
 
 @app.command()
-def doctor(as_json: AsJson = False) -> None:
+def doctor(
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Check the backbone on drawn pictures; it may be downloaded.")
+    ] = False,
+    backbone: BackboneName = None,
+    against: Annotated[Path | None, typer.Option(help="Cosines to check against, from --record.")] = None,
+    record: Annotated[Path | None, typer.Option(help="Write this backbone's cosines to a JSON file.")] = None,
+    as_json: AsJson = False,
+) -> None:
     """Tell what this machine has: versions, device, precision, cached weights, hub within reach or not."""
     with guarded(as_json):
+        if verify:
+            _verify(backbone, against, record, as_json)
+            return
+        if backbone or against or record:
+            raise FinealignError("--backbone, --against and --record go with --verify. Add --verify.")
         from finealign.cli.machine import examine
 
         facts = examine()
@@ -29,3 +50,53 @@ def doctor(as_json: AsJson = False) -> None:
         table.add_row("hub", f"{hub['endpoint']}: {reach}{' (' + hub['reason'] + ')' if hub['reason'] else ''}")
         table.add_row("cache", f"{cache['folder']}: {', '.join(cache['models']) or 'no models'}")
         Console().print(table)
+
+
+def _verify(backbone: str | None, against: Path | None, record: Path | None, as_json: bool) -> None:
+    """Measure in fp32 on the CPU, where cosines are comparable; raise BackboneError where they differ."""
+    from finealign.backbone.load import load_backbone
+    from finealign.backbone.verify import TOLERANCE, measure, read, recorded
+    from finealign.config import DEFAULT_BACKBONE
+    from finealign.run.folder import write_json
+
+    wanted = read(against) if against else None
+    loaded = load_backbone(backbone or DEFAULT_BACKBONE)
+    found = measure(loaded)
+    wanted = wanted or recorded(found.identifier)
+    difference = found.difference(wanted) if wanted else None
+    if record:
+        write_json(record, found.as_json())
+    if difference is not None and difference > TOLERANCE:
+        raise BackboneError(
+            f"{found.identifier} is not what was recorded: cosines differ by up to {difference:.4f}, wanted at most "
+            f"{TOLERANCE}. {_weights(found, wanted)} Look for another activation (QuickGELU), other means of the "
+            "pixels, or another tokenizer."
+        )
+    told: dict[str, Any] = {
+        "backbone": found.identifier,
+        "checksum": found.checksum,
+        "pictures": len(found.cosines),
+        "named": found.named,
+        "difference": difference,
+        "recorded": wanted is not None,
+    }
+    if as_json:
+        print_json(told)
+        return
+    console = Console(highlight=False)
+    console.print(
+        f"{found.identifier}: {found.named} of {len(found.cosines)} drawn pictures nearest to their own name."
+    )
+    if difference is None:
+        console.print(
+            "Nobody has recorded this backbone's cosines from genuine weights yet, so nothing more can be said. Where "
+            "the weights are known to be genuine, write them with --record FILE and send them to the project.",
+            soft_wrap=True,
+        )
+    else:
+        console.print(f"Cosines as recorded: they differ by at most {difference:.4f}. {_weights(found, wanted)}")
+
+
+def _weights(found: "Cosines", wanted: "Cosines | None") -> str:
+    same = wanted is not None and found.checksum == wanted.checksum
+    return "The weights are the same." if same else "The weights are not the same file."
