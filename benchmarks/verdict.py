@@ -1,17 +1,18 @@
-"""Fit the weights of ``finealign.run.verdict`` to many runs, good and bad, and measure how often it is right.
+"""Fit the points of ``finealign.run.verdict`` to many runs, good and bad, and measure how often it is right.
 
     python benchmarks/verdict.py --out runs/frozen [--draws 0,1] [--settings default,rate] [--folders runs/folders]
 
 Runs with a frozen encoder on the folders of ``frozen.py``: every variant, set and backbone, with good and bad settings,
 a few seconds each; results go to OUT/verdict.jsonl, a line a run, and are not computed again. A run's gain is that of
-top-1 on the images of the classes that it learned from. The weights are fitted to all runs; what is reported of a set
-is by weights and thresholds fitted to the other sets of both backbones. ``--folders`` are results of ``folders.py``,
-with the encoder learning, and are only judged.
+top-1 on the images of the classes that it learned from. The points are those of boosted stumps, fitted to all runs;
+what is reported of a set is by points and thresholds fitted to the other sets of all backbones, and of a backbone, in
+the lines called so, by those of the other backbones. ``--folders`` are results of ``folders.py``, with the encoder
+learning, and are only judged.
 """
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,12 @@ from folders import NONE, VARIANTS
 from frozen import SETS, Frozen
 from numpy.typing import NDArray
 from real_data import require_shared
+from sklearn.ensemble import GradientBoostingRegressor
 
 from finealign.config import make_config
 from finealign.method.registry import create_method
 from finealign.model.calibration import SAMPLE
-from finealign.run.verdict import CONSTANT, HELPED, HURT, MOST_RELABELLED, WEIGHTS, gather
+from finealign.run.verdict import CONSTANT, HELPED, HURT, MOST_RELABELLED, POINTS, Steps, gather
 from finealign.types import ImageFeatures
 
 FEWEST = 20  # images of a folder
@@ -34,7 +36,13 @@ MOST = {0: 45, 1: 20}  # images a class, by draw
 FEW = {"dtd": 6}  # of 47 classes
 BACKBONES = {**SETS, "clip-b32": ("dtd",), "demo": ("demo",)}
 CLIP = 10.0  # points; the fit is to changes no larger, so that a ruin counts as much as a clear loss
-RIDGE = 1.0
+EVIDENCE = (
+    *("structure", "margin", "images_a_class", "confidence", "anchors_kept", "unevenness"),
+    *("shift", "off_prior", "mixture", "mixtures_agree", "text", "relabelled"),
+)
+RANGES = 6  # of a piece of evidence
+FEWEST_POINTS = 0.3  # between its best and its worst range; pieces that tell less are left out
+STUMPS, RATE, LEAST, SHARE = 100, 0.05, 20, 0.6  # and the fewest runs of a side, and the share of runs that each sees
 FOUND = 0.8  # share of the runs that lost more than RUIN points that "hurt" has to find
 RUIN, BEARABLE = 5.0, 2.0  # points; no run called "helped" may have lost more than the second
 
@@ -68,23 +76,49 @@ def measure(encoded: Encoded, settings: Settings, seed: int) -> Row:
     return {"evidence": evidence, "gain": 100 * float(right.float().mean() - before.float().mean())}
 
 
-def standardised(rows: Sequence[Row]) -> Floats:
-    found: Floats = np.array([[row["evidence"][name] for name in WEIGHTS] for row in rows])
-    return found
+def fit(rows: Sequence[Row]) -> tuple[dict[str, Steps], float]:
+    """Boosted stumps on the clipped gain: points by ranges of each piece of evidence, and a constant.
+
+    A piece has at most RANGES ranges with as many runs in each. Stumps add up, so the points of each piece can be read
+    off; and a piece that tells nothing gets none.
+    """
+    gain = np.clip([row["gain"] for row in rows], -CLIP, CLIP)
+    found = np.array([[row["evidence"][name] for name in EVIDENCE] for row in rows])
+    edges = [np.unique(np.quantile(column, np.linspace(0, 1, RANGES + 1)[1:-1]).round(4)) for column in found.T]
+    ranges = np.stack([np.searchsorted(edge, column) for edge, column in zip(edges, found.T, strict=True)], axis=1)
+    model = GradientBoostingRegressor(
+        n_estimators=STUMPS, learning_rate=RATE, max_depth=1, min_samples_leaf=LEAST, subsample=SHARE, random_state=0
+    ).fit(ranges, gain)
+    points = [np.zeros(len(edge) + 1) for edge in edges]
+    constant = float(np.mean(gain))
+    for stump in (one.tree_ for one in model.estimators_[:, 0]):
+        if stump.node_count == 1:
+            constant += RATE * float(stump.value[0, 0, 0])
+            continue
+        of = points[stump.feature[0]]
+        low = np.arange(len(of)) <= stump.threshold[0]
+        of += RATE * np.where(low, *stump.value[[stump.children_left[0], stump.children_right[0]], 0, 0])
+    for column, of in zip(ranges.T, points, strict=True):  # each piece is 0 in the mean of the runs
+        constant += float(of[column].mean())
+        of -= of[column].mean()
+    made = {
+        name: merged(edge.tolist(), of.round(2).tolist())
+        for name, edge, of in zip(EVIDENCE, edges, points, strict=True)
+        if np.ptp(of) >= FEWEST_POINTS
+    }
+    return made, constant
 
 
-def fit(rows: Sequence[Row]) -> tuple[Floats, float]:
-    """Ridge regression of the clipped gain on the evidence: a weight for each piece of it, and a constant."""
-    x, y = standardised(rows), np.clip([row["gain"] for row in rows], -CLIP, CLIP)
-    middle, spread = x.mean(0), x.std(0) + 1e-9
-    z = np.c_[(x - middle) / spread, np.ones(len(x))]
-    solved = np.linalg.solve(z.T @ z + RIDGE * np.eye(z.shape[1]), z.T @ y)
-    weights = solved[:-1] / spread
-    return weights, float(solved[-1] - weights @ middle)
+def merged(edges: Sequence[float], points: Sequence[float]) -> Steps:
+    """Steps without the edges at which nothing changes."""
+    kept = [place for place in range(len(edges)) if points[place] != points[place + 1]]
+    return Steps(tuple(edges[place] for place in kept), (*(points[place] for place in kept), points[-1]))
 
 
-def estimates(rows: Sequence[Row], weights: Floats, constant: float) -> Floats:
-    found: Floats = standardised(rows) @ weights + constant
+def estimates(rows: Sequence[Row], points: Mapping[str, Steps], constant: float) -> Floats:
+    found: Floats = np.array(
+        [constant + sum(steps(row["evidence"][name]) for name, steps in points.items()) for row in rows]
+    )
     return found
 
 
@@ -99,19 +133,27 @@ def thresholds(gain: Floats, estimate: Floats, relabelled: Floats) -> tuple[floa
     return max(helped, 0.0), min(hurt, 0.0)
 
 
-def left_out(rows: Sequence[Row]) -> tuple[Floats, list[str]]:
-    """The estimate and the call of every run, by weights and thresholds of the other sets."""
-    names = np.array([row["set"] for row in rows])
+def left_out(rows: Sequence[Row], by: str) -> tuple[Floats, list[str]]:
+    """The estimate and the call of every run, by points and thresholds of the runs with other values of ``by``."""
+    names = np.array([row[by] for row in rows])
     gains, changed = np.array([row["gain"] for row in rows]), relabelled(rows)
     estimate, calls = np.zeros(len(rows)), [""] * len(rows)
     for name in sorted(set(names)):
-        others = [row for row in rows if row["set"] != name]
-        weights, constant = fit(others)
-        helped, hurt = thresholds(gains[names != name], estimates(others, weights, constant), changed[names != name])
+        others = [row for row in rows if row[by] != name]
+        points, constant = fit(others)
+        helped, hurt = thresholds(gains[names != name], estimates(others, points, constant), changed[names != name])
         for place in np.flatnonzero(names == name).tolist():
-            estimate[place] = estimates([rows[place]], weights, constant)[0]
+            estimate[place] = estimates([rows[place]], points, constant)[0]
             calls[place] = called(float(estimate[place]), helped, hurt, float(changed[place]))
     return estimate, calls
+
+
+def part(
+    rows: Sequence[Row], gain: Floats, estimate: Floats, calls: Sequence[str], group: str, value: str
+) -> tuple[Floats, Floats, list[str]]:
+    """Gains, estimates and calls of the runs that have this value."""
+    there = np.array([row[group] == value for row in rows])
+    return gain[there], estimate[there], [call for call, at in zip(calls, there, strict=True) if at]
 
 
 def relabelled(rows: Sequence[Row]) -> Floats:
@@ -179,29 +221,32 @@ def main() -> None:
                         with log.open("a", encoding="utf-8") as opened:
                             opened.write(json.dumps(rows[-1]) + "\n")
     gain = np.array([row["gain"] for row in rows])
-    estimate, calls = left_out(rows)
     print(HEADER)
+    alone, of_backbone = left_out(rows, "backbone")
+    print(report("all, each backbone by the others", gain, alone, of_backbone))
+    for value in sorted({row["backbone"] for row in rows}):
+        print(report(f"{value}, by the others", *part(rows, gain, alone, of_backbone, "backbone", value)))
+    estimate, calls = left_out(rows, "set")
     print(report("all, each set by the others", gain, estimate, calls))
     for group in ("backbone", "variant", "settings", "set"):
         for value in sorted({row[group] for row in rows}):
-            there = np.array([row[group] == value for row in rows])
-            print(
-                report(value, gain[there], estimate[there], [call for call, at in zip(calls, there, strict=True) if at])
-            )
-    weights, constant = fit(rows)
-    own = estimates(rows, weights, constant)
-    # Where no set was seen by its own weights, so that the thresholds hold for sets that are not here.
+            print(report(value, *part(rows, gain, estimate, calls, group, value)))
+    points, constant = fit(rows)
+    own = estimates(rows, points, constant)
+    # Where no set was seen by its own points, so that the thresholds hold for sets that are not here.
     changed = relabelled(rows)
     helped, hurt = thresholds(gain, estimate, changed)
     own_calls = [called(float(one), helped, hurt, float(new)) for one, new in zip(own, changed, strict=True)]
-    print(report("all, by the weights below", gain, own, own_calls))
-    print("\nWEIGHTS =", {name: round(float(weight), 3) for name, weight in zip(WEIGHTS, weights, strict=True)})
-    print(f"CONSTANT = {constant:.3f}\nHELPED, HURT = {helped:.2f}, {hurt:.2f}\n")
+    print(report("all, by the points below", gain, own, own_calls))
+    print("\nPOINTS = {")
+    for name, steps in points.items():
+        print(f'    "{name}": {steps},')
+    print(f"}}\nCONSTANT = {constant:.2f}\nHELPED, HURT = {helped:.2f}, {hurt:.2f}\n")
     for path in known.folders:
         lines = (path / "results.jsonl").read_text(encoding="utf-8").splitlines()
         runs = [row for row in map(json.loads, lines) if row["verdict"]]
         judged: list[Row] = [{"evidence": row["verdict"]["evidence"]} for row in runs]
-        score = estimates(judged, np.array(list(WEIGHTS.values())), CONSTANT)
+        score = estimates(judged, POINTS, CONSTANT)
         gains = np.array([row["own"]["adapted"] - row["own"]["start"] for row in runs])
         new = [float(row["evidence"]["relabelled"]) for row in judged]
         calls = [called(float(one), HELPED, HURT, there) for one, there in zip(score, new, strict=True)]

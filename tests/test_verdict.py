@@ -24,7 +24,7 @@ from finealign.model.calibration import SAMPLE, sample
 from finealign.run import adapt as run_folder
 from finealign.run import verdict
 from finealign.run.adapt import adapt_into
-from finealign.run.verdict import Verdict, anchors_kept, gather, judge, judge_model, mean_margin
+from finealign.run.verdict import Steps, Verdict, anchors_kept, gather, judge, judge_model, mean_margin, score_of
 from finealign.types import ImageFeatures, TextFeatures
 
 Tiny = Callable[[str], str]
@@ -90,7 +90,7 @@ def test_gather__against_plain_statements() -> None:
     expected = zip(shares[1], (0.5, 0.3, 0.2), strict=True)
     assert found["off_prior"] == pytest.approx(sum(abs(a - b) for a, b in expected) / 2, abs=1e-6)
     assert -1 <= found["mixture"] <= 1
-    assert set(verdict.WEIGHTS) < set(found)
+    assert set(verdict.POINTS) < set(found)
 
 
 def test_gather__without_adaptation_says_nothing_changed() -> None:
@@ -147,9 +147,25 @@ def test_anchors_kept__is_one_for_what_all_classes_share() -> None:
     assert anchors_kept(anchors, np.ones((5, 8))) == 0
 
 
+@given(st.lists(st.floats(-5, 5), min_size=1, max_size=6, unique=True), st.floats(-9, 9))
+def test_steps__are_the_points_of_the_range_that_a_value_lies_in(edges: list[float], value: float) -> None:
+    edges.sort()
+    found = Steps(tuple(edges), tuple(range(len(edges) + 1)))(value)
+    assert found == sum(value > edge for edge in edges)
+
+
+def test_score__is_the_sum_of_what_each_piece_gives() -> None:
+    usual = evidence()
+    assert score_of(usual) == pytest.approx(verdict.CONSTANT + sum(verdict.POINTS[n](usual[n]) for n in verdict.POINTS))
+    for name, steps in verdict.POINTS.items():
+        assert len(steps.points) == len(steps.edges) + 1
+        assert list(steps.edges) == sorted(set(steps.edges))
+        assert len({score_of(evidence(**{name: edge})) for edge in (*steps.edges, np.inf)}) > 1
+
+
 @pytest.mark.parametrize(("estimate", "call"), [(9.0, "helped"), (2.0, "unclear"), (-2.0, "hurt")])
 def test_judge__calls_by_its_two_thresholds(estimate: float, call: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verdict, "WEIGHTS", {"structure": 1.0})
+    monkeypatch.setattr(verdict, "POINTS", {"structure": Steps((-1.0, 3.0), (-2.0, 2.0, 9.0))})
     monkeypatch.setattr(verdict, "CONSTANT", 0.0)
     monkeypatch.setattr(verdict, "HELPED", 5.0)
     monkeypatch.setattr(verdict, "HURT", -1.0)
@@ -162,14 +178,14 @@ def test_judge__calls_by_its_two_thresholds(estimate: float, call: str, monkeypa
     ("structure", "favoured"), [(-0.9, "start"), (0.0, "start"), (0.2, "adapted"), (0.5, "adapted")]
 )
 def test_judge__favours_the_likelier_model(structure: float, favoured: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verdict, "WEIGHTS", {"structure": 1.0})
+    monkeypatch.setattr(verdict, "POINTS", {"structure": Steps((-0.5, 0.1), (-3.0, 0.0, 0.01))})
     monkeypatch.setattr(verdict, "CONSTANT", 0.0)
     assert judge(evidence(structure=structure), images=10).favours == favoured
 
 
 @pytest.mark.parametrize(
     ("name", "worse"),
-    [("mixture", -0.3), ("mixtures_agree", 0.4), ("off_prior", 0.5), ("text", -2.0)],
+    [("mixture", -0.3), ("shift", 0.5), ("off_prior", 0.5), ("text", -2.0), ("structure", -0.5)],
 )
 def test_judge__what_speaks_against_a_run(name: str, worse: float) -> None:
     """Labels that clusters and texts do not bear out, shares that nobody expected, an unsure model."""
@@ -180,7 +196,7 @@ def test_judge__what_speaks_against_a_run(name: str, worse: float) -> None:
 def test_judge__a_collapse_is_hurt_and_a_clear_gain_is_helped() -> None:
     collapsed = evidence(structure=-0.9, mixture=-0.4, off_prior=0.6, mixtures_agree=0.7, text=-1.5)
     assert judge(collapsed, images=256).call == "hurt"
-    gained = evidence(mixture=0.25, mixtures_agree=0.95, confidence=0.85, off_prior=0.03)
+    gained = evidence(mixture=0.25, images_a_class=3.8, off_prior=0.03)
     found = judge(gained, images=256)
     assert (found.call, found.most, found.images) == ("helped", 30.0, 256)
     assert judge({**gained, "relabelled": 0.5}, images=256).call == "unclear"  # whole clusters may have got wrong names

@@ -1,11 +1,12 @@
 """Estimate without labels whether adaptation helped, from features and predictions before and after it.
 
-Each piece of evidence is a number that correlated with the change in accuracy over the successful and failed runs of
-``benchmarks/verdict.py``; the weights were fitted there. The verdict is an estimate; ``finealign evaluate`` measures
-the change on labelled images.
+Each piece of evidence is a number that went with the change in accuracy over the successful and failed runs of
+``benchmarks/verdict.py``; the points that it gives were fitted there. The verdict is an estimate; ``finealign
+evaluate`` measures the change on labelled images.
 """
 
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -28,24 +29,31 @@ Call = Literal["helped", "unclear", "hurt"]
 
 MANY_A_CLASS = 100.0  # images per class above which the evidence "images_a_class" grows no more
 
-# Fitted by benchmarks/verdict.py to changes of accuracy in points, clipped to 10. The score of a run is the weighted
-# sum of the evidence plus the constant. The pieces overlap, so a weight says little by itself. docs/ABLATION.md has how
-# often the verdict is right.
-WEIGHTS = {
-    "structure": -1.047,
-    "margin": -3.804,
-    "images_a_class": 0.400,
-    "confidence": -3.087,
-    "anchors_kept": -1.285,
-    "unevenness": 0.075,
-    "shift": 6.714,
-    "off_prior": -12.716,
-    "mixture": 23.552,
-    "mixtures_agree": 8.606,
-    "text": 1.851,
+
+@dataclass(frozen=True)
+class Steps:
+    """Points by the value of one piece of evidence: the first up to the first edge, the last above the last one."""
+
+    edges: tuple[float, ...]  # ascending
+    points: tuple[float, ...]  # one more than edges
+
+    def __call__(self, value: float) -> float:
+        return self.points[bisect_left(self.edges, value)]
+
+
+# Fitted by benchmarks/verdict.py to changes of accuracy in points, clipped to 10. The score of a run is the sum of the
+# points of its evidence and the constant. The pieces overlap, so the points of one say little by themselves.
+# docs/ABLATION.md has how often the verdict is right.
+POINTS = {
+    "structure": Steps(edges=(0.0673,), points=(-0.31, 0.16)),
+    "images_a_class": Steps(edges=(0.943, 2.6856, 3.4012), points=(-0.58, -0.79, 1.24, 1.77)),
+    "shift": Steps(edges=(0.332,), points=(0.07, -0.33)),
+    "off_prior": Steps(edges=(0.1345, 0.3518), points=(0.63, 0.56, -2.94)),
+    "mixture": Steps(edges=(-0.1024, -0.0366, 0.0, 0.0329, 0.0948), points=(-5.47, -0.75, 0.54, 1.0, 2.29, 2.41)),
+    "text": Steps(edges=(-0.6166, -0.1816, -0.0914), points=(-1.17, 0.33, 0.25, -0.07)),
 }
-CONSTANT = 1.559
-HELPED, HURT = 8.52, 0.0  # scores above the first are called "helped", below the second "hurt"
+CONSTANT = 2.94
+HELPED, HURT = 7.37, 0.0  # scores above the first are called "helped", below the second "hurt"
 MOST_RELABELLED = 0.35  # more new labels than these are never called "helped": whole clusters may have got wrong names
 
 
@@ -57,7 +65,7 @@ class Verdict:
     """
 
     call: Call
-    score: float  # weighted sum of the evidence; positive where adaptation seems to help
+    score: float  # sum of the evidence's points; positive where adaptation seems to help
     most: float  # percent of the judged images with a new label; their accuracy cannot have changed by more points
     advice: str
     evidence: dict[str, float]  # by name, as ``gather`` returns it
@@ -122,7 +130,7 @@ def gather(
           ``method.class_prior``, which know nothing of the adaptation, in [-1, 1];
         - mixtures_agree: share of images that both mixtures label alike; they differ where a name is doubtful;
         - text: mean logarithm of the start's probability of the new label over its largest one, at most 0;
-        - relabelled: share of images whose label differs from the start's. It has no weight; it bounds the change.
+        - relabelled: share of images whose label differs from the start's. It bounds the change.
     """
     scores = method.score(after, score)
     labels_before, labels_after = first.score(before, "global").argmax(1), scores.argmax(1)
@@ -193,9 +201,14 @@ def anchors_kept(before: Floats, after: Floats) -> float:
     return float(((old * new).sum(1) / np.maximum(lengths, 1e-12)).mean())
 
 
+def score_of(evidence: Mapping[str, float]) -> float:
+    """The score of a run: the sum of the points of its evidence."""
+    return CONSTANT + sum(points(evidence[name]) for name, points in POINTS.items())
+
+
 def judge(evidence: dict[str, float], *, images: int) -> Verdict:
     """The verdict from the evidence of ``gather``; ``images`` is the number of images judged by."""
-    score = CONSTANT + sum(weight * evidence[name] for name, weight in WEIGHTS.items())
+    score = score_of(evidence)
     call: Call = "hurt" if score < HURT else "unclear"
     if score > HELPED and evidence["relabelled"] <= MOST_RELABELLED:
         call = "helped"
