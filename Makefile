@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: install test lint types demo docs clean
+.PHONY: install test nightly lint types demo docs clean
 
 install: $(VENV)/.installed
 
@@ -13,7 +13,12 @@ $(VENV)/.installed: pyproject.toml
 	$(BIN)/pip install --quiet --editable '.[dev]'
 	touch $@
 
+# Every behaviour once, within CI's time.
 test: install
+	$(BIN)/pytest --numprocesses auto --dist loadfile -m "not nightly"
+
+# Every test, the costly cases as well.
+nightly: install
 	$(BIN)/pytest --numprocesses auto --dist loadfile
 
 lint: install

@@ -131,7 +131,7 @@ def test_open_clip__files_and_figures_are_told(exported: Make) -> None:
     assert all(0 <= one["largest"] <= one["promised"] for one in about["parity"].values())
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_open_clip__a_timm_tower_in_bf16_is_exported_in_float32(tiny_backbone: Tiny, tmp_path: Path) -> None:
     model = unlearned(tiny_backbone("convolutional"), precision="bf16")
     found = export(model, tmp_path / "out", format="open_clip")
@@ -186,7 +186,7 @@ def test_hf__parity_names_logits_and_pixels(exported: Make) -> None:
     assert "one pixel beside" in found.notes[0]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_hf__quick_gelu_and_eos_pooling_are_clips_too(tiny_backbone: Tiny, tmp_path: Path) -> None:
     change = {"quick_gelu": True, "text_cfg": {"pool_type": "eos", "eos_id": 49407}}
     backbone = rebuilt(tiny_backbone, tmp_path, change, {"resize_mode": "squash", "interpolation": "bilinear"})
@@ -350,7 +350,7 @@ def test_onnx__usage_prints_a_class_for_each_image(exported: Make, some_photos: 
     assert all(line.partition(": ")[2].split()[0] in CLASSES for line in done.stdout.splitlines())
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_onnx__a_convolutional_tower_with_wcas_way_to_weigh_crops(
     tiny_backbone: Tiny, some_photos: Path, tmp_path: Path
 ) -> None:
@@ -361,7 +361,7 @@ def test_onnx__a_convolutional_tower_with_wcas_way_to_weigh_crops(
     assert max(found.parity[name].largest for name in ("scores", "probabilities")) < 1e-5
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_onnx__padded_whole_images_are_one_input_and_weights_too_many_lie_beside(
     tiny_backbone: Tiny, some_photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -378,7 +378,7 @@ def test_onnx__padded_whole_images_are_one_input_and_weights_too_many_lie_beside
     assert without_torch(model, found, some_photos) < 1e-5
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_onnx__the_demos_model_by_the_crops_it_keeps_and_the_whole(some_photos: Path, tmp_path: Path) -> None:
     from finealign.demo.model import demo_model
 

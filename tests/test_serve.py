@@ -910,7 +910,7 @@ print("stopped", flush=True)
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.nightly)])
 def test_serve__a_signal_loses_no_request_under_way(model: FineAlign, tmp_path: Path, number: signal.Signals) -> None:
     model.save(tmp_path / "model")
     server = subprocess.Popen(
@@ -938,7 +938,7 @@ def test_serve__a_signal_loses_no_request_under_way(model: FineAlign, tmp_path: 
     assert "Traceback" not in log
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_serve__a_second_ctrl_c_does_not_wait(model: FineAlign, tmp_path: Path) -> None:
     """Not even while the threads are waited for, when no request is left."""
     model.save(tmp_path / "model")
