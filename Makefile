@@ -15,11 +15,11 @@ $(VENV)/.installed: pyproject.toml
 
 # Every behaviour once, within CI's time.
 test: install
-	$(BIN)/pytest --numprocesses auto --dist loadfile -m "not nightly"
+	$(BIN)/pytest --numprocesses auto --dist worksteal -m "not nightly"
 
 # Every test, the costly cases as well.
 nightly: install
-	$(BIN)/pytest --numprocesses auto --dist loadfile
+	$(BIN)/pytest --numprocesses auto --dist worksteal
 
 lint: install
 	$(BIN)/ruff check .

@@ -114,6 +114,7 @@ def tiny_config(backbone: str, **overrides: Any) -> Any:
         "training__batch_size": 8,
         "training__learning_rate": 1e-3,
         "training__anchor_learning_rate": 1e-3,
+        "training__anchor_steps": 8,  # the usual number takes longer than all the rest of such a run
         "prediction__calibrate": False,  # which costs a second; tests/test_calibration.py turns it on
     }
     return read_config(None, (), **(values | overrides))

@@ -131,7 +131,7 @@ def test_p_none__of_a_model_without_what_tells_strangers_is_unknown(tiny_backbon
 # --- saved and loaded -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("used", USES)
+@pytest.mark.parametrize("used", ["start", pytest.param("adapted", marks=pytest.mark.nightly)])
 def test_save__keeps_both_and_which_is_used(fitted: FineAlign, album: Path, tmp_path: Path, used: Use) -> None:
     wanted = said(fitted, album)
     fitted.use(used).save(tmp_path / "model")
@@ -171,9 +171,10 @@ def test_save__the_other_model_is_small(fitted: FineAlign, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     "settings",
     [
-        {"training__encoder": "frozen"},
         {"training__learn": "anchors"},
-        *({"method__name": name} for name in ("zero-shot", "cupl", "wca", "transclip")),
+        *({"method__name": name} for name in ("cupl", "transclip")),
+        pytest.param({"training__encoder": "frozen"}, marks=pytest.mark.nightly),
+        *(pytest.param({"method__name": name}, marks=pytest.mark.nightly) for name in ("zero-shot", "wca")),
     ],
     ids=str,
 )

@@ -30,6 +30,7 @@ from finealign.run.verdict import judge_model
 from finealign.types import TextFeatures
 
 Tiny = Callable[[str], str]
+nightly = pytest.mark.nightly
 
 
 def logits_of(seed: int, n: int, classes: int, scale: float = 3.0) -> Any:
@@ -138,7 +139,7 @@ def fitted(backbone: str, photos: Path, **settings: Any) -> FineAlign:
     return FineAlign(CLASSES, config=tiny_config(backbone, **settings)).fit(photos)
 
 
-METHODS = ("fair", "dpa", "self-training", "lafter", "microclip")
+METHODS = ["fair", "dpa", *(pytest.param(name, marks=nightly) for name in ("self-training", "lafter", "microclip"))]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -201,7 +202,7 @@ def test_fit__calibration_judging_and_reverting(
     np.testing.assert_allclose([one.probabilities for one in predictions(model, images)], at_start, atol=1e-6)
 
 
-@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("count", [1, pytest.param(2, marks=nightly)])
 def test_fit__few_images_and_two_classes(count: int, photos: Path, tiny_backbone: Tiny) -> None:
     config = tiny_config(tiny_backbone("convolutional"), prediction__calibrate=True)
     paths = list_images(photos)[:count]
@@ -209,6 +210,11 @@ def test_fit__few_images_and_two_classes(count: int, photos: Path, tiny_backbone
     assert model.calibration_ is not None
     assert model.calibration_.images == count
     assert np.isfinite(model.predict_proba(paths)).all()
+
+
+def some(folder: Path, each: int = 24) -> list[Path]:
+    """The first photos of each class."""
+    return [path for kind in sorted(folder.iterdir()) for path in list_images(kind)[:each]]
 
 
 def test_fit__the_encoder_is_left_as_it_was(photos: Path, tiny_backbone: Tiny) -> None:
@@ -221,9 +227,10 @@ def test_fit__the_encoder_is_left_as_it_was(photos: Path, tiny_backbone: Tiny) -
     assert not any(parameter.requires_grad for parameter in model.method_.parameters())
 
 
-def test_real_photos__confidence_lies_near_the_accuracy(shared: Path) -> None:
+@pytest.mark.parametrize("name", ["eurosat", pytest.param("pets37-small", marks=nightly)])
+def test_real_photos__confidence_lies_near_the_accuracy(shared: Path, name: str) -> None:
     """A frozen run of MiniCLIP, on test images, of the model and of the start."""
-    data = shared / "data" / "pets37-small"
+    data = shared / "data" / name
     classes = (data / "classes.txt").read_text(encoding="utf-8").splitlines()
     descriptions = json.loads((data / "descriptions.json").read_text(encoding="utf-8"))
     config = tiny_config(
@@ -234,9 +241,9 @@ def test_real_photos__confidence_lies_near_the_accuracy(shared: Path) -> None:
         training__batch_size=64,
         prediction__calibrate=True,
     )
-    model = FineAlign(classes, descriptions=descriptions, config=config).fit(data / "train")
+    model = FineAlign(classes, descriptions=descriptions, config=config).fit(some(data / "train"))
     assert model.calibration_ is not None
-    labels = {path: path.parent.name for path in list_images(data / "test")}
+    labels = {path: path.parent.name for path in some(data / "test")}
     found = predictions(model, list(labels), with_start=True)
     hits = [model.classes_[one.probabilities.argmax()] == labels[one.path] for one in found]
     first = [model.classes_[one.start_probabilities.argmax()] == labels[one.path] for one in found]

@@ -262,11 +262,8 @@ def encoded(encoder: Any, data: Path, each: int = EACH) -> tuple[Folder, Ints]:
     [
         ("dtd10", 6),
         ("eurosat", 6),
-        ("flowers12", 6),
-        ("food10", 6),
-        ("ucmerced", 6),
-        ("pets37-small", 5),
-        ("cifar100", 5),
+        *(pytest.param(name, 6, marks=pytest.mark.nightly) for name in ("flowers12", "food10", "ucmerced")),
+        *(pytest.param(name, 5, marks=pytest.mark.nightly) for name in ("pets37-small", "cifar100")),
     ],
 )
 def test_cautions__none_on_real_photos_in_even_folders(shared: Path, encoder: Any, name: str, each: int) -> None:

@@ -9,18 +9,39 @@ import pytest
 import torch
 from PIL import ExifTags, Image
 
-from conftest import CLASSES, predictions, tiny_config
+from conftest import CLASSES, predictions, tiny_config, write_photos
 from finealign import FineAlign
 from finealign.errors import ConfigError, FinealignError, ImageInputError, ModelError, PromptError
 from finealign.images.listing import list_images
 from finealign.types import SetAside
 
 Tiny = Callable[[str], str]
+Fit = Callable[..., FineAlign]
 METHODS = ["fair", "self-training", "wca", "cupl", "zero-shot"]
 
 
 def fitted(photos: Path, backbone: str, **overrides: Any) -> FineAlign:
     return FineAlign(CLASSES, config=tiny_config(backbone, training__epochs=2, **overrides)).fit(photos)
+
+
+@pytest.fixture(scope="module")
+def album(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As ``photos``, made once; nothing may write into it."""
+    return write_photos(tmp_path_factory.mktemp("album") / "photos")
+
+
+@pytest.fixture(scope="module")
+def fitted_once(album: Path, tiny_backbone: Tiny) -> Fit:
+    """A model of the album, fitted once for all tests that only ask it."""
+    made: dict[str, FineAlign] = {}
+
+    def make(tower: str, **overrides: Any) -> FineAlign:
+        key = repr((tower, sorted(overrides.items())))
+        if key not in made:
+            made[key] = fitted(album, tiny_backbone(tower), **overrides)
+        return made[key]
+
+    return make
 
 
 def test_fit__returns_self_and_learns_attributes(photos: Path, tiny_backbone: Tiny) -> None:
@@ -42,19 +63,19 @@ def test_fit__plain_arguments_are_enough(photos: Path, tiny_backbone: Tiny) -> N
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_predict__columns_follow_classes(photos: Path, tiny_backbone: Tiny, method: str) -> None:
-    model = fitted(photos, tiny_backbone("transformer"), method__name=method)
-    probabilities = model.predict_proba(photos)
+def test_predict__columns_follow_classes(album: Path, fitted_once: Fit, method: str) -> None:
+    model = fitted_once("transformer", method__name=method)
+    probabilities = model.predict_proba(album)
     assert probabilities.shape == (24, 3)
     np.testing.assert_allclose(probabilities.sum(1), 1, rtol=1e-5)
-    assert model.predict(photos).tolist() == [CLASSES[index] for index in probabilities.argmax(1)]
+    assert model.predict(album).tolist() == [CLASSES[index] for index in probabilities.argmax(1)]
 
 
 @pytest.mark.parametrize("score", ["global", "las", "fused"])
-def test_predict__an_image_is_scored_by_itself(photos: Path, tiny_backbone: Tiny, score: Any) -> None:
+def test_predict__an_image_is_scored_by_itself(album: Path, fitted_once: Fit, score: Any) -> None:
     """Neither order nor neighbours change an image's scores, so permuting the images permutes the result."""
-    model = fitted(photos, tiny_backbone("convolutional"))
-    paths = list_images(photos)
+    model = fitted_once("convolutional", method__name="fair")
+    paths = list_images(album)
     order = np.random.default_rng(0).permutation(len(paths))
     straight = model.predict_proba(paths, score=score)
     shuffled = model.predict_proba([paths[index] for index in order], score=score)
@@ -63,9 +84,9 @@ def test_predict__an_image_is_scored_by_itself(photos: Path, tiny_backbone: Tiny
     np.testing.assert_allclose(alone, straight[:1], atol=1e-6)
 
 
-def test_predict__scores_differ(photos: Path, tiny_backbone: Tiny) -> None:
-    model = fitted(photos, tiny_backbone("transformer"))
-    whole, crops, both = (model.predict_proba(photos, score=kind) for kind in ("global", "las", "fused"))
+def test_predict__scores_differ(album: Path, fitted_once: Fit) -> None:
+    model = fitted_once("transformer", method__name="fair")
+    whole, crops, both = (model.predict_proba(album, score=kind) for kind in ("global", "las", "fused"))
     assert not np.allclose(whole, crops)
     assert not np.allclose(both, crops)
 
@@ -73,27 +94,27 @@ def test_predict__scores_differ(photos: Path, tiny_backbone: Tiny) -> None:
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("tower", ["transformer", "convolutional"])
 def test_save__load_then_predict_is_identical(
-    photos: Path, tiny_backbone: Tiny, tmp_path: Path, method: str, tower: str
+    album: Path, fitted_once: Fit, tmp_path: Path, method: str, tower: str
 ) -> None:
-    model = fitted(photos, tiny_backbone(tower), method__name=method)
+    model = fitted_once(tower, method__name=method)
     model.save(tmp_path / "model")
     loaded = FineAlign.load(tmp_path / "model", device="cpu", precision="fp32")
     assert loaded.classes_.tolist() == CLASSES
-    np.testing.assert_array_equal(loaded.predict_proba(photos), model.predict_proba(photos))
-    before, after = (list(predictions(found, list_images(photos), with_start=True)) for found in (model, loaded))
+    np.testing.assert_array_equal(loaded.predict_proba(album), model.predict_proba(album))
+    before, after = (list(predictions(found, list_images(album), with_start=True)) for found in (model, loaded))
     for first, second in zip(before, after, strict=True):
         np.testing.assert_array_equal(first.start_scores, second.start_scores)
 
 
-def test_iter_predictions__start_is_the_model_before_adaptation(photos: Path, tiny_backbone: Tiny) -> None:
-    adapted = fitted(photos, tiny_backbone("transformer"), training__learning_rate=1e-2)
-    start = fitted(photos, tiny_backbone("transformer"), method__name="cupl")
-    predicted = predictions(adapted, list_images(photos), with_start=True)
+def test_iter_predictions__start_is_the_model_before_adaptation(album: Path, fitted_once: Fit) -> None:
+    adapted = fitted_once("transformer", training__learning_rate=1e-2)
+    start = fitted_once("transformer", method__name="cupl")
+    predicted = predictions(adapted, list_images(album), with_start=True)
     found = np.stack([one.start_probabilities for one in predicted if one.start_probabilities is not None])
-    np.testing.assert_allclose(found, start.predict_proba(photos), atol=1e-5)
-    assert not np.allclose(found, adapted.predict_proba(photos), atol=1e-3)
-    again = adapted.predict_proba(photos)
-    np.testing.assert_array_equal(again, adapted.predict_proba(photos))
+    np.testing.assert_allclose(found, start.predict_proba(album), atol=1e-5)
+    assert not np.allclose(found, adapted.predict_proba(album), atol=1e-3)
+    again = adapted.predict_proba(album)
+    np.testing.assert_array_equal(again, adapted.predict_proba(album))
 
 
 def test_fit__unreadable_images_are_set_aside(photos: Path, tiny_backbone: Tiny) -> None:
@@ -142,9 +163,9 @@ def test_unfitted__says_so(photos: Path, tmp_path: Path, call: str) -> None:
 
 
 @pytest.mark.parametrize("damage", ["missing", "changed", "manifest", "format", "key"])
-def test_load__a_damaged_model_is_refused(photos: Path, tiny_backbone: Tiny, tmp_path: Path, damage: str) -> None:
+def test_load__a_damaged_model_is_refused(fitted_once: Fit, tmp_path: Path, damage: str) -> None:
     folder = tmp_path / "model"
-    fitted(photos, tiny_backbone("transformer")).save(folder)
+    fitted_once("transformer", method__name="fair").save(folder)
     manifest = folder / "finealign.json"
     weights = folder / "open_clip_model.safetensors"
     if damage == "missing":
@@ -170,9 +191,9 @@ def test_load__a_damaged_model_is_refused(photos: Path, tiny_backbone: Tiny, tmp
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("score", ["las", "fused"])
-def test_explain__is_what_predicting_goes_by(photos: Path, tiny_backbone: Tiny, method: str, score: Any) -> None:
-    model = fitted(photos, tiny_backbone("convolutional"), method__name=method, views__crops=5)
-    path = list_images(photos)[3]
+def test_explain__is_what_predicting_goes_by(album: Path, fitted_once: Fit, method: str, score: Any) -> None:
+    model = fitted_once("convolutional", method__name=method, views__crops=5)
+    path = list_images(album)[3]
     if method == "wca" and score == "fused":
         with pytest.raises(ConfigError, match=r"'wca' has no score 'fused'. Valid: las"):
             model.explain(path, score=score)
@@ -214,8 +235,8 @@ def test_explain__cutting_its_boxes_and_weighing_them_gives_its_scores(photos: P
     assert found.weights.max() - found.weights.min() > 0.01  # or the order would prove little
 
 
-def test_explain__boxes_are_of_the_image_as_it_is_shown(photos: Path, tiny_backbone: Tiny, tmp_path: Path) -> None:
-    model = fitted(photos, tiny_backbone("transformer"))
+def test_explain__boxes_are_of_the_image_as_it_is_shown(fitted_once: Fit, tmp_path: Path) -> None:
+    model = fitted_once("transformer", method__name="fair")
     upright = Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 50, 3), dtype=np.uint8))
     upright.save(tmp_path / "upright.png")
     exif = Image.Exif()
@@ -228,13 +249,13 @@ def test_explain__boxes_are_of_the_image_as_it_is_shown(photos: Path, tiny_backb
 
 
 @pytest.mark.parametrize("method", ["cupl", "fair"])
-def test_explain__a_score_without_crops(photos: Path, tiny_backbone: Tiny, method: str) -> None:
+def test_explain__a_score_without_crops(album: Path, fitted_once: Fit, method: str) -> None:
     """Whether asked for, the method's default, or the configuration's."""
-    model = fitted(photos, tiny_backbone("transformer"), method__name=method, prediction__score="global")
+    model = fitted_once("transformer", method__name=method, prediction__score="global")
     for score in ("global", None):
         with pytest.raises(ConfigError, match=r"no crops to explain.* score='las'"):
-            model.explain(photos / "red" / "0.png", score=score)
-    assert model.explain(photos / "red" / "0.png", score="las").score == "las"
+            model.explain(album / "red" / "0.png", score=score)
+    assert model.explain(album / "red" / "0.png", score="las").score == "las"
 
 
 @pytest.mark.parametrize("kind", ["missing", "folder", "torn", "too large"])
@@ -275,8 +296,8 @@ def test_fit__one_that_fails_leaves_no_fitted_model(photos: Path, tiny_backbone:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_fit__leaves_nothing_open_to_gradients_of_the_method(photos: Path, tiny_backbone: Tiny, method: str) -> None:
-    model = fitted(photos, tiny_backbone("transformer"), method__name=method)
+def test_fit__leaves_nothing_open_to_gradients_of_the_method(fitted_once: Fit, method: str) -> None:
+    model = fitted_once("transformer", method__name=method)
     assert not [name for name, value in model.method_.named_parameters() if value.requires_grad]
 
 

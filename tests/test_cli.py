@@ -38,7 +38,7 @@ Tiny = Callable[[str], str]
 CLASSES = ["red", "green", "blue", "cyan", "magenta", "yellow", "black"]  # of the last four there is no photo
 PRECISE = ["--device", "cpu", "--precision", "fp32"]
 QUICK = [*PRECISE, "--set", "views.crops=2", "--set", "training.batch_size=8", "--set", "training.epochs=2"]
-QUICK += ["--set", "training.anchor_steps=0"]
+QUICK += ["--set", "training.anchor_steps=2"]
 HEADLINE = {"top1", "top5", "ece", "brier", "top1_low", "top1_high", "balanced", "balanced_low", "balanced_high"}
 VERBS = [
     "adapt",
@@ -615,18 +615,19 @@ def test_adapt__classes_descriptions_and_templates_from_files(made: Made, tmp_pa
 
 def test_adapt__resume_and_overwrite(made: Made, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    first = only_json(command(*made.adapt("--out", out, "--json")))
+    words = made.adapt("--out", out)
+    first = only_json(command(*words, "--json"))
     before = learned(out)
-    refused = command(*made.adapt("--out", out))
+    refused = command(*words)
     assert refused.exit_code == 1
     assert "already holds a run. Use --resume" in refused.stderr
-    other = command(*made.adapt("--out", out, "--resume", "--seed", "1"))
+    other = command(*words, "--resume", "--seed", "1")
     assert other.exit_code == 1
     assert "had other settings" in other.stderr
-    resumed = only_json(command(*made.adapt("--out", out, "--resume", "--json")))
+    resumed = only_json(command(*words, "--resume", "--json"))
     assert resumed["epochs"] == first["epochs"] == 2
     assert learned(out) == before
-    assert command(*made.adapt("--out", out, "--overwrite", "--seed", "1")).exit_code == 0
+    assert command(*words, "--overwrite", "--seed", "1").exit_code == 0
     assert learned(out) != before
 
 

@@ -57,10 +57,11 @@ RUN_FOLDER = {
 LEFT = {"world", "self-training", "fair", "demo.png", "demo.json", "report.md"}
 DESCRIPTIONS: dict[str, tuple[str, ...]] = {name: (f"A {name} square.", f"It is {name} all over.") for name in CLASSES}
 PLACE = {"device": "cpu", "precision": "fp32"}
-RATES = {"learning_rate": 0.1, "anchor_learning_rate": 0.1}  # so that a few steps are seen in the labels
-SLOW: dict[str, Any] = {**PLACE, "views": {"crops": 3}, "training": {"epochs": 4, "batch_size": 8, **RATES}}
+# So that a few steps are seen in the labels.
+FEW = {"batch_size": 8, "anchor_steps": 8, "learning_rate": 0.1, "anchor_learning_rate": 0.1}
+SLOW: dict[str, Any] = {**PLACE, "views": {"crops": 3}, "training": {"epochs": 4, **FEW}}
 SHIPPED = [(run.DEMO_SETTINGS, run.DEMO_WCA_CROPS), (run.QUICK_SETTINGS, run.QUICK_WCA_CROPS)]  # before the stand-ins
-QUICK: dict[str, Any] = {**PLACE, "views": {"crops": 2}, "training": {"epochs": 1, "batch_size": 8, **RATES}}
+QUICK: dict[str, Any] = {**PLACE, "views": {"crops": 2}, "training": {"epochs": 1, **FEW}}
 
 
 def stand_in(
@@ -285,13 +286,13 @@ def test_seconds__are_of_adapting_and_scoring_alone(tmp_path: Path, monkeypatch:
     clock.costs(monkeypatch, FineAlign, "iter_predictions", 100)  # also after every epoch, and for predictions.csv
     clock.costs(monkeypatch, FineAlign, "save", 1000)
     clock.costs(monkeypatch, FineAlign, "_begin", 7)  # once a fit
-    found = run_demo(tmp_path / "demo")
+    found = run_demo(tmp_path / "demo", quick=True)
     for one in found.methods:
         assert one.seconds == pytest.approx(107)
         assert one.images_per_second == pytest.approx(12 / 100)
     # The world, three loads; for each trained method a save, predictions, and measuring the start, which is a model of
-    # its own, and four epochs; and what is above.
-    every = 100_000 + 3 * 10_000 + 2 * (1000 + 100 + 7 + 5 * 100) + 5 * 107 + 100
+    # its own, and one epoch; and what is above.
+    every = 100_000 + 3 * 10_000 + 2 * (1000 + 100 + 7 + 2 * 100) + 5 * 107 + 100
     assert found.seconds == pytest.approx(every)
 
 
@@ -383,14 +384,16 @@ def test_folder__overwrite_replaces_its_own_and_nothing_else(finished: DemoResul
 
 
 def test_folder__one_that_was_stopped_can_be_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(run, "adapt_into", interrupt)
+    monkeypatch.setattr(run, "adapt_into", interrupt)
+    with pytest.raises(KeyboardInterrupt):
         run_demo(tmp_path / "demo", quick=True)
     assert json.loads((tmp_path / "demo" / "demo.json").read_text(encoding="utf-8"))["status"] == "running"
     with pytest.raises(OutputError, match="already holds a demo"):
         run_demo(tmp_path / "demo", quick=True)
-    run_demo(tmp_path / "demo", quick=True, overwrite=True)
-    assert {path.name for path in (tmp_path / "demo").iterdir()} == LEFT
+    (tmp_path / "demo" / "world" / "stale.png").touch()
+    with pytest.raises(KeyboardInterrupt):  # as far as before
+        run_demo(tmp_path / "demo", quick=True, overwrite=True)
+    assert not (tmp_path / "demo" / "world" / "stale.png").exists()
 
 
 def interrupt(*arguments: Any, **how: Any) -> Any:
@@ -486,12 +489,13 @@ def test_report__its_commands_run_and_agree(finished: DemoResult, tmp_path: Path
 # --- the verb ---------------------------------------------------------------------------------------------------------
 
 
-def test_demo__prints_one_object(tmp_path: Path) -> None:
-    found = only_json(command("demo", "--out", tmp_path / "demo", "--seed", "2", "--quick", "--json"))
+def test_demo__prints_one_object(finished: DemoResult, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(finished.folder, tmp_path / "demo"))
+    error = only_json(command("demo", "--out", folder, "--json"), code=1)
+    assert error["kind"] == "OutputError"
+    found = only_json(command("demo", "--out", folder, "--seed", "2", "--quick", "--overwrite", "--json"))
     assert [row["method"] for row in found["results"]] == ORDER
     assert (found["seed"], found["quick"]) == (2, True)
-    error = only_json(command("demo", "--out", tmp_path / "demo", "--json"), code=1)
-    assert error["kind"] == "OutputError"
 
 
 def test_demo__for_a_person(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -509,7 +513,6 @@ def test_demo__for_a_person(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert "synthetic" in shown
     assert f"Picture: {folder / 'demo.png'}\nReport: {folder / 'report.md'}\n" in shown
     assert max(len(line) for line in shown.splitlines()) <= 80
-    assert command("demo", "--quick", "--overwrite").exit_code == 0
 
 
 def test_demo__interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ import re
 import runpy
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 
 from chat_server import ChatServer
 from conftest import HANG
+from forked import CLIENT, forking
 from test_cli import command
 from test_readme import ROOT, prepare
 
@@ -35,17 +37,23 @@ def run(page: Path, folder: Path, **more: str) -> None:
         assert done.returncode == 0, f"{page.name}:\n{code}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
 
 
-def begin(folder: Path, backbone: str) -> Path:
+def begin(folder: Path, backbone: str, forks: str) -> Path:
     """Photos, names, descriptions, and the commands."""
-    prepare(folder, backbone)
+    prepare(folder, backbone, CLIENT.format(address=forks))
     (folder / "bin" / "python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n', encoding="utf-8")
     return folder
 
 
 @pytest.fixture(scope="module")
-def adapted(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Callable[[str], str]) -> Path:
+def forks() -> Iterator[str]:
+    with tempfile.TemporaryDirectory() as folder, forking(Path(folder)) as address:  # a short one, as a socket wants
+        yield address
+
+
+@pytest.fixture(scope="module")
+def adapted(tmp_path_factory: pytest.TempPathFactory, tiny_backbone: Callable[[str], str], forks: str) -> Path:
     """Where a reader of the front page stands: with ``runs/birds``."""
-    folder = begin(tmp_path_factory.mktemp("reader"), tiny_backbone("transformer"))
+    folder = begin(tmp_path_factory.mktemp("reader"), tiny_backbone("transformer"), forks)
     run(DOCS / "index.md", folder)
     return folder
 
@@ -56,8 +64,8 @@ def chat() -> Iterator[ChatServer]:
         yield server
 
 
-def test_tutorial__its_snippets_run(tmp_path: Path, tiny_backbone: Callable[[str], str]) -> None:
-    run(DOCS / "tutorial.md", begin(tmp_path, tiny_backbone("transformer")))
+def test_tutorial__its_snippets_run(tmp_path: Path, tiny_backbone: Callable[[str], str], forks: str) -> None:
+    run(DOCS / "tutorial.md", begin(tmp_path, tiny_backbone("transformer"), forks))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

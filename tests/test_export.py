@@ -186,7 +186,6 @@ def test_hf__parity_names_logits_and_pixels(exported: Make) -> None:
     assert "one pixel beside" in found.notes[0]
 
 
-@pytest.mark.nightly
 def test_hf__quick_gelu_and_eos_pooling_are_clips_too(tiny_backbone: Tiny, tmp_path: Path) -> None:
     change = {"quick_gelu": True, "text_cfg": {"pool_type": "eos", "eos_id": 49407}}
     backbone = rebuilt(tiny_backbone, tmp_path, change, {"resize_mode": "squash", "interpolation": "bilinear"})
@@ -361,7 +360,6 @@ def test_onnx__a_convolutional_tower_with_wcas_way_to_weigh_crops(
     assert max(found.parity[name].largest for name in ("scores", "probabilities")) < 1e-5
 
 
-@pytest.mark.nightly
 def test_onnx__padded_whole_images_are_one_input_and_weights_too_many_lie_beside(
     tiny_backbone: Tiny, some_photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -524,7 +522,7 @@ def test_card__a_saved_model_still_tells_of_finealign(adapted: FineAlign, tmp_pa
 # --- the start --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["open_clip", "onnx"])
+@pytest.mark.parametrize("kind", [pytest.param("open_clip", marks=pytest.mark.nightly), "onnx"])
 def test_export__of_the_start(adapted: FineAlign, some_photos: Path, tmp_path: Path, kind: Any) -> None:
     """As a model whose start is in use, and of one saved with the adapted model in use, where it is asked for."""
     adapted.save(tmp_path / "model")

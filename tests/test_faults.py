@@ -25,7 +25,7 @@ from finealign.training.checkpoints import read_last_checkpoint
 from finealign.training.state import EpochRecord, State
 
 Tiny = Callable[[str], str]
-EPOCHS = 30
+EPOCHS = 20
 SETTINGS = {
     "precision": "fp32",
     "device": "cpu",
@@ -34,6 +34,7 @@ SETTINGS = {
     "training.batch_size": 8,
     "training.anchor_steps": 5,
     "training.checkpoint_minutes": 0.001,
+    "prediction.calibrate": "false",
 }
 
 
@@ -74,7 +75,9 @@ def uninterrupted(tiny_backbone: Tiny, tmp_path_factory: pytest.TempPathFactory)
     return photos, weights(folder / "whole")
 
 
-@pytest.mark.parametrize(("number", "workers"), [(signal.SIGTERM, 2), (signal.SIGINT, 0)])
+@pytest.mark.parametrize(
+    ("number", "workers"), [(signal.SIGTERM, 2), pytest.param(signal.SIGINT, 0, marks=pytest.mark.nightly)]
+)
 def test_signal__saves_and_tells_the_command_that_goes_on(
     uninterrupted: tuple[Path, list[bytes]], tiny_backbone: Tiny, tmp_path: Path, number: signal.Signals, workers: int
 ) -> None:
@@ -96,7 +99,7 @@ def test_signal__saves_and_tells_the_command_that_goes_on(
     assert weights(out) == wanted
 
 
-@pytest.mark.parametrize("epochs", [0, 9])
+@pytest.mark.parametrize("epochs", [pytest.param(0, marks=pytest.mark.nightly), 9])
 def test_kill__resumed_is_bit_for_bit_the_uninterrupted(
     uninterrupted: tuple[Path, list[bytes]], tiny_backbone: Tiny, tmp_path: Path, epochs: int
 ) -> None:
@@ -123,7 +126,7 @@ def test_kill__while_the_first_file_is_written_leaves_a_folder_to_begin_in(
     assert not list(out.rglob("*.part"))
 
 
-@pytest.mark.parametrize("kilobytes", [1, 200, 3000])
+@pytest.mark.parametrize("kilobytes", [1, 200, pytest.param(3000, marks=pytest.mark.nightly)])
 def test_full_disk__is_told_and_what_was_good_goes_on(
     uninterrupted: tuple[Path, list[bytes]], tiny_backbone: Tiny, tmp_path: Path, kilobytes: int
 ) -> None:

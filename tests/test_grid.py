@@ -15,11 +15,13 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+from typer.testing import CliRunner
 
 from conftest import HANG, predictions, write_photos
 from finealign import FineAlign
 from finealign.benchmark import grid as grid_module
 from finealign.benchmark.grid import Cell, Grid, file_name, read_cells, run_grid
+from finealign.cli import app
 from finealign.config import make_config
 from finealign.errors import ConfigError, FinealignError, OutputError
 from finealign.evaluate.truth import read_truth
@@ -212,7 +214,7 @@ def test_read_cells__a_torn_cell_is_named(finished: tuple[Grid, list[Cell]], tmp
         read_cells(grid)
 
 
-def test_grid__goes_on_after_a_kill(grid: Grid, photo_set: Path) -> None:
+def test_grid__goes_on_after_a_kill(grid: Grid, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed without warning in the middle, the same command finishes what is left and only that."""
     options = ["--datasets", grid.datasets[0], "--methods", "cupl,fair", "--seeds", "0,1,2", "--out", str(grid.out)]
     quick = ["device=cpu", "precision=fp32", "views.crops=2", "training.epochs=2", "training.batch_size=8"]
@@ -227,7 +229,9 @@ def test_grid__goes_on_after_a_kill(grid: Grid, photo_set: Path) -> None:
     running.wait()
     before = {path: path.stat().st_mtime_ns for path in grid.out.rglob("*-seed*.json")}
     assert 4 <= len(before) < 6  # cupl comes first
-    done = subprocess.run([*command, "--json"], capture_output=True, text=True, check=True)
+    monkeypatch.setattr("finealign.runtime.devices.keep_freed_memory", lambda: False)
+    done = CliRunner().invoke(app, [*command[3:], "--json"])
+    assert done.exit_code == 0, done.output
     found = json.loads(done.stdout)
     assert not found["missing"]
     assert [row["method"] for row in found["methods"]] == ["cupl", "fair"]

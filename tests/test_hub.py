@@ -102,7 +102,9 @@ def adapt(hub: Hub, photos: Path, name: str, out: Path, *more: str, wanted: int 
     environment = {k: v for k, v in environment.items() if k not in ("HF_HUB_OFFLINE", "HF_HUB_CACHE")}
     environment |= {"NO_PROXY": "127.0.0.1", "HF_HUB_DISABLE_XET": "1"}
     words = ["adapt", str(photos), "--classes", ",".join(CLASSES), "--backbone", f"hf-hub:birds/{name}"]
-    settings = ["--set", "training.epochs=1", "--set", "views.crops=2", "--device", "cpu", "--out", str(out), *more]
+    settings = ["--device", "cpu", "--out", str(out), *more]
+    for setting in ("training.epochs=1", "training.anchor_steps=0", "views.crops=2", "prediction.calibrate=false"):
+        settings += ["--set", setting]
     done = subprocess.run(
         [sys.executable, "-m", "finealign", *words, *settings],
         env=environment,

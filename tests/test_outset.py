@@ -26,6 +26,7 @@ from finealign.training.state import State, begin
 from finealign.types import ImageFeatures, TextFeatures
 
 Tiny = Callable[[str], str]
+nightly = pytest.mark.nightly
 D, EVEN = 48, [1 / 8] * 8
 
 
@@ -235,7 +236,7 @@ def mixed(tmp_path: Path) -> Path:
     return place
 
 
-@pytest.mark.parametrize("method", ["fair", "dpa", "lafter"])
+@pytest.mark.parametrize("method", ["fair", *(pytest.param(name, marks=nightly) for name in ("dpa", "lafter"))])
 def test_fit__expects_the_shares_that_are_given(photos: Path, tiny_backbone: Tiny, method: str) -> None:
     given = {"name": method, "class_prior": {"RED": 6, "blue": 2}}
     model = fit(photos, tiny_backbone("transformer"), method=given, training__epochs=1)
@@ -252,7 +253,7 @@ def test_fit__even_stays_even_and_auto_follows_the_folder(tmp_path: Path, tiny_b
         assert (found.tolist() == pytest.approx([1 / 3] * 3)) == even
 
 
-@pytest.mark.parametrize("refresh", [0, 1])
+@pytest.mark.parametrize("refresh", [pytest.param(0, marks=nightly), 1])
 def test_fit__resumed_goes_by_what_was_found_at_first(
     mixed: Path, tiny_backbone: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refresh: int
 ) -> None:

@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from typer.testing import CliRunner
 
 from conftest import CLASSES, HANG, write_photos
+from finealign.cli import app
 from finealign.run.contract import LOCK
 from finealign.run.lock import held
 from finealign.runtime.distributed import Ranks
@@ -53,6 +55,13 @@ def run(words: list[str], *, wanted: int = 0) -> subprocess.CompletedProcess[str
     return done
 
 
+def alone(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a process without a launcher does, in this one."""
+    monkeypatch.setattr("finealign.runtime.devices.keep_freed_memory", lambda: False)
+    done = CliRunner().invoke(app, words[len(LAUNCHERS["alone"]) + 1 :])
+    assert done.exit_code == 0, done.output
+
+
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """25 images, so that no share of them is like another, one of which cannot be read."""
@@ -77,15 +86,8 @@ def labels(folder: Path) -> list[list[str]]:
     return [line.split(",")[:2] for line in (folder / "predictions.csv").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
-def test_adapt__by_two_processes_as_by_one(tiny_backbone: Tiny, pictures: Path, tmp_path: Path, launcher: str) -> None:
-    one, two = tmp_path / "one", tmp_path / "two"
-    backbone = tiny_backbone("transformer")
-    method = {"method.name": "lafter"} if launcher == "accelerate" else {}
-    run(adapt("alone", pictures, backbone, one, **method))
-    done = run(adapt(launcher, pictures, backbone, two, **method))
-    assert done.stdout.count("Adapted") == 1
-    assert json.loads((two / "run.json").read_text())["processes"] == 2
+def assert_same(one: Path, two: Path) -> None:
+    """What was learned and told by the two runs."""
     for line, other in zip(
         *((folder / "metrics.jsonl").read_text().splitlines() for folder in (one, two)), strict=True
     ):
@@ -93,24 +95,36 @@ def test_adapt__by_two_processes_as_by_one(tiny_backbone: Tiny, pictures: Path, 
         assert first["class_share"] == second["class_share"]
         assert first["changed"] == second["changed"]
         assert first["loss"] == second["loss"]
-    alone, shared = learned(one), learned(two)
-    assert alone.keys() == shared.keys()
-    assert [name for name, value in alone.items() if not torch.equal(value, shared[name])] == []
+    ours, theirs = learned(one), learned(two)
+    assert ours.keys() == theirs.keys()
+    assert [name for name, value in ours.items() if not torch.equal(value, theirs[name])] == []
     assert labels(one) == labels(two)
     assert (one / "set_aside.csv").read_text() == (two / "set_aside.csv").read_text()
 
-    # A part of the labelled images each, one file in the order of the input.
-    for launched, name in (("alone", "one.csv"), (launcher, "two.csv")):
-        run(command(launched, "predict", two, pictures, "--out", tmp_path / name, "--precision", "fp32"))
-    assert (tmp_path / "one.csv").read_text() == (tmp_path / "two.csv").read_text()
-    assert (tmp_path / "one.set_aside.csv").read_text() == (tmp_path / "two.set_aside.csv").read_text()
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
+def test_adapt__by_two_processes_as_by_one(
+    tiny_backbone: Tiny, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, launcher: str
+) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    backbone = tiny_backbone("transformer")
+    method = {"method.name": "lafter"} if launcher == "accelerate" else {}
+    alone(adapt("alone", pictures, backbone, one, **method), monkeypatch)
+    done = run(adapt(launcher, pictures, backbone, two, **method))
+    assert done.stdout.count("Adapted") == 1
+    assert json.loads((two / "run.json").read_text())["processes"] == 2
+    assert_same(one, two)
 
 
-def test_adapt__two_processes_are_stopped_and_go_on(tiny_backbone: Tiny, pictures: Path, tmp_path: Path) -> None:
+def test_adapt__two_processes_are_stopped_and_go_on(
+    tiny_backbone: Tiny, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What they end with is held against one process, which nothing stopped."""
     backbone = tiny_backbone("transformer")
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    run(adapt("torchrun", pictures, backbone, whole, **{"training.epochs": 40}))
-    words = adapt("torchrun", pictures, backbone, stopped, **{"training.epochs": 40})
+    alone(adapt("alone", pictures, backbone, whole, **{"training.epochs": 25}), monkeypatch)
+    words = adapt("torchrun", pictures, backbone, stopped, **{"training.epochs": 25})
     with subprocess.Popen(
         words, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True
     ) as going:
@@ -119,9 +133,17 @@ def test_adapt__two_processes_are_stopped_and_go_on(tiny_backbone: Tiny, picture
         _, told = going.communicate(timeout=HANG)
     assert "Go on by the same launcher with:" in told
     assert json.loads((stopped / "run.json").read_text())["status"] == "stopped"
-    run(adapt("torchrun", pictures, backbone, stopped, "--resume", **{"training.epochs": 40}))
-    first, second = learned(whole), learned(stopped)
-    assert [name for name, value in first.items() if not torch.equal(value, second[name])] == []
+    done = run([*words, "--resume"])
+    assert done.stdout.count("Adapted") == 1
+    assert json.loads((stopped / "run.json").read_text())["processes"] == 2
+    assert_same(whole, stopped)
+
+    # Of the images a part each, in one file in the order of the input.
+    asked: list[str | Path] = ["predict", stopped, pictures, "--precision", "fp32", "--out"]
+    alone(command("alone", *asked, tmp_path / "one.csv"), monkeypatch)
+    run(command("torchrun", *asked, tmp_path / "two.csv"))
+    assert (tmp_path / "one.csv").read_text() == (tmp_path / "two.csv").read_text()
+    assert (tmp_path / "one.set_aside.csv").read_text() == (tmp_path / "two.set_aside.csv").read_text()
 
 
 def test_adapt__processes_with_other_settings_are_refused(tiny_backbone: Tiny, pictures: Path, tmp_path: Path) -> None:

@@ -16,12 +16,14 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SHIM = """#!{python}
 import sys
-from finealign.cli import main
 sys.argv[0] = "finealign"
 if sys.argv[1] in ("adapt", "benchmark"):
-    sys.argv += ["--set", "training.epochs=2", "--set", "views.crops=2"]
+    sys.argv += ["--set", "training.epochs=2", "--set", "views.crops=2", "--set", "training.anchor_steps=8"]
 if sys.argv[1] in ("adapt", "benchmark", "describe") and "--backbone" not in sys.argv:
     sys.argv += ["--backbone", "{backbone}"]
+"""
+MAIN = """
+from finealign.cli import main
 main()
 """
 # In place of a data set that would be downloaded: the same class, with photos made on the spot.
@@ -43,8 +45,11 @@ def reader(tmp_path: Path, tiny_backbone: Callable[[str], str]) -> Path:
     return prepare(tmp_path, tiny_backbone("transformer"))
 
 
-def prepare(tmp_path: Path, backbone: str) -> Path:
-    """A folder with photos, names and descriptions, and a command whose default backbone is a tiny local one."""
+def prepare(tmp_path: Path, backbone: str, main: str = MAIN) -> Path:
+    """A folder with photos, names and descriptions, and a command whose default backbone is a tiny local one.
+
+    ``main`` is the end of the script that is the command.
+    """
     for name in ("photos", "more-photos", "labelled-photos"):
         write_photos(tmp_path / name, each=3)
     (tmp_path / "birds.txt").write_text("\n".join(CLASSES), encoding="utf-8")
@@ -55,7 +60,7 @@ def prepare(tmp_path: Path, backbone: str) -> Path:
     (tmp_path / "stub" / "torchvision" / "datasets.py").write_text(PETS.format(classes=CLASSES), encoding="utf-8")
     command = tmp_path / "bin" / "finealign"
     command.parent.mkdir()
-    command.write_text(SHIM.format(python=sys.executable, backbone=backbone), encoding="utf-8")
+    command.write_text(SHIM.format(python=sys.executable, backbone=backbone) + main, encoding="utf-8")
     command.chmod(0o755)
     python = command.with_name("python")
     python.write_text(f'#!/bin/sh\nPYTHONPATH={tmp_path / "stub"} exec {sys.executable} "$@"\n', encoding="utf-8")

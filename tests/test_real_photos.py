@@ -38,7 +38,10 @@ def listed(folder: Path, each: int, table: Path, *, labels: bool) -> Path:
     ("encoder", "settings", "least"),
     [
         ("frozen", ["training.steps=120", "training.strong_views=2"], 0.06),
-        ("full", ["training.epochs=3", "views.refresh_epochs=3", "training.batch_size=32"], 0.0),
+        pytest.param(
+            *("full", ["training.epochs=3", "views.refresh_epochs=3", "training.batch_size=32"], 0.0),
+            marks=pytest.mark.nightly,
+        ),
     ],
 )
 def test_adapt__gains_on_satellite_photos(

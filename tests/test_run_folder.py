@@ -34,6 +34,7 @@ CONTRACT = {
     "checkpoints",
     "report.html",
 }
+nightly = pytest.mark.nightly
 EPOCHS = 4  # of three steps each
 
 
@@ -412,11 +413,13 @@ def interrupt(folder: Path, album: Path, config: Config, stage: str, call: str, 
 @pytest.mark.parametrize(
     ("stage", "call", "count", "lines", "kept"),
     [
-        pytest.param("label pass", "advance", 1, 0, ["features-0000.part"], id="in the first label pass"),
-        pytest.param("adapting", "advance", 2, 0, ["features-0000"], id="in the first epoch"),
+        pytest.param(
+            "label pass", "advance", 1, 0, ["features-0000.part"], id="in the first label pass", marks=nightly
+        ),
+        pytest.param("adapting", "advance", 2, 0, ["features-0000"], id="in the first epoch", marks=nightly),
         pytest.param("label pass", "advance", 3, 2, [*TWO, "features-0002.part"], id="in the third label pass"),
-        pytest.param("adapting", "advance", 8, 2, [*TWO[:2], *THIRD], id="in the third epoch"),
-        pytest.param("adapting", "note", 3, 2, [*TWO[:2], *THIRD], id="before the third line"),
+        pytest.param("adapting", "advance", 8, 2, [*TWO[:2], *THIRD], id="in the third epoch", marks=nightly),
+        pytest.param("adapting", "note", 3, 2, [*TWO[:2], *THIRD], id="before the third line", marks=nightly),
         pytest.param("metrics", "line", 3, 3, [*TWO[:2], *THIRD], id="between the third line and the third checkpoint"),
         pytest.param(
             "predicting",
@@ -484,7 +487,13 @@ def test_adapt_into__a_finished_run_resumed_stays_as_it_is(
 
 
 @pytest.mark.parametrize(
-    "where", [{"data__cache": "temporary"}, {"data__cache_gb": 0.0}, {"data__workers": 1}], ids=str
+    "where",
+    [
+        pytest.param({"data__cache": "temporary"}, marks=nightly),
+        {"data__cache_gb": 0.0},
+        pytest.param({"data__workers": 1}, marks=nightly),
+    ],
+    ids=str,
 )
 def test_adapt_into__resumed_elsewhere_is_the_same_run(
     finished: Path, album: Path, tiny_backbone: Tiny, tmp_path: Path, where: dict[str, Any]

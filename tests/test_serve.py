@@ -920,25 +920,24 @@ def test_serve__a_signal_loses_no_request_under_way(model: FineAlign, tmp_path: 
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
-    with server, ThreadPoolExecutor(20) as pool:
+    with server, ThreadPoolExecutor(8) as pool:
         try:
             assert server.stdout
             address = server.stdout.readline().strip()
-            answers = [pool.submit(predict, address, png(pixels(seed))) for seed in range(20)]
+            answers = [pool.submit(predict, address, png(pixels(seed))) for seed in range(8)]
             # All have a place or an answer: the first are answered meanwhile, the last are still to be decoded.
             until(lambda: waiting(address) + sum(one.done() for one in answers) == len(answers))
             server.send_signal(number)
-            assert [one.result().status for one in answers] == [200] * 20
+            assert [one.result().status for one in answers] == [200] * 8
             out, log = server.communicate(timeout=HANG)
         finally:
             server.kill()
     assert server.returncode == 0
     assert out == "stopped\n"
-    assert log.count("POST /predict 200") == 20
+    assert log.count("POST /predict 200") == 8
     assert "Traceback" not in log
 
 
-@pytest.mark.nightly
 def test_serve__a_second_ctrl_c_does_not_wait(model: FineAlign, tmp_path: Path) -> None:
     """Not even while the threads are waited for, when no request is left."""
     model.save(tmp_path / "model")

@@ -1,6 +1,7 @@
 """The loop: what learns and what does not, that it can be repeated and resumed bit for bit, that it sees no label."""
 
 import inspect
+import itertools
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -34,6 +35,8 @@ Tiny = Callable[[str], str]
 METHODS = ["fair", "self-training"]
 NO_STEPS_OF_ANCHORS: dict[str, Any] = {"training__anchor_steps": 0, "training__last_label_pass": False}
 TOWERS = ["transformer", "convolutional"]
+nightly = pytest.mark.nightly
+Fit = Callable[..., FineAlign]
 
 
 class KilledError(Exception):
@@ -62,6 +65,26 @@ def fit(photos: Path, backbone: str, checkpoints: Path | None = None, **override
     return model.fit(photos, checkpoints=checkpoints)
 
 
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Made once; nothing may write into them."""
+    return write_photos(tmp_path_factory.mktemp("training") / "photos")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(photos: Path, tiny_backbone: Tiny) -> Fit:
+    """The transformer fitted by these settings, once for all tests that hold another run against it."""
+    made: dict[str, FineAlign] = {}
+
+    def make(**settings: Any) -> FineAlign:
+        key = repr(sorted(settings.items()))
+        if key not in made:
+            made[key] = fit(photos, tiny_backbone("transformer"), **settings)
+        return made[key]
+
+    return make
+
+
 def state(model: FineAlign) -> dict[str, torch.Tensor]:
     with model.backbone_.lend(model.norms_):
         weights = open_clip_backbone(model).model.state_dict()
@@ -86,11 +109,9 @@ def test_adapt__only_norms_and_anchors_change(photos: Path, tiny_backbone: Tiny,
 
 
 @pytest.mark.parametrize(("learn", "norms", "anchors"), [("norms", True, False), ("anchors", False, True)])
-def test_adapt__learns_only_what_is_asked(
-    photos: Path, tiny_backbone: Tiny, learn: str, norms: bool, anchors: bool
-) -> None:
-    start = fit(photos, tiny_backbone("transformer"), method__name="cupl")
-    model = fit(photos, tiny_backbone("transformer"), training__learn=learn)
+def test_adapt__learns_only_what_is_asked(uninterrupted: Fit, learn: str, norms: bool, anchors: bool) -> None:
+    start = uninterrupted(method__name="cupl")
+    model = uninterrupted(training__learn=learn)
     changed = differing(
         {name: value for name, value in state(start).items() if name.startswith("backbone")},
         {name: value for name, value in state(model).items() if name.startswith("backbone")},
@@ -100,26 +121,38 @@ def test_adapt__learns_only_what_is_asked(
     assert moved == anchors
 
 
-@pytest.mark.parametrize("tower", TOWERS)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("method", "tower"),
+    [
+        ("fair", "transformer"),
+        ("self-training", "convolutional"),
+        pytest.param("fair", "convolutional", marks=nightly),
+        pytest.param("self-training", "transformer", marks=nightly),
+    ],
+)
 def test_adapt__same_seed_gives_identical_weights(photos: Path, tiny_backbone: Tiny, tower: str, method: str) -> None:
     first, second = (state(fit(photos, tiny_backbone(tower), method__name=method)) for _ in range(2))
     assert not differing(first, second)
 
 
-def test_adapt__another_seed_gives_other_weights(photos: Path, tiny_backbone: Tiny) -> None:
-    first, second = (state(fit(photos, tiny_backbone("transformer"), seed=seed)) for seed in (0, 1))
-    assert differing(first, second)
+def test_adapt__another_seed_gives_other_weights(uninterrupted: Fit) -> None:
+    assert differing(state(uninterrupted()), state(uninterrupted(seed=1)))
 
 
-@pytest.mark.parametrize("encoder", ["full", "frozen"])
-@pytest.mark.parametrize("refresh", [0, 1, 2])
+@pytest.mark.parametrize(
+    ("encoder", "refresh"),
+    [
+        ("full", 2),
+        ("frozen", 1),
+        *(pytest.param(*case, marks=nightly) for case in [("full", 0), ("full", 1), ("frozen", 0), ("frozen", 2)]),
+    ],
+)
 def test_adapt__resumed_is_bit_for_bit_the_uninterrupted(
-    photos: Path, tiny_backbone: Tiny, tmp_path: Path, encoder: str, refresh: int
+    photos: Path, tiny_backbone: Tiny, uninterrupted: Fit, tmp_path: Path, encoder: str, refresh: int
 ) -> None:
     settings: dict[str, Any] = {"training__encoder": encoder, "views__refresh_epochs": refresh, "training__epochs": 4}
     backbone = tiny_backbone("transformer")
-    whole = state(fit(photos, backbone, **settings))
+    whole = state(uninterrupted(**settings))
     killed_after(3, photos, backbone, tmp_path / "kept", **settings)
     resumed = fit(photos, backbone, checkpoints=tmp_path / "kept", **settings)
     assert [record.epoch for record in resumed.history_] == [3, 4]
@@ -133,21 +166,21 @@ def test_adapt__a_finished_run_has_nothing_left_to_do(photos: Path, tiny_backbon
     assert not differing(state(first), state(again))
 
 
-def test_adapt__class_folders_mean_nothing(tiny_backbone: Tiny, tmp_path: Path) -> None:
+def test_adapt__class_folders_mean_nothing(
+    photos: Path, tiny_backbone: Tiny, uninterrupted: Fit, tmp_path: Path
+) -> None:
     """Photos under shuffled folder names, in the same order, give the same weights: no label is read."""
-    honest = write_photos(tmp_path / "honest")
     shuffled = tmp_path / "shuffled"
     # Sorted order is kept by the new names; what each folder was called is lost.
     for position, path in enumerate(
-        sorted(honest.rglob("*.png"), key=lambda path: path.relative_to(honest).as_posix())
+        sorted(photos.rglob("*.png"), key=lambda path: path.relative_to(photos).as_posix())
     ):
         target = shuffled / CLASSES[position % 3] / "x"
         target.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, target / f"{position:03d}.png")
     ordered = sorted(shuffled.rglob("*.png"), key=lambda path: path.name)
-    first = state(fit(honest, tiny_backbone("transformer")))
     second = FineAlign(CLASSES, config=short_config(tiny_backbone("transformer"))).fit(ordered)
-    assert not differing(first, state(second))
+    assert not differing(state(uninterrupted()), state(second))
 
 
 @pytest.mark.parametrize("function", [adapt, FineAlign.fit, FineAlign.__init__])
@@ -156,7 +189,7 @@ def test_training__takes_no_label(function: Callable[..., Any]) -> None:
     assert not names & {"y", "label", "labels", "truth", "target", "targets"}
 
 
-@pytest.mark.parametrize("tower", TOWERS)
+@pytest.mark.parametrize("tower", ["convolutional", pytest.param("transformer", marks=nightly)])
 def test_adapt__batchnorm_statistics_stay(photos: Path, tiny_backbone: Tiny, tower: str) -> None:
     model = fit(photos, tiny_backbone(tower))
     start = fit(photos, tiny_backbone(tower), method__name="cupl")
@@ -196,10 +229,23 @@ NOT_FINITE: dict[str, Callable[[State, Loss], object]] = {
 }
 
 
-@pytest.mark.parametrize("what", NOT_FINITE)
-@pytest.mark.parametrize("number", [1, 3, 4, 9])
+@pytest.mark.parametrize(
+    ("what", "number"),
+    [
+        ("loss", 1),
+        ("gradient", 4),
+        *(pytest.param("loss", number, marks=nightly) for number in (3, 4, 9)),
+        *(pytest.param("gradient", number, marks=nightly) for number in (1, 3, 9)),
+    ],
+)
 def test_adapt__names_the_images_of_the_batch_that_was_not_finite_and_keeps_what_was_good(
-    photos: Path, tiny_backbone: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str, number: int
+    photos: Path,
+    tiny_backbone: Tiny,
+    uninterrupted: Fit,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    what: str,
+    number: int,
 ) -> None:
     """24 images in three batches an epoch; a checkpoint after every step."""
     calls = 0
@@ -230,7 +276,7 @@ def test_adapt__names_the_images_of_the_batch_that_was_not_finite_and_keeps_what
         assert (found.epoch, found.step) == divmod(number - 1, 3)
         assert all(bool(value.isfinite().all()) for value in found.tensors.values())
     resumed = fit(photos, backbone, folder, training__checkpoint_minutes=0)
-    assert not differing(state(fit(photos, backbone)), state(resumed))
+    assert not differing(state(uninterrupted()), state(resumed))
 
 
 def test_settle_anchors__not_finite_is_found_there_too(photos: Path, tiny_backbone: Tiny, tmp_path: Path) -> None:
@@ -269,25 +315,30 @@ class _Counts:
         self.progress.asked |= self.progress.left <= 0
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {},
-        {"views__refresh_epochs": 0},
-        {"views__refresh_epochs": 1, "training__anchor_steps": 4, "training__last_label_pass": True},
-        {"training__encoder": "frozen"},
-        {"method__name": "dpa"},
-        {"method__name": "lafter"},
-        {"method": {"name": "fair", "weight": "margin*agreement*confusion", "teacher_momentum": 0.5}},
-    ],
-    ids=str,
-)
-@pytest.mark.parametrize("steps", [1, 2, 3, 5, 9])
+STEPS = [1, 2, 3, 5, 9]  # of nine
+STOPPED: list[dict[str, Any]] = [
+    {},
+    {"views__refresh_epochs": 0},
+    {"views__refresh_epochs": 1, "training__anchor_steps": 4, "training__last_label_pass": True},
+    {"training__encoder": "frozen"},
+    {"method__name": "dpa"},
+    {"method__name": "lafter"},
+    {"method": {"name": "fair", "weight": "margin*agreement*confusion", "teacher_momentum": 0.5}},
+]
+
+
+def stopped(settings: dict[str, Any], steps: int) -> Any:
+    """By the usual settings within an epoch and at the ends of the first and the last, by all others within one."""
+    always = steps == 5 or (not settings and steps in (3, 9))
+    return pytest.param(settings, steps, marks=() if always else nightly, id=f"{steps}-{settings}")
+
+
+@pytest.mark.parametrize(("settings", "steps"), list(itertools.starmap(stopped, itertools.product(STOPPED, STEPS))))
 def test_adapt__stopped_and_resumed_is_bit_for_bit_the_uninterrupted(
-    photos: Path, tiny_backbone: Tiny, tmp_path: Path, settings: dict[str, Any], steps: int
+    photos: Path, tiny_backbone: Tiny, uninterrupted: Fit, tmp_path: Path, settings: dict[str, Any], steps: int
 ) -> None:
     backbone, folder = tiny_backbone("transformer"), tmp_path / "kept"
-    whole = fit(photos, backbone, **settings)
+    whole = uninterrupted(**settings)
     model = FineAlign(CLASSES, config=short_config(backbone, **settings))
     with pytest.raises(StoppedError, match=f"after step {(steps - 1) % 3 + 1} of epoch {(steps - 1) // 3 + 1} of 3"):
         model.fit(photos, checkpoints=folder, progress=StopsIn("adapting", 8 * steps))
@@ -299,7 +350,12 @@ def test_adapt__stopped_and_resumed_is_bit_for_bit_the_uninterrupted(
 
 @pytest.mark.parametrize("stage", ["reading images", "label pass", "strong views"])
 def test_adapt__stops_in_any_stage_and_leaves_what_was_there(
-    photos: Path, tiny_backbone: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
+    photos: Path,
+    tiny_backbone: Tiny,
+    uninterrupted: Fit,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    stage: str,
 ) -> None:
     monkeypatch.setattr("finealign.runtime.progress.IMAGES_BETWEEN", 1)
     backbone, folder = tiny_backbone("transformer"), tmp_path / "kept"
@@ -308,7 +364,7 @@ def test_adapt__stops_in_any_stage_and_leaves_what_was_there(
     with pytest.raises(StoppedError):
         model.fit(photos, checkpoints=folder, progress=StopsIn(stage, 1))
     assert read_last_checkpoint(folder) is None
-    assert not differing(state(fit(photos, backbone, **settings)), state(fit(photos, backbone, folder, **settings)))
+    assert not differing(state(uninterrupted(**settings)), state(fit(photos, backbone, folder, **settings)))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -328,7 +384,11 @@ def test_adapt__records_say_what_happened(photos: Path, tiny_backbone: Tiny, met
 # --- processes --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("settings", [{}, {"training__encoder": "frozen"}, {"method__name": "self-training"}], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"training__encoder": "frozen"}, pytest.param({"method__name": "self-training"}, marks=nightly)],
+    ids=str,
+)
 def test_adapt__views_made_by_processes_give_identical_weights(
     photos: Path, tiny_backbone: Tiny, settings: dict[str, Any]
 ) -> None:
@@ -366,8 +426,9 @@ def test_choose_workers__leave_a_core_to_the_model(
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_adapt__an_image_that_goes_away_is_named(photos: Path, tiny_backbone: Tiny, workers: int) -> None:
+def test_adapt__an_image_that_goes_away_is_named(tmp_path: Path, tiny_backbone: Tiny, workers: int) -> None:
     """Images beyond the cache are read at each use; the command line prints the message as it is."""
+    photos = write_photos(tmp_path / "photos")
 
     def remove(record: EpochRecord) -> None:
         (photos / "red" / "3.png").unlink()
@@ -391,12 +452,12 @@ def source_of(model: FineAlign, images: list[Pixels], folder: Path, **how: Any) 
     return FeatureBank(images, model.predictor_.views, model.backbone_, plan, folder=folder, progress=progress)
 
 
-@pytest.fixture
-def start(photos: Path, tiny_backbone: Tiny) -> FineAlign:
-    return fit(photos, tiny_backbone("transformer"), method__name="cupl", views__crops=3)
+@pytest.fixture(scope="module")
+def start(uninterrupted: Fit) -> FineAlign:
+    return uninterrupted(method__name="cupl", views__crops=3)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def pictures(photos: Path) -> list[Pixels]:
     return [np.array(read_image(path, max_pixels=10**6)) for path in sorted(photos.rglob("*.png"))[:7]]
 
@@ -448,13 +509,10 @@ def test_label_features__of_a_method_without_crops(
 
 @pytest.mark.parametrize("learn", ["anchors", "norms+anchors"])
 def test_adapt__kept_for_one_epoch_or_not_at_all_is_the_same_where_no_encoder_learns(
-    photos: Path, tiny_backbone: Tiny, learn: str
+    uninterrupted: Fit, learn: str
 ) -> None:
     """The views of an epoch are the same; only as the encoder learns do its features grow old within it."""
-    kept, afresh = (
-        state(fit(photos, tiny_backbone("transformer"), training__learn=learn, views__refresh_epochs=refresh))
-        for refresh in (1, 0)
-    )
+    kept, afresh = (state(uninterrupted(training__learn=learn, views__refresh_epochs=refresh)) for refresh in (1, 0))
     # Encoded in other batches, which may round otherwise.
     close = all(torch.allclose(value, afresh[name], rtol=0, atol=1e-6) for name, value in kept.items())
     assert close == (learn == "anchors")
@@ -504,11 +562,11 @@ def test_label_pass__keeps_its_own_file_beyond_four_digits(
 
 
 def test_adapt__resumed_uses_the_features_that_the_checkpoint_names(
-    photos: Path, tiny_backbone: Tiny, tmp_path: Path
+    photos: Path, tiny_backbone: Tiny, uninterrupted: Fit, tmp_path: Path
 ) -> None:
     settings: dict[str, Any] = {"views__refresh_epochs": 9, "training__epochs": 4}
     backbone, folder = tiny_backbone("transformer"), tmp_path / "kept"
-    whole = state(fit(photos, backbone, **settings))
+    whole = state(uninterrupted(**settings))
     killed_after(3, photos, backbone, folder, **settings)
     shutil.copytree(folder, tmp_path / "other")
     features = folder / "features-0000.safetensors"
@@ -524,7 +582,7 @@ def test_adapt__resumed_uses_the_features_that_the_checkpoint_names(
     assert differing(whole, state(fit(photos, backbone, tmp_path / "other", **settings)))
 
 
-@pytest.mark.parametrize("encoder", ["full", "frozen"])
+@pytest.mark.parametrize("encoder", ["full", pytest.param("frozen", marks=nightly)])
 @pytest.mark.parametrize("damage", ["missing", "torn", "empty", "a folder"])
 def test_adapt__resumed_without_its_features(
     photos: Path, tiny_backbone: Tiny, tmp_path: Path, damage: str, encoder: str
@@ -546,14 +604,14 @@ def test_adapt__resumed_without_its_features(
         fit(photos, backbone, folder, **settings)
 
 
-@pytest.mark.parametrize("refresh", [0, 1, 2, 9])
+@pytest.mark.parametrize("refresh", [2, *(pytest.param(refresh, marks=nightly) for refresh in (0, 1, 9))])
 def test_adapt__resumed_from_the_last_but_one_checkpoint(
-    photos: Path, tiny_backbone: Tiny, tmp_path: Path, refresh: int
+    photos: Path, tiny_backbone: Tiny, uninterrupted: Fit, tmp_path: Path, refresh: int
 ) -> None:
     """Two are kept so that a torn last one loses an epoch, not the run."""
     settings: dict[str, Any] = {"views__refresh_epochs": refresh, "training__epochs": 4}
     backbone, folder = tiny_backbone("transformer"), tmp_path / "kept"
-    whole = state(fit(photos, backbone, **settings))
+    whole = state(uninterrupted(**settings))
     killed_after(3, photos, backbone, folder, **settings)
     last = folder / "epoch-0002.safetensors"
     last.write_bytes(last.read_bytes()[:-10])
@@ -562,7 +620,7 @@ def test_adapt__resumed_from_the_last_but_one_checkpoint(
     assert not differing(whole, state(resumed))
 
 
-@pytest.mark.parametrize("call", [1, 2, 5, 6], ids=str)
+@pytest.mark.parametrize("call", [1, pytest.param(2, marks=nightly), pytest.param(5, marks=nightly), 6], ids=str)
 def test_label_pass__cut_short_leaves_no_file_under_its_name(
     photos: Path, tiny_backbone: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: int
 ) -> None:
@@ -687,13 +745,16 @@ def test_settle_anchors__takes_each_image_in_turn_by_one_of_its_crops_or_whole(
 LAST: dict[str, Any] = {**SETTLING, "training__last_label_pass": True, "training__epochs": 3}
 
 
-@pytest.mark.parametrize(("encoder", "refresh"), [("full", 2), ("full", 1), ("frozen", 2)])
+@pytest.mark.parametrize(
+    ("encoder", "refresh"),
+    [("full", 2), pytest.param("full", 1, marks=nightly), pytest.param("frozen", 2, marks=nightly)],
+)
 def test_adapt__with_steps_of_the_anchors_resumed_is_bit_for_bit_the_uninterrupted(
-    photos: Path, tiny_backbone: Tiny, tmp_path: Path, encoder: str, refresh: int
+    photos: Path, tiny_backbone: Tiny, uninterrupted: Fit, tmp_path: Path, encoder: str, refresh: int
 ) -> None:
     settings: dict[str, Any] = {**LAST, "training__encoder": encoder, "views__refresh_epochs": refresh}
     backbone = tiny_backbone("transformer")
-    whole = state(fit(photos, backbone, **settings))
+    whole = state(uninterrupted(**settings))
     killed_after(2, photos, backbone, tmp_path / "kept", **settings)
     resumed = fit(photos, backbone, checkpoints=tmp_path / "kept", **settings)
     assert [record.epoch for record in resumed.history_] == [2, 3]
@@ -773,9 +834,9 @@ def test_adapt__the_reconstruction_takes_no_step_but_one_a_batch(
 
 @pytest.mark.parametrize("name", ["stata", "transclip"])
 def test_fit__labels_the_images_together_and_trains_nothing(
-    name: str, photos: Path, tiny_backbone: Tiny, tmp_path: Path
+    name: str, photos: Path, tiny_backbone: Tiny, uninterrupted: Fit, tmp_path: Path
 ) -> None:
-    before = fit(photos, tiny_backbone("transformer"), method__name="cupl")
+    before = uninterrupted(method__name="cupl")
     model = fit(photos, tiny_backbone("transformer"), method__name=name)
     kept = model.method_.state_dict()
     assert model.history_ == []
@@ -806,13 +867,13 @@ def test_adapt__dpa_surveys_all_images_before_each_epoch(
     assert not torch.equal(seen[1], seen[2])
 
 
-@pytest.mark.parametrize("method", ["dpa", "lafter", "microclip"])
+@pytest.mark.parametrize("method", [pytest.param("dpa", marks=nightly), "lafter", "microclip"])
 def test_adapt__peers_resumed_are_bit_for_bit_the_uninterrupted(
-    photos: Path, tiny_backbone: Tiny, tmp_path: Path, method: str
+    photos: Path, tiny_backbone: Tiny, uninterrupted: Fit, tmp_path: Path, method: str
 ) -> None:
     settings: dict[str, Any] = {"method__name": method, "views__refresh_epochs": 2}
     backbone = tiny_backbone("transformer")
-    whole = fit(photos, backbone, **settings)
+    whole = uninterrupted(**settings)
     killed_after(2, photos, backbone, tmp_path / "kept", **settings)
     assert not differing(state(whole), state(fit(photos, backbone, tmp_path / "kept", **settings)))
     if method == "lafter":
