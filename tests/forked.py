@@ -67,10 +67,10 @@ with asked.makefile("rb", buffering=0) as answers:
 
 
 @contextmanager
-def forking(folder: Path) -> Iterator[str]:
-    """The address of such a process, which ends with the block."""
+def forking(folder: Path, first: str = "") -> Iterator[str]:
+    """The address of such a process, which begins with this code and ends with the block."""
     address = str(folder / "socket")
-    words = [sys.executable, "-c", SERVER, address]
+    words = [sys.executable, "-c", first + SERVER, address]
     with subprocess.Popen(words, stdout=subprocess.PIPE, start_new_session=True) as server:
         try:
             assert server.stdout is not None

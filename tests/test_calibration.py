@@ -212,7 +212,7 @@ def test_fit__few_images_and_two_classes(count: int, photos: Path, tiny_backbone
     assert np.isfinite(model.predict_proba(paths)).all()
 
 
-def some(folder: Path, each: int = 24) -> list[Path]:
+def some(folder: Path, each: int = 12) -> list[Path]:
     """The first photos of each class."""
     return [path for kind in sorted(folder.iterdir()) for path in list_images(kind)[:each]]
 

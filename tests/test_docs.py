@@ -19,6 +19,12 @@ from test_readme import ROOT, prepare
 
 DOCS = ROOT / "docs"
 PAGES = sorted((DOCS / "how-to").glob("*.md"))
+# tests/test_demo.py runs it as it is.
+SMALL_DEMO = """
+import finealign.demo.run as demo
+demo.QUICK_IMAGES = {"unlabelled": 96, "test": 48}
+demo.QUICK_SETTINGS["training"]["epochs"] = 1
+"""
 SNIPPET = re.compile(r"^```(bash|python)\n(.*?)^```", flags=re.DOTALL | re.MULTILINE)
 
 
@@ -46,7 +52,10 @@ def begin(folder: Path, backbone: str, forks: str) -> Path:
 
 @pytest.fixture(scope="module")
 def forks() -> Iterator[str]:
-    with tempfile.TemporaryDirectory() as folder, forking(Path(folder)) as address:  # a short one, as a socket wants
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        forking(Path(folder), SMALL_DEMO) as address,
+    ):  # a short one, as a socket wants
         yield address
 
 

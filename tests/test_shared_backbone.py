@@ -16,7 +16,8 @@ TOWERS = ["transformer", "convolutional"]
 
 
 def model(backbone: str, **overrides: Any) -> FineAlign:
-    settings = {"training__epochs": 2, "training__learning_rate": 1e-2, "data__cache": "temporary"} | overrides
+    rates = {"training__learning_rate": 1e-2, "training__anchor_learning_rate": 1e-2}
+    settings = {"training__epochs": 2, "data__cache": "temporary"} | rates | overrides
     return FineAlign(CLASSES, config=tiny_config(backbone, **settings))
 
 
