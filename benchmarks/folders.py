@@ -85,7 +85,7 @@ def drawn(data: Path, name: str, variant: str, seed: int, folder: Path) -> dict[
 def measured(model: FineAlign, images: Mapping[Path, int], *, score: str | None = None) -> dict[str, Any]:
     """Top-1 and balanced accuracy of the adapted model and of the start in percent, on the images of the classes."""
     predictions = list(readable(model.iter_predictions(list(images), with_start=True), []))
-    truth = np.array([images[prediction.path] for prediction in predictions])
+    truth = np.array([images[Path(prediction.path)] for prediction in predictions])
     belongs = truth != NONE
     found: dict[str, Any] = {"images": int(belongs.sum())}
     for name in ("adapted", "start"):

@@ -1019,7 +1019,7 @@ def test_in_order__no_paths() -> None:
 
 def test_in_order__other_errors_are_not_swallowed() -> None:
     with pytest.raises(AttributeError):
-        list(in_order(read_image, ["a string, not a path"]))  # type: ignore[list-item]
+        list(in_order(read_image, ["a string, not a path"]))  # type: ignore[type-var, arg-type]
 
 
 # read_pixels

@@ -112,7 +112,7 @@ def test_renderer__fit_predict_explain_and_serve_are_shown_the_same_pixels(
         photo = predictor.read(path)
         assert min(photo.pixels.shape[:2]) <= 64
         np.testing.assert_array_equal(photo.pixels, pixels)
-        served = predictor.decode(io.BytesIO(path.read_bytes()), max_pixels=10**7)
+        served = predictor.decode(io.BytesIO(Path(path).read_bytes()), max_pixels=10**7)
         np.testing.assert_array_equal(served.pixels, pixels)
         with Image.open(path) as image:
             assert (photo.width, photo.height) == (served.width, served.height) == image.size

@@ -321,7 +321,7 @@ def test_watch__of_equals_the_first_stay() -> None:
     predictions = [Prediction(Path(f"{n:03d}"), even, even, other, other) for n in range(50)]
     watch = Watch()
     assert len(list(watch.over(predictions))) == 50
-    assert [path.name for path in watch.chosen["unsure"]] == [f"{n:03d}" for n in range(EACH)]
+    assert [str(path) for path in watch.chosen["unsure"]] == [f"{n:03d}" for n in range(EACH)]
 
 
 def test_write_examples__what_is_listed_is_what_the_model_says(finished: Path, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from conftest import CLASSES, tiny_config, write_photos
 from finealign.classifier import FineAlign
 from finealign.errors import ImageInputError
 from finealign.images.decoding import read_image
-from finealign.images.files import ImageReadError, file_size, open_regular
+from finealign.images.files import ImageReadError, fingerprint, open_regular
 from finealign.images.listing import left_out_of, list_images
 from finealign.images.paths import PathList
 from finealign.images.shards import read_shard
@@ -71,7 +71,7 @@ def test_list_images__are_webdatasets_samples_in_its_order(shards: Path) -> None
     for path, sample in zip(listed, samples, strict=True):
         with open_regular(path) as file:
             assert file.read() == sample["png"]
-        assert file_size(path) == len(sample["png"])
+        assert fingerprint(path) == len(sample["png"])
 
 
 def test_list_images__of_one_shard_of_a_pattern_and_beside_files(shards: Path) -> None:

@@ -1,7 +1,7 @@
 """The classifier: ``FineAlign`` with ``fit``, ``predict``, ``predict_proba``, ``save`` and ``load``."""
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
@@ -15,9 +15,12 @@ from torch import Tensor
 from finealign.backbone.base import Backbone
 from finealign.backbone.load import load_backbone
 from finealign.config import Config
-from finealign.errors import CautionWarning, ConfigError, FinealignError, display_path
+from finealign.errors import CautionWarning, ConfigError, ImageInputError, display_path
+from finealign.estimator import Estimator, not_fitted
 from finealign.images.decoding import Pixels
-from finealign.images.listing import left_out_of, list_images
+from finealign.images.held import Images, stream
+from finealign.images.listing import left_out_of
+from finealign.images.sources import find_images
 from finealign.images.training_set import decode_training_set
 from finealign.images.views import Views
 from finealign.method.base import Method, SelfTrainingMethod
@@ -44,6 +47,7 @@ from finealign.types import (
     ClassPrior,
     Explanation,
     ImageFeatures,
+    ImagePath,
     Prediction,
     Reject,
     Score,
@@ -54,16 +58,15 @@ from finealign.types import (
     WantedPrecision,
 )
 
-Images = str | Path | Sequence[str | Path]  # a folder, a list file, a CSV, one image, or paths
 
-
-class FineAlign:
+class FineAlign(Estimator):
     """A CLIP-like classifier that adapts itself to unlabelled images of the named classes.
 
         model = FineAlign(classes=["robin", "wren"], descriptions={...}).fit("photos/")
         labels = model.predict("more-photos/")
 
-    The constructor only stores its arguments; ``fit`` checks them. A fitted model is two models, the adapted one and
+    The constructor only stores its arguments; ``fit`` checks them. scikit-learn's tools take it for a classifier of
+    theirs, which learns without labels. A fitted model is two models, the adapted one and
     the start (the model before adaptation). One of them is in use: it predicts, and the attributes below are its own;
     ``use`` takes the other. After ``fit`` or ``load`` a model has these attributes:
 
@@ -83,13 +86,13 @@ class FineAlign:
     """
 
     config_: Config
-    paths_: Sequence[Path]
+    paths_: Sequence[ImagePath]
     history_: list[EpochRecord]
     set_aside_: list[SetAside]
     cautions_: list[Caution]
     explained_: dict[float, float]
     calibration_: Calibration | None = None
-    _sampled: tuple[list[Path], ImageFeatures, ImageFeatures] | None = None  # images, and their features
+    _sampled: tuple[list[ImagePath], ImageFeatures, ImageFeatures] | None = None  # images, and their features
 
     def __init__(
         self,
@@ -157,7 +160,7 @@ class FineAlign:
         ConfigError, ImageInputError or BackboneError, all of which are FinealignErrors.
         """
         texts, config = self.check()
-        paths = list_images(images, exclude=config.data.exclude)
+        paths = find_images(images, exclude=config.data.exclude)
         backbone = backbone or self.load_backbone(config, progress)
         if told := unknown_words(texts, backbone):
             (progress or Progress()).caution(told)
@@ -174,13 +177,16 @@ class FineAlign:
     def fit(
         self,
         images: Images | Prepared,
+        y: object = None,
         *,
         backbone: Backbone | None = None,
         checkpoints: Path | None = None,
         on_epoch: Callable[[EpochRecord], None] = lambda record: None,
         progress: Progress | None = None,
     ) -> Self:
-        """Adapt to unlabelled images: a folder (whose structure is ignored), a list file, a CSV, or paths.
+        """Adapt to unlabelled images, which ``find_images`` lists: a folder (whose structure is ignored), a list file,
+        a CSV, images in memory (PIL images, arrays, tensors), a Hugging Face or PyTorch dataset, whose labels are not
+        looked at, or a list or generator of any of these and of paths. ``y``, which scikit-learn passes on, is ignored.
 
         ``images`` may also be what ``prepare`` returned. ``backbone`` is one that ``load_backbone`` returned, to save
         loading it twice; several models can share one. ``checkpoints`` is a folder: a checkpoint is written into it
@@ -339,7 +345,7 @@ class FineAlign:
             progress.caution(caution.message)
 
     def sampled_features(
-        self, images: Sequence[Path], *, start: ImageFeatures | None = None
+        self, images: Sequence[ImagePath], *, start: ImageFeatures | None = None
     ) -> tuple[ImageFeatures, ImageFeatures]:
         """Return the features, before and after adaptation, of ``calibration.sample`` of the images.
 
@@ -359,10 +365,10 @@ class FineAlign:
     def predict(
         self, images: Images, *, score: Score | None = None, reject: Reject | None = None
     ) -> NDArray[np.object_]:
-        """Predict the class name of each image, in the order of ``list_images``: (n,) str.
+        """Predict the class name of each image, in the order given or that of ``find_images``: (n,) str.
 
-        An image that cannot be read gets None, a warning, and an entry in ``set_aside_``. ``score`` is global, las or
-        fused; None is the model's own.
+        ``images`` are as for ``fit``. An image that cannot be read gets None, a warning, and an entry in
+        ``set_aside_``. ``score`` is global, las or fused; None is the model's own.
 
         With ``reject`` the label is "none of these" where an image likelier shows none of the classes than one
         ("auto"), or for about that share of images like those adapted to, as 0.05, whose ``Prediction.none`` is
@@ -383,16 +389,16 @@ class FineAlign:
     def predict_proba(self, images: Images, *, score: Score | None = None) -> NDArray[np.float32]:
         """Predict the probability of each class: (n, C) float32, columns in the order of ``classes_``.
 
-        The row of an image that cannot be read is NaN, with a warning and an entry in ``set_aside_``. ``score`` is as
-        for ``predict``. Raises ImageInputError if there is no image, and ConfigError for a score that the method does
-        not have.
+        ``images`` are as for ``fit``. The row of an image that cannot be read is NaN, with a warning and an entry in
+        ``set_aside_``. ``score`` is as for ``predict``. Raises ImageInputError if there is no image, and ConfigError
+        for a score that the method does not have.
         """
         self._require_fitted()
         return self._predicted(images, score)[0]
 
     def _predicted(self, images: Images, score: Score | None) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
         """The probabilities (n, C), and how likely each image shows none of the classes (n,); NaN if unknown."""
-        paths = list_images(images)
+        paths = find_images(images)
         if left_out := left_out_of(paths):
             warnings.warn(left_out, CautionWarning, stacklevel=3)
         rows = np.full((len(paths), len(self.classes_)), np.nan, dtype=np.float32)
@@ -420,33 +426,37 @@ class FineAlign:
         return rows, none
 
     def iter_predictions(
-        self, paths: Iterable[Path], *, score: Score | None = None, with_start: bool = False
+        self, images: Images, *, score: Score | None = None, with_start: bool = False
     ) -> Iterator[Prediction | SetAside]:
         """Yield the prediction of each image, or why there is none, in order. Memory does not grow with their number.
 
-        ``with_start`` also scores each image with the model before adaptation, which scores the whole image by the mean
-        of each class's descriptions. Raises ConfigError for a score that the method does not have.
+        ``images`` are as for ``predict``; those of a generator are read as it makes them. ``with_start`` also scores
+        each image with the model before adaptation, which scores the whole image by the mean of each class's
+        descriptions. Raises ConfigError for a score that the method does not have.
         """
         self._require_fitted()
+        paths = stream(images) if isinstance(images, Iterator) else find_images(images)
         return self._predictor.predictions(paths, score=score, with_start=with_start)
 
     def features(
-        self, paths: Iterable[Path], *, at_start: bool = False, crops: bool = True
+        self, images: Images, *, at_start: bool = False, crops: bool = True
     ) -> tuple[ImageFeatures, list[SetAside]]:
         """Return the embeddings that images are scored by, and the images that cannot be read, which have no row.
 
-        Weak features are (n, D), crop features (n, N, D), with N = 0 if ``crops`` is false. ``at_start`` encodes them
-        with the model before adaptation. Raises ImageInputError if none of the images can be read.
+        ``images`` are as for ``predict``. Weak features are (n, D), crop features (n, N, D), with N = 0 if ``crops`` is
+        false. ``at_start`` encodes them with the model before adaptation. Raises ImageInputError if none of the images
+        can be read.
         """
         self._require_fitted()
-        return self._predictor.features(paths, at_start=at_start, crops=crops)
+        return self._predictor.features(find_images(images), at_start=at_start, crops=crops)
 
-    def explain(self, path: str | Path, *, score: Score | None = None) -> Explanation:
+    def explain(self, image: Images, *, score: Score | None = None) -> Explanation:
         """Explain the prediction of one image: its crops, their weights, and the class scores and probabilities.
 
         The crops and, up to rounding, the scores are those with which this image is predicted by the same ``score``;
-        None is the model's own. Raises ConfigError for a score that the method does not have and for ``global``, which
-        uses no crops, and ImageInputError for an image that cannot be read.
+        None is the model's own. ``image`` is its path, or the image in memory, as for ``predict``. Raises ConfigError
+        for a score that the method does not have and for ``global``, which uses no crops, and ImageInputError for
+        several images or one that cannot be read.
         """
         self._require_fitted()
         if self._predictor.choose_score(score) == "global":
@@ -454,7 +464,10 @@ class FineAlign:
                 "The score 'global' looks at the image as a whole, so there are no crops to explain it by. "
                 "Wanted: a score that looks at crops, as score='las'."
             )
-        return self._predictor.explain_file(Path(path), score=score)
+        paths = [Path(image)] if isinstance(image, str | Path) else find_images(image)
+        if len(paths) != 1:
+            raise ImageInputError(f"Found {len(paths)} images to explain, wanted one. Explain them one by one.")
+        return self._predictor.explain_file(paths[0], score=score)
 
     def explain_pixels(
         self, images: Sequence[Pixels], *, score: Score | None = None, with_start: bool = False
@@ -631,4 +644,4 @@ class FineAlign:
 
     def _require_fitted(self) -> None:
         if not hasattr(self, "_predictor"):
-            raise FinealignError("This FineAlign is not fitted. Call fit(images) first, or FineAlign.load(folder).")
+            raise not_fitted("This FineAlign is not fitted. Call fit(images) first, or FineAlign.load(folder).")

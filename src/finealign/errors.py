@@ -6,7 +6,6 @@ Also helpers that turn paths and errors into text that can be displayed.
 import os
 from collections.abc import Iterable
 from difflib import get_close_matches
-from pathlib import Path
 
 
 class FinealignError(Exception):
@@ -19,6 +18,14 @@ class CautionWarning(UserWarning):
 
 class ConfigError(FinealignError):
     """A setting is unknown, has the wrong type, is out of range, or contradicts another setting."""
+
+
+class ParameterError(ConfigError, ValueError):
+    """``set_params`` was given a name that is no parameter. A ValueError too, as scikit-learn expects."""
+
+
+class NotFittedError(FinealignError, ValueError, AttributeError):
+    """The model has not been fitted or loaded yet. It is the errors that scikit-learn's NotFittedError is, too."""
 
 
 class ImageInputError(FinealignError):
@@ -73,7 +80,7 @@ def first_few(names: Iterable[str], total: int, most: int) -> str:
     return f"{listed} and {total - most} more" if total > most else listed
 
 
-def display_path(path: str | Path) -> str:
+def display_path(path: str | os.PathLike[str]) -> str:
     r"""The path as text that can be encoded as UTF-8. Bytes of a file name that are not UTF-8 appear as ``\xNN``."""
     try:
         return os.fsencode(path).decode("utf-8", "backslashreplace")

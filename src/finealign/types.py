@@ -7,7 +7,7 @@ J anchors per class, D embedding width. All features are L2-normalised float32, 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import BinaryIO, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +22,39 @@ WantedPrecision = Literal["auto", "fp32", "bf16"]  # auto: bf16 where the proces
 Reject = Literal["auto"] | float  # refuse what likelier shows no class than one, or this share of the images
 Blank = Literal["black", "white"]
 Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels; right and bottom are exclusive
+
+
+class Collection(Protocol):
+    """Images that are no files, or not each a file of its own: in memory, or rows of a dataset."""
+
+    def name(self, index: int) -> str:
+        """What the image at this index is called in lists and tables, as ``train/123``."""
+
+    def open(self, index: int) -> BinaryIO:
+        """Open the image for reading, as the bytes of an image file. Raises ImageReadError."""
+
+
+@dataclass(frozen=True, repr=False)
+class HeldImage:
+    """One image of a collection. It stands wherever the path of an image file does, and its path is its name.
+
+    Two are equal if they are at the same index of the same collection.
+    """
+
+    collection: Collection
+    index: int
+
+    def __fspath__(self) -> str:
+        return self.collection.name(self.index)
+
+    def __str__(self) -> str:
+        return self.collection.name(self.index)
+
+    def __repr__(self) -> str:
+        return f"HeldImage({self.collection.name(self.index)!r})"
+
+
+ImagePath = Path | HeldImage
 
 
 @dataclass(frozen=True)
@@ -106,7 +139,7 @@ class Prediction:
     The start is the model before adaptation. Scores are on the scale of cosines; probabilities sum to 1.
     """
 
-    path: Path
+    path: ImagePath
     scores: NDArray[np.float32]  # (C,)
     probabilities: NDArray[np.float32]  # (C,)
     start_scores: NDArray[np.float32] | None = None  # (C,)

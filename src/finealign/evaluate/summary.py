@@ -29,7 +29,7 @@ from finealign.evaluate.metrics import (
     recall,
     top_k_accuracy,
 )
-from finealign.types import Prediction, Truth, Use
+from finealign.types import ImagePath, Prediction, Truth, Use
 
 OLD_NAME_OF_START = "zero_shot"  # the JSON key of release 0.1, which scripts may still read
 
@@ -111,7 +111,7 @@ def evaluate_predictions(
     """
     if not predictions:
         raise ImageInputError("None of the labelled images could be read, so there is nothing to evaluate.")
-    label_of = dict(zip(truth.paths, truth.labels, strict=True))
+    label_of: dict[ImagePath, int] = dict(zip(truth.paths, truth.labels, strict=True))
     labels = np.array([label_of[prediction.path] for prediction in predictions])
     adapted = evaluate_scores(
         np.stack([prediction.scores for prediction in predictions]),

@@ -87,11 +87,12 @@ def rgb_of(image: ImageFile.ImageFile, file: BinaryIO, white: White = "auto") ->
         image.load()
         rgb = _from_pillow(image, white)
     rgb.info = {}
-    turn = UPRIGHT.get(_orientation(image))  # not before it is loaded: Pillow turns TIFFs by itself
+    turn = UPRIGHT.get(orientation(image))  # not before it is loaded: Pillow turns TIFFs by itself
     return rgb if turn is None else rgb.transpose(turn)
 
 
-def _orientation(image: Image.Image) -> Any:
+def orientation(image: Image.Image) -> Any:
+    """The EXIF orientation of an image, a key of ``UPRIGHT``, or 1."""
     # Not ImageOps.exif_transpose: it also rewrites the EXIF, which fails for some images whose orientation is valid.
     try:
         return image.getexif().get(ExifTags.Base.Orientation, 1)
@@ -241,7 +242,7 @@ class DeepTiff:
                 entries[tag] = list(found)
             elif tag == places:
                 raise OSError("truncated: parts of the TIFF are missing")
-        return _with_directory(self.file, tags.prefix, entries)
+        return with_directory(self.file, tags.prefix, entries)
 
 
 def deep_tiff(file: BinaryIO) -> DeepTiff | None:
@@ -317,7 +318,7 @@ def _kind(tags: Any) -> str:
     )
 
 
-def _with_directory(file: BinaryIO, prefix: bytes, entries: dict[int, list[int]]) -> bytes:
+def with_directory(file: BinaryIO, prefix: bytes, entries: dict[int, list[int]]) -> bytes:
     """The bytes of a TIFF with a new directory behind them, of whole numbers by tag."""
     order = "<" if prefix == b"II" else ">"
     file.seek(0)

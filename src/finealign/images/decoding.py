@@ -14,7 +14,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
@@ -38,6 +37,7 @@ from finealign.images.channels import UnsupportedImageError, White, deep_tiff, i
 from finealign.images.files import ImageReadError, open_regular, reason_of
 from finealign.images.formats import HEAD, format_of, why_refused
 from finealign.images.repairs import ended, without_text
+from finealign.types import ImagePath
 
 MAX_PIXELS = 200_000_000
 MAX_SIDE = 100_000  # Pillow takes minutes to decode rows of millions of pixels, and minutes again to resize them
@@ -59,7 +59,7 @@ _SCAN = b"\xff\xda"  # a JPEG's marker for the start of a scan
 _SEGMENT = re.compile(rb"\xff([^\x00\x01\xd0-\xd7\xff])")  # a JPEG's marker that has a length behind it, or its end
 
 
-def read_image(path: Path, *, max_pixels: int = MAX_PIXELS, white_value: White = "auto") -> Image.Image:
+def read_image(path: ImagePath, *, max_pixels: int = MAX_PIXELS, white_value: White = "auto") -> Image.Image:
     """Read the image at ``path``: RGB, 8 bits per channel, upright by its EXIF, first frame, transparency on white.
 
     More than 8 bits per channel are scaled by ``eight_bits``: ``white_value`` becomes 255. With "auto", 16 bits of
@@ -196,7 +196,7 @@ class Photo:
 
 
 def read_photo(
-    path: Path, *, shorter_side: int | None, max_pixels: int = MAX_PIXELS, white_value: White = "auto"
+    path: ImagePath, *, shorter_side: int | None, max_pixels: int = MAX_PIXELS, white_value: White = "auto"
 ) -> Photo:
     """Read the image at ``path`` with ``read_image`` and convert it with ``to_photo``.
 
@@ -219,7 +219,9 @@ def to_photo(image: Image.Image, *, shorter_side: int | None) -> Photo:
     return Photo(np.array(image), width, height)  # a copy, because torch warns about read-only arrays
 
 
-def read_pixels(path: Path, *, shorter_side: int, max_pixels: int = MAX_PIXELS, white_value: White = "auto") -> Pixels:
+def read_pixels(
+    path: ImagePath, *, shorter_side: int, max_pixels: int = MAX_PIXELS, white_value: White = "auto"
+) -> Pixels:
     """Return only the pixels of ``read_photo``: (H, W, 3) uint8. Raises ImageReadError as ``read_image`` does."""
     return read_photo(path, shorter_side=shorter_side, max_pixels=max_pixels, white_value=white_value).pixels
 

@@ -1,15 +1,21 @@
-"""Open image files, on their own or in a shard, after checking that they can be read; else give the reason."""
+"""Open image files, on their own, in a shard or in a collection, after checking that they can be read.
 
-import io
+Where one cannot be read, the reason is given.
+"""
+
+import hashlib
 import os
 import re
 import stat
+from functools import partial
 from pathlib import Path
+from typing import BinaryIO
 
 from PIL import Image
 
 from finealign.errors import ImageInputError, one_line
 from finealign.images.shards import SUFFIX, ShardError, find_shard, member_size, open_member, read_shard
+from finealign.types import HeldImage, ImagePath
 
 # In Pillow's messages about files that may be whole.
 _UNSUPPORTED = re.compile(r"unsupported|not supported|not available|cannot handle|unable to use", re.IGNORECASE)
@@ -19,13 +25,15 @@ class ImageReadError(ImageInputError):
     """One image cannot be read. The message is the reason alone, without the path."""
 
 
-def open_regular(path: Path) -> io.BufferedReader:
-    """Open the file or the shard member at ``path`` for reading bytes.
+def open_regular(path: ImagePath) -> BinaryIO:
+    """Open the file, the shard member or the held image at ``path`` for reading bytes.
 
     Raises:
         ImageReadError: it cannot be opened, is not a regular file, is empty, or is a damaged shard. The message is the
             reason alone.
     """
+    if isinstance(path, HeldImage):
+        return path.collection.open(path.index)
     shard = find_shard(path)
     if shard is not None:
         try:
@@ -49,13 +57,29 @@ def open_regular(path: Path) -> io.BufferedReader:
         raise ImageReadError(reason_of(exc)) from exc
 
 
-def file_size(path: Path) -> int:
-    """The size of a file or a shard member in bytes; -1 where it is unknown, and reading will set the image aside."""
+def fingerprint(path: ImagePath) -> int | str:
+    """What tells whether an image is still the same: a file's or a shard member's size in bytes, a held image's
+    checksum; -1 where it is unknown, and reading will set the image aside.
+    """
+    if isinstance(path, HeldImage):
+        try:
+            return checksum(path)
+        except ImageReadError:
+            return -1
     try:
         shard = find_shard(path)
         return path.stat().st_size if shard is None else member_size(shard, path)
     except (OSError, ValueError):
         return -1
+
+
+def checksum(path: ImagePath) -> str:
+    """A hash of the bytes at ``path``. Raises ImageReadError."""
+    with open_regular(path) as file:
+        try:
+            return hashlib.file_digest(file, partial(hashlib.blake2b, digest_size=32)).hexdigest()  # type: ignore[arg-type]
+        except OSError as error:
+            raise ImageReadError(reason_of(error)) from error
 
 
 def reason_of(exc: Exception) -> str:

@@ -17,6 +17,7 @@ from finealign.images.left_out import IMAGE_SUFFIXES, LeftOut
 from finealign.images.paths import PathList
 from finealign.images.shards import SUFFIX, read_shard
 from finealign.images.tables import read_list, read_table
+from finealign.types import ImagePath
 
 MAX_SHARDS = 100_000  # most that one pattern may stand for
 
@@ -31,7 +32,7 @@ class Listing(PathList):
         self.left_out = left_out
 
 
-def left_out_of(paths: Sequence[Path]) -> str:
+def left_out_of(paths: Sequence[ImagePath]) -> str:
     """What ``list_images`` left out where it listed ``paths``, as a sentence; empty where that was nothing."""
     return str(paths.left_out) if isinstance(paths, Listing) else ""
 

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import overload
 
+from finealign.types import HeldImage, ImagePath
+
 
 class PathList(Sequence[Path]):
     """A sequence of paths that takes about as much memory as their text. Equal to any sequence of the same paths."""
@@ -43,3 +45,10 @@ class PathList(Sequence[Path]):
 
     def _bytes(self, index: int) -> bytes:
         return self._text[self._ends[index] : self._ends[index + 1]]
+
+
+def chosen(paths: Sequence[ImagePath], positions: Sequence[int]) -> Sequence[ImagePath]:
+    """The images at these positions, compactly where all of them are paths."""
+    if any(isinstance(paths[position], HeldImage) for position in positions):
+        return [paths[position] for position in positions]
+    return PathList(str(paths[position]) for position in positions)

@@ -27,11 +27,11 @@ import PIL
 from finealign.errors import ImageInputError, OutputError, display_path
 from finealign.images.channels import White
 from finealign.images.decoding import Pixels, heif_version, read_pixels
-from finealign.images.files import ImageReadError, open_regular, reason_of
-from finealign.images.paths import PathList
+from finealign.images.files import ImageReadError, checksum
+from finealign.images.paths import chosen
 from finealign.images.prefetch import in_order
 from finealign.runtime.atomic import save_text
-from finealign.types import SetAside
+from finealign.types import ImagePath, SetAside
 
 FORMAT = 3  # part of the key; to be raised when images are decoded differently, so that old entries are not used
 PIXELS, INDEX = "pixels.u8", "index.json"
@@ -51,11 +51,15 @@ class StoredPixels(Sequence[Pixels]):
     Access raises ImageInputError where an image that is not in the file can no longer be read.
     """
 
-    paths: Sequence[Path]  # of the images that can be read, in order
+    paths: Sequence[ImagePath]  # of the images that can be read, in order
     cached: int  # number of images in the file
 
     def __init__(
-        self, paths: Sequence[Path], shapes: Sequence[Sequence[int]], file: Path | None, read: Callable[[Path], Pixels]
+        self,
+        paths: Sequence[ImagePath],
+        shapes: Sequence[Sequence[int]],
+        file: Path | None,
+        read: Callable[[ImagePath], Pixels],
     ) -> None:
         """``file`` holds the images of the first paths, and ``shapes`` are their (H, W). ``read`` decodes one image."""
         self.paths, self._file, self._read = paths, file, read
@@ -93,7 +97,7 @@ class StoredPixels(Sequence[Pixels]):
 
 
 def store_pixels(
-    paths: Sequence[Path],
+    paths: Sequence[ImagePath],
     *,
     shorter_side: int,
     max_pixels: int,
@@ -120,7 +124,7 @@ def store_pixels(
     """
     read = partial(read_pixels, shorter_side=shorter_side, max_pixels=max_pixels, white_value=white_value)
     entry: Path | None = None
-    unreadable: dict[Path, str] = {}
+    unreadable: dict[ImagePath, str] = {}
     if folder is not None and max_bytes > 0:
         key, unreadable = _key(
             paths, f"{FORMAT} {shorter_side} {max_pixels} {white_value} {PIL.__version__} {heif_version()}"
@@ -154,9 +158,9 @@ def store_pixels(
 
 def _fill(
     store: "_Store",
-    paths: Sequence[Path],
-    read: Callable[[Path], Pixels],
-    unreadable: Mapping[Path, str],
+    paths: Sequence[ImagePath],
+    read: Callable[[ImagePath], Pixels],
+    unreadable: Mapping[ImagePath, str],
     on_progress: Callable[[int], None],
 ) -> tuple[list[_Record], bool]:
     """Decode every image into the store. Return the record of each, and whether all failures are permanent.
@@ -164,9 +168,9 @@ def _fill(
     ``unreadable`` are the images that are known to be unreadable, with the reason. Raises ImageInputError where no
     image can be read.
     """
-    transient: list[Path] = []  # unreadable for a reason outside the file, as a lack of memory
+    transient: list[ImagePath] = []  # unreadable for a reason outside the file, as a lack of memory
 
-    def attempt(path: Path) -> Pixels:
+    def attempt(path: ImagePath) -> Pixels:
         if path in unreadable:  # the reason is part of the key
             raise ImageReadError(unreadable[path])
         try:
@@ -282,7 +286,7 @@ def _warn(
     )
 
 
-def _nothing_readable(paths: Sequence[Path], reasons: Sequence[_Record]) -> ImageInputError:
+def _nothing_readable(paths: Sequence[ImagePath], reasons: Sequence[_Record]) -> ImageInputError:
     first = "; ".join(f"{display_path(path)}: {reason}" for path, reason in zip(paths[:3], reasons, strict=False))
     return ImageInputError(
         f"None of the {len(paths)} images tried could be read{f' ({first})' if first else ''}. "
@@ -290,11 +294,11 @@ def _nothing_readable(paths: Sequence[Path], reasons: Sequence[_Record]) -> Imag
     )
 
 
-def _key(paths: Sequence[Path], settings: str) -> tuple[str, dict[Path, str]]:
+def _key(paths: Sequence[ImagePath], settings: str) -> tuple[str, dict[ImagePath, str]]:
     """The name of the entry, a hash of the settings and the files' contents, and the reasons for unreadable files."""
     key = hashlib.blake2b(f"{settings}\n".encode(), digest_size=32)
     unreadable = {}
-    with closing(in_order(_checksum, paths)) as results:
+    with closing(in_order(checksum, paths)) as results:
         for path, result in results:
             if isinstance(result, SetAside):
                 unreadable[path] = result.reason
@@ -303,16 +307,8 @@ def _key(paths: Sequence[Path], settings: str) -> tuple[str, dict[Path, str]]:
     return key.hexdigest(), unreadable
 
 
-def _checksum(path: Path) -> str:
-    with open_regular(path) as file:
-        try:
-            return hashlib.file_digest(file, partial(hashlib.blake2b, digest_size=32)).hexdigest()
-        except OSError as error:
-            raise ImageReadError(reason_of(error)) from error
-
-
 def _load(
-    entry: Path, paths: Sequence[Path], read: Callable[[Path], Pixels], max_bytes: int
+    entry: Path, paths: Sequence[ImagePath], read: Callable[[ImagePath], Pixels], max_bytes: int
 ) -> tuple[StoredPixels, list[SetAside]] | None:
     """Load the entry, mark it as used now, and remove others to keep within ``max_bytes``.
 
@@ -337,9 +333,9 @@ def _load(
 
 
 def _assemble(
-    paths: Sequence[Path],
+    paths: Sequence[ImagePath],
     records: Sequence[_Record],
-    read: Callable[[Path], Pixels],
+    read: Callable[[ImagePath], Pixels],
     folder: Path | None,
     cached: int,
 ) -> tuple[StoredPixels, list[SetAside]]:
@@ -347,9 +343,12 @@ def _assemble(
     readable = paths
     set_aside: list[SetAside] = []
     if len(shapes) < len(paths):
-        pairs = list(zip(paths, records, strict=True))
-        readable = PathList(path for path, record in pairs if not isinstance(record, str))
-        set_aside = [SetAside(display_path(path), record) for path, record in pairs if isinstance(record, str)]
+        readable = chosen(paths, [index for index, record in enumerate(records) if not isinstance(record, str)])
+        set_aside = [
+            SetAside(display_path(path), record)
+            for path, record in zip(paths, records, strict=True)
+            if isinstance(record, str)
+        ]
     file = None if folder is None else folder / PIXELS
     return StoredPixels(readable, shapes[:cached], file, read), set_aside
 

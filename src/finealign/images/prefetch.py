@@ -5,19 +5,19 @@ import signal
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from finealign.errors import display_path
 from finealign.images.files import ImageReadError
 from finealign.types import SetAside
 
+_Path = TypeVar("_Path", bound=os.PathLike[str])
 _T = TypeVar("_T")
 
 
 def in_order(
-    read: Callable[[Path], _T], paths: Iterable[Path], *, threads: int | None = None, held: int | None = None
-) -> Generator[tuple[Path, _T | SetAside], None, None]:
+    read: Callable[[_Path], _T], paths: Iterable[_Path], *, threads: int | None = None, held: int | None = None
+) -> Generator[tuple[_Path, _T | SetAside], None, None]:
     """Yield each path with the result of ``read``, or with a SetAside where it raised ImageReadError, in order.
 
     ``read`` runs ahead on ``threads`` threads (default: one per core, at most 8), and at most ``held`` results are
@@ -27,7 +27,7 @@ def in_order(
         Exception: whatever ``read`` raises other than ImageReadError.
     """
 
-    def attempt(path: Path) -> _T | SetAside:
+    def attempt(path: _Path) -> _T | SetAside:
         try:
             return read(path)
         except ImageReadError as error:
@@ -35,7 +35,7 @@ def in_order(
 
     threads = min(8, os.cpu_count() or 1) if threads is None else threads
     held = 2 * threads if held is None else held
-    pending: deque[tuple[Path, Future[_T | SetAside]]] = deque()
+    pending: deque[tuple[_Path, Future[_T | SetAside]]] = deque()
     with ThreadPoolExecutor(threads) as pool:
         try:
             for path in paths:

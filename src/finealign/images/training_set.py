@@ -11,11 +11,11 @@ from finealign.errors import FinealignError, StoppedError, display_path
 from finealign.images.pixel_cache import StoredPixels, store_pixels
 from finealign.runtime.distributed import Ranks
 from finealign.runtime.progress import Progress
-from finealign.types import SetAside
+from finealign.types import ImagePath, SetAside
 
 
 def decode_training_set(
-    paths: Sequence[Path], settings: DataSettings, *, progress: Progress, ranks: Ranks
+    paths: Sequence[ImagePath], settings: DataSettings, *, progress: Progress, ranks: Ranks
 ) -> tuple[StoredPixels, list[SetAside]]:
     """Decode the images at ``paths`` to the form that models are given. Return them and the images that are set aside.
 
@@ -65,7 +65,7 @@ def _cache_folder(cache: str) -> Path | None:
     return Path(cache).expanduser()
 
 
-def _digest(paths: Iterable[Path]) -> str:
+def _digest(paths: Iterable[ImagePath]) -> str:
     digest = hashlib.sha256()
     for path in paths:
         digest.update(display_path(path).encode() + b"\n")

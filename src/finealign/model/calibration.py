@@ -16,8 +16,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations, product
-from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -35,6 +34,7 @@ from finealign.training.loop import run_epochs
 from finealign.training.state import begin
 from finealign.types import ImageFeatures, Score, TextFeatures
 
+Item = TypeVar("Item")
 Floats = NDArray[np.floating[Any]]
 Ints = NDArray[np.integer[Any]]
 
@@ -58,7 +58,7 @@ class Calibration:
     images: int  # number of images that it was calibrated on
 
 
-def sample(images: Sequence[Path], *, seed: int) -> list[Path]:
+def sample(images: Sequence[Item], *, seed: int) -> list[Item]:
     """All images, or SAMPLE of them drawn with the seed, in the order given."""
     if len(images) <= SAMPLE:
         return list(images)

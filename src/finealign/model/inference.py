@@ -9,7 +9,6 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import chain, islice, tee
-from pathlib import Path
 from typing import BinaryIO, TypeVar
 
 import numpy as np
@@ -27,11 +26,13 @@ from finealign.images.views import PREDICTION_EPOCH, Views
 from finealign.method.registry import choose_score
 from finealign.model.fitted import FittedModel
 from finealign.runtime.distributed import Ranks
-from finealign.types import Blank, Box, Explanation, ImageFeatures, Prediction, Score, SetAside
+from finealign.types import Blank, Box, Explanation, ImageFeatures, ImagePath, Prediction, Score, SetAside
 
 Item = TypeVar("Item")
 Rendered = tuple[Tensor, Tensor]  # uint8: the weak view (3, S, S) and the crops (N, 3, S, S)
-Outcome = tuple[Path, str | None, Blank | None]  # an image, why it cannot be read (None if it can), and if it is blank
+Outcome = tuple[
+    ImagePath, str | None, Blank | None
+]  # an image, why it cannot be read (None if it can), and if it is blank
 Rows = NDArray[np.float32]  # (n, C)
 
 DARK, SPECKS = 16, 0.005  # of 255, and the share of values that may be brighter in an image that is all but black
@@ -63,7 +64,7 @@ class Predictor:
 
     # --- from a file to views -----------------------------------------------------------------------------------------
 
-    def read(self, path: Path) -> Photo:
+    def read(self, path: ImagePath) -> Photo:
         """Read an image file and reduce it to the model's working size. Raises ImageReadError."""
         settings = self.model.inference
         return read_photo(
@@ -131,7 +132,7 @@ class Predictor:
         return scores.cpu().numpy(), model.probabilities(scores, score).cpu().numpy()
 
     def predictions(
-        self, paths: Iterable[Path], *, score: Score | None = None, with_start: bool = False
+        self, paths: Iterable[ImagePath], *, score: Score | None = None, with_start: bool = False
     ) -> Iterator[Prediction | SetAside]:
         """Yield the prediction of each image, or why there is none, in order. Memory does not grow with their number.
 
@@ -159,7 +160,7 @@ class Predictor:
     @torch.inference_mode()
     def _predicted(
         self,
-        images: Sequence[tuple[Path, Blank | None]],
+        images: Sequence[tuple[ImagePath, Blank | None]],
         features: ImageFeatures,
         score: Score,
         *,
@@ -185,7 +186,7 @@ class Predictor:
 
     @torch.inference_mode()
     def features(
-        self, paths: Iterable[Path], *, at_start: bool = False, crops: bool = True
+        self, paths: Iterable[ImagePath], *, at_start: bool = False, crops: bool = True
     ) -> tuple[ImageFeatures, list[SetAside]]:
         """Encode images: weak features (n, D) and crop features (n, N, D), N = 0 if ``crops`` is false.
 
@@ -208,7 +209,7 @@ class Predictor:
         return joined, set_aside
 
     def _encoded(
-        self, paths: Iterable[Path], looks: Sequence["Look"]
+        self, paths: Iterable[ImagePath], looks: Sequence["Look"]
     ) -> Generator[tuple[list[Outcome], list[ImageFeatures]], None, None]:
         """Encode images in rounds, in order. A round gives its paths, each with the reason if it cannot be read, and
         for each look the features of the others.
@@ -218,7 +219,7 @@ class Predictor:
         """
         ranks, crops = self.ranks, any(look.crops for look in looks)
 
-        def rendered(path: Path) -> Rendered:
+        def rendered(path: ImagePath) -> Rendered:
             return self.render(self.read(path), crops=crops)
 
         all_paths, unfiltered = tee(paths)
@@ -287,7 +288,7 @@ class Predictor:
             for index, photo in enumerate(photos)
         ]
 
-    def explain_file(self, path: Path, *, score: Score | None = None) -> Explanation:
+    def explain_file(self, path: ImagePath, *, score: Score | None = None) -> Explanation:
         """Do what ``explain`` does, for one image file.
 
         Raises ImageInputError if it cannot be read, and ConfigError as ``explain`` does.

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from finealign.backbone.base import Backbone
@@ -10,7 +9,7 @@ from finealign.config import DEFAULT_BACKBONE, Config, MethodSettings, make_conf
 from finealign.errors import ConfigError, first_few
 from finealign.method.registry import choose_score, method_options, method_settings
 from finealign.texts.shares import class_shares
-from finealign.types import TextFeatures, Texts
+from finealign.types import ImagePath, TextFeatures, Texts
 
 MULTILINGUAL = "xlm-roberta-base-ViT-B-32/laion5b_s13b_b90k"
 
@@ -22,14 +21,14 @@ class Prepared:
     texts: Texts
     text_features: TextFeatures
     config: Config  # resolved for these images, classes and backbone
-    paths: Sequence[Path]  # of the images to adapt to; none has been opened yet
+    paths: Sequence[ImagePath]  # of the images to adapt to; none has been opened yet
     backbone: Backbone
 
 
 def prepare(
     texts: Texts,
     config: Config,
-    paths: Sequence[Path],
+    paths: Sequence[ImagePath],
     backbone: Backbone,
     *,
     text_features: TextFeatures | None = None,

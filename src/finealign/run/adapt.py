@@ -16,9 +16,10 @@ from typing import Any
 
 import yaml
 
-from finealign.classifier import FineAlign, Images
+from finealign.classifier import FineAlign
 from finealign.config import Config, write_config
 from finealign.errors import FinealignError, NotFiniteError, OutputError, StoppedError
+from finealign.images.held import Images
 from finealign.images.listing import left_out_of
 from finealign.images.tables import set_aside_csv
 from finealign.model.inference import readable, tell_blank

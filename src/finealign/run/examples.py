@@ -21,7 +21,7 @@ from finealign.model.predictions import explained
 from finealign.model.refusal import LIKELY
 from finealign.run.contract import EXAMPLES_LIST
 from finealign.runtime.atomic import make_folder, save_bytes, save_text
-from finealign.types import Prediction
+from finealign.types import ImagePath, Prediction
 
 EACH = 12  # most images of each kind
 SIDE = 360  # pixels on the longer side of a saved picture
@@ -46,9 +46,9 @@ class Watch:
     ``strangers`` are those likeliest to show none of the classes, of those that likelier do than not.
     """
 
-    _changed: list[tuple[float, int, Path]] = field(default_factory=list)
-    _unsure: list[tuple[float, int, Path]] = field(default_factory=list)
-    _strangers: list[tuple[float, int, Path]] = field(default_factory=list)
+    _changed: list[tuple[float, int, ImagePath]] = field(default_factory=list)
+    _unsure: list[tuple[float, int, ImagePath]] = field(default_factory=list)
+    _strangers: list[tuple[float, int, ImagePath]] = field(default_factory=list)
     _likely: int = 0
     _judged: int = 0  # images of which the model can say whether they show none of the classes
     _none_sum: float = 0.0
@@ -78,13 +78,13 @@ class Watch:
             yield prediction
 
     @staticmethod
-    def _keep(heap: list[tuple[float, int, Path]], value: float, index: int, path: Path) -> None:
+    def _keep(heap: list[tuple[float, int, ImagePath]], value: float, index: int, path: ImagePath) -> None:
         heapq.heappush(heap, (value, -index, path))  # negative: of equal values the earlier image is kept
         if len(heap) > EACH:
             heapq.heappop(heap)
 
     @property
-    def chosen(self) -> dict[str, list[Path]]:
+    def chosen(self) -> dict[str, list[ImagePath]]:
         """The selected paths by kind, "changed", "unsure" and "strangers": the most changed, least sure and least like
         any of the classes first.
         """
@@ -97,7 +97,7 @@ class Watch:
         return Strangers(share=self._none_sum / self._judged, likely=self._likely) if self._judged else None
 
 
-def write_examples(model: FineAlign, chosen: dict[str, list[Path]], folder: Path) -> None:
+def write_examples(model: FineAlign, chosen: dict[str, list[ImagePath]], folder: Path) -> None:
     """Write a small picture of each chosen image, and ``examples.json`` with its crops, their weights and its classes.
 
     ``chosen`` has the paths by kind, as ``Watch.chosen`` gives them. An image that can no longer be read is left out.
@@ -106,7 +106,7 @@ def write_examples(model: FineAlign, chosen: dict[str, list[Path]], folder: Path
     make_folder(folder)
     for old in folder.glob("[0-9][0-9].jpg"):  # left by an earlier attempt at this run
         old.unlink(missing_ok=True)
-    pictures: dict[Path, dict[str, Any] | None] = {}
+    pictures: dict[ImagePath, dict[str, Any] | None] = {}
     for path in (path for paths in chosen.values() for path in paths):
         if path not in pictures:
             pictures[path] = _example(model, path, folder / f"{len(pictures):02d}.jpg")
@@ -114,7 +114,7 @@ def write_examples(model: FineAlign, chosen: dict[str, list[Path]], folder: Path
     save_text(json.dumps(listed, indent=1, ensure_ascii=False) + "\n", folder / EXAMPLES_LIST)
 
 
-def _example(model: FineAlign, path: Path, picture: Path) -> dict[str, Any] | None:
+def _example(model: FineAlign, path: ImagePath, picture: Path) -> dict[str, Any] | None:
     try:
         settings = model.model_.inference
         image = read_image(path, max_pixels=settings.max_pixels, white_value=settings.white_value)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from finealign.errors import ImageInputError, OutputError, display_path
-from finealign.images.files import file_size
+from finealign.images.files import fingerprint
 from finealign.images.tables import read_table
 from finealign.model.folder import model_folder
 from finealign.model.prepare import Prepared
@@ -22,6 +22,7 @@ from finealign.run.contract import CONTENTS, LOCK, PREDICTIONS, RUN, TAKING_OVER
 from finealign.runtime.atomic import require_folder, save_text
 from finealign.runtime.replace import require_replaceable
 from finealign.training.state import EpochRecord
+from finealign.types import ImagePath
 
 
 def versions() -> dict[str, str]:
@@ -39,7 +40,7 @@ def identity_of(prepared: Prepared) -> dict[str, str]:
     settings = prepared.config.model_dump(exclude=unimportant)
     images = hashlib.sha256()  # updated path by path: there may be millions
     for path in prepared.paths:
-        images.update(f"{json.dumps([display_path(path), file_size(path)])}\n".encode())
+        images.update(f"{json.dumps([display_path(path), fingerprint(path)])}\n".encode())
     return {
         "settings": _digest(settings),
         "texts": _digest(asdict(prepared.texts)),
@@ -105,7 +106,7 @@ def read_identity(path: Path) -> dict[str, Any]:
     return identity if isinstance(identity, dict) else {}
 
 
-def count_adapted_to(model: Path, images: Iterable[Path]) -> int | None:
+def count_adapted_to(model: Path, images: Iterable[ImagePath]) -> int | None:
     """How many of the images a run was adapted to, by the paths in its ``predictions.csv``.
 
     ``model`` is a run folder or its ``model/``. Relative paths on either side are taken from the current folder, so

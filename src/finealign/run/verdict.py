@@ -8,7 +8,6 @@ evaluate`` measures the change on labelled images.
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -21,7 +20,7 @@ from finealign.method.class_prior import even_shares, mixture_assignments, total
 from finealign.method.joint import explained_variance, joint_features
 from finealign.model.calibration import sample
 from finealign.runtime.progress import Progress
-from finealign.types import ImageFeatures, Score, Use
+from finealign.types import ImageFeatures, ImagePath, Score, Use
 
 Floats = NDArray[np.floating[Any]]
 Ints = NDArray[np.integer[Any]]
@@ -78,7 +77,11 @@ class Verdict:
 
 
 def judge_model(
-    model: FineAlign, images: Sequence[Path], *, start: ImageFeatures | None = None, progress: Progress | None = None
+    model: FineAlign,
+    images: Sequence[ImagePath],
+    *,
+    start: ImageFeatures | None = None,
+    progress: Progress | None = None,
 ) -> Verdict:
     """Judge a fitted model on the images it was adapted to, or on a sample of them. No true label is read.
 
@@ -94,7 +97,7 @@ def judge_model(
     return judge(evidence, images=len(paths))
 
 
-def start_features(model: FineAlign, images: Sequence[Path]) -> ImageFeatures:
+def start_features(model: FineAlign, images: Sequence[ImagePath]) -> ImageFeatures:
     """The features before adaptation that ``judge_model`` uses: the same for all models of one seed and backbone.
 
     Raises ImageInputError when none of the images can be read.
