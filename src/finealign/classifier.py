@@ -32,8 +32,8 @@ from finealign.model.card import is_card, model_card
 from finealign.model.fitted import FittedModel, check_class_prior, check_use, inference_settings, what_learned
 from finealign.model.folder import own_norms, read_model, write_model
 from finealign.model.inference import Predictor, tell_blank
-from finealign.model.prepare import Prepared, check_settings, given_shares, prepare, unknown_words
-from finealign.model.refusal import NONE_OF_THESE, cutoff
+from finealign.model.prepare import Prepared, check_settings, given_shares, prepare
+from finealign.model.refusal import DIGITS, NONE_OF_THESE, UNSURE, cutoff, least_confidence
 from finealign.runtime.atomic import save_text
 from finealign.runtime.devices import choose_device, choose_precision
 from finealign.runtime.distributed import Ranks
@@ -162,9 +162,10 @@ class FineAlign(Estimator):
         texts, config = self.check()
         paths = find_images(images, exclude=config.data.exclude)
         backbone = backbone or self.load_backbone(config, progress)
-        if told := unknown_words(texts, backbone):
-            (progress or Progress()).caution(told)
-        return prepare(texts, config, paths, backbone, text_features=text_features)
+        prepared = prepare(texts, config, paths, backbone, text_features=text_features)
+        if prepared.unknown_words:
+            (progress or Progress()).caution(prepared.unknown_words)
+        return prepared
 
     def load_backbone(self, config: Config, progress: Progress | None = None) -> Backbone:
         """Load the configured backbone on the configured device. Raises BackboneError or ConfigError."""
@@ -264,7 +265,9 @@ class FineAlign(Estimator):
         settings = config.model_dump()
         self.config_, self.paths_ = config, prepared.paths
         self.set_aside_, self.history_ = [], []
-        self.calibration_, self._sampled, self.cautions_, self.explained_ = None, None, [], {}
+        self.calibration_, self._sampled, self.explained_ = None, None, {}
+        told = prepared.unknown_words
+        self.cautions_ = [Caution("unknown_words", told)] if told else []
         self._become(
             FittedModel(
                 inference=inference_settings(config),
@@ -340,7 +343,7 @@ class FineAlign(Estimator):
         )
         if given_shares(self.config_, texts.classes) is not None:  # who gives the shares knows which are large or none
             found = [caution for caution in found if caution.kind not in ("absent", "dominant")]
-        self.cautions_ = found
+        self.cautions_ += found
         for caution in found if self._ranks.first else ():
             progress.caution(caution.message)
 
@@ -363,7 +366,12 @@ class FineAlign(Estimator):
     # --- predicting ---------------------------------------------------------------------------------------------------
 
     def predict(
-        self, images: Images, *, score: Score | None = None, reject: Reject | None = None
+        self,
+        images: Images,
+        *,
+        score: Score | None = None,
+        reject: Reject | None = None,
+        min_confidence: float | None = None,
     ) -> NDArray[np.object_]:
         """Predict the class name of each image, in the order given or that of ``find_images``: (n,) str.
 
@@ -372,14 +380,19 @@ class FineAlign(Estimator):
 
         With ``reject`` the label is "none of these" where an image likelier shows none of the classes than one
         ("auto"), or for about that share of images like those adapted to, as 0.05, whose ``Prediction.none`` is
-        highest. Raises ImageInputError if there is no image, and ConfigError for a score that the method does not have
-        or another ``reject``, and with ``reject`` also for a model that cannot tell such images.
+        highest. Of the others, the label is "unsure" where no class is as probable as ``min_confidence``.
+
+        Raises ImageInputError if there is no image, and ConfigError for a score that the method does not have, another
+        ``reject`` or ``min_confidence``, and with ``reject`` also for a model that cannot tell such images.
         """
         self._require_fitted()
         refused_from = cutoff(self._model, reject)
+        unsure_below = least_confidence(self._model, min_confidence)
         probabilities, none = self._predicted(images, score)
-        names = np.array([*self.classes_, NONE_OF_THESE, None], dtype=object)
+        names = np.array([*self.classes_, NONE_OF_THESE, None, UNSURE], dtype=object)
         chosen = np.nan_to_num(probabilities).argmax(1)
+        if unsure_below is not None:
+            chosen[probabilities.max(1).astype(float).round(DIGITS) < unsure_below] = len(self.classes_) + 2
         if refused_from is not None:
             chosen[none >= refused_from] = len(self.classes_)
         chosen[np.isnan(probabilities[:, 0])] = len(self.classes_) + 1

@@ -15,7 +15,9 @@ from finealign.errors import FinealignError
 
 @app.command()
 def adapt(
-    images: Annotated[str, typer.Argument(help="A folder, a .txt list, or a .csv with a column path. No labels.")],
+    images: Annotated[
+        str, typer.Argument(help="A folder, a .txt list, a .csv with a column path, or hf:NAME:SPLIT. No labels.")
+    ],
     classes: Classes,
     descriptions: Annotated[Path | None, typer.Option(help='JSON: {"class": ["a sentence", ...]}.')] = None,
     templates: Templates = None,

@@ -24,6 +24,14 @@ RejectShare = Annotated[
         help="Label 'none of these' what likelier shows no class than one, or about that share, as 0.05.",
     ),
 ]
+LeastConfidence = Annotated[
+    float | None,
+    typer.Option(
+        "--min-confidence",
+        metavar="X",
+        help="Label 'unsure' where no class is as probable as X, as 0.5.",
+    ),
+]
 ExpectedPrior = Annotated[
     Literal["folder", "even"] | None,
     typer.Option(

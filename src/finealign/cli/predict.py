@@ -19,6 +19,7 @@ from finealign.cli.options import (
     Device,
     Exclude,
     ExpectedPrior,
+    LeastConfidence,
     Model,
     Precision,
     RejectShare,
@@ -33,13 +34,20 @@ if TYPE_CHECKING:  # it imports torch, which is slow
 @app.command()
 def predict(
     model: Model,
-    images: Annotated[str, typer.Argument(help="A folder, an image, a .txt list or a .csv with a column path.")],
+    images: Annotated[
+        str, typer.Argument(help="A folder, an image, a .txt list, a .csv with a column path, or hf:NAME:SPLIT.")
+    ],
     out: Annotated[Path | None, typer.Option(help="FILE.csv, .jsonl or .parquet. Default: CSV to the screen.")] = None,
     top_k: Annotated[int, typer.Option(min=1, help="Classes a row.")] = 1,
     use: UsedModel = None,
     class_prior: ExpectedPrior = None,
     score: ScoreKind = None,
     reject: RejectShare = None,
+    min_confidence: LeastConfidence = None,
+    sort_into: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Also link each image in DIR, in a folder of its label.")
+    ] = None,
+    copy: Annotated[bool, typer.Option("--copy", help="With --sort-into: copies in place of links.")] = False,
     exclude: Exclude = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace --out if it is there.")] = False,
     device: Device = "auto",
@@ -50,8 +58,9 @@ def predict(
     with working(as_json):
         from finealign.classifier import FineAlign
         from finealign.cli.bars import Bars
-        from finealign.errors import display_path
-        from finealign.images.listing import left_out_of, list_images
+        from finealign.errors import ConfigError, display_path
+        from finealign.images.listing import left_out_of
+        from finealign.images.sources import find_images
         from finealign.images.tables import set_aside_csv
         from finealign.model.fitted import CALLED
         from finealign.model.inference import readable, tell_blank
@@ -60,11 +69,18 @@ def predict(
             beside,
             best_rows,
             check_destination,
-            refused,
             write_csv,
             write_predictions,
         )
-        from finealign.model.refusal import NONE_OF_THESE, cutoff, read_reject
+        from finealign.model.refusal import (
+            NONE_OF_THESE,
+            UNSURE,
+            cutoff,
+            in_place_of_class,
+            least_confidence,
+            read_reject,
+        )
+        from finealign.model.sorting import Sorter, refuse_within
         from finealign.runtime.distributed import Ranks
         from finealign.types import SetAside
 
@@ -74,27 +90,39 @@ def predict(
         if out:
             check_destination(out, overwrite=overwrite)
             check_destination(beside(out), overwrite=overwrite)
-        paths = list_images(images, exclude=exclude or ())
+        if copy and not sort_into:
+            raise ConfigError("--copy says how --sort-into DIR sorts. Give both, or leave --copy out.")
+        paths = find_images(images, exclude=exclude or ())
+        if sort_into:
+            refuse_within(sort_into, images)
         loaded = FineAlign.load(
             model, use=use, class_prior=class_prior, device=device, precision=precision, ranks=ranks
         )
         refused_from = cutoff(loaded.model_, share)
+        unsure_below = least_confidence(loaded.model_, min_confidence)
         names = loaded.texts_.classes
+        sorter = Sorter(sort_into, names, copy=copy) if sort_into else None
         set_aside: list[SetAside] = []
         rows: list[Row] = []
-        refusals = blanks = 0
+        labels_apart = {NONE_OF_THESE: 0, UNSURE: 0}
+        blanks = 0
         first_blank = ""
 
         def counted(predictions: Iterable["Prediction"]) -> Iterator["Prediction"]:
-            nonlocal refusals, blanks, first_blank
+            nonlocal blanks, first_blank
             for prediction in predictions:
                 if prediction.blank:
                     blanks, first_blank = blanks + 1, first_blank or display_path(prediction.path)
-                refusals += refused(prediction, refused_from)
+                apart = in_place_of_class(prediction, refused_from, unsure_below)
+                if apart:
+                    labels_apart[apart] += 1
+                if sorter and ranks.first:
+                    sorter.add(prediction.path, apart or names[int(prediction.probabilities.argmax())])
                 yield prediction
 
         def go_on() -> str:
-            return "No file was written; the same command starts again."
+            kept = f"What was sorted stays in {sort_into}" if sort_into else "No file was written"
+            return f"{kept}; the same command starts again."
 
         with (
             stoppable(Bars(drawn=ranks.first), go_on=go_on) as progress,
@@ -105,12 +133,14 @@ def predict(
             if not ranks.first:
                 count = sum(1 for _ in predictions)
             elif out:
-                count = write_predictions(predictions, names, out, top_k=top_k, refused_from=refused_from)
+                count = write_predictions(
+                    predictions, names, out, top_k=top_k, refused_from=refused_from, unsure_below=unsure_below
+                )
             elif as_json:
-                rows = list(best_rows(predictions, names, top_k, refused_from=refused_from))
+                rows = list(best_rows(predictions, names, top_k, refused_from=refused_from, unsure_below=unsure_below))
                 count = len(rows)
             else:
-                found = best_rows(predictions, names, top_k, refused_from=refused_from)
+                found = best_rows(predictions, names, top_k, refused_from=refused_from, unsure_below=unsure_below)
                 count = write_csv(found, sys.stdout, min(top_k, len(names)))
         ranks.leave()
         if not ranks.first:
@@ -130,7 +160,11 @@ def predict(
                 "blank": tell_blank(blanks, first_blank),
             }
             if share is not None:
-                result["refused"] = refusals
+                result["refused"] = labels_apart[NONE_OF_THESE]
+            if unsure_below is not None:
+                result["unsure"] = labels_apart[UNSURE]
+            if sorter:
+                result["sorted"] = sorter.as_json()
             print_json(result | ({"out": str(out)} if out else {"predictions": [row.as_json() for row in rows]}))
             return
         notes = Console(stderr=True)
@@ -142,7 +176,14 @@ def predict(
                 f"These are predictions by {CALLED['start']}; --use adapted takes the adapted one.", soft_wrap=True
             )
         if share is not None:
+            refusals = labels_apart[NONE_OF_THESE]
             notes.print(f"{refusals} of {count} are '{NONE_OF_THESE}' (--reject {share}).", soft_wrap=True)
+        if unsure_below is not None:
+            notes.print(
+                f"{labels_apart[UNSURE]} of {count} are '{UNSURE}' (--min-confidence {unsure_below}).", soft_wrap=True
+            )
+        if sorter:
+            notes.print(escape(sorter.told()), soft_wrap=True, highlight=False)
         tell_left_out(left_out_of(paths), notes)
         tell_left_out(tell_blank(blanks, first_blank), notes)
         tell_set_aside([asdict(row) for row in set_aside], notes)

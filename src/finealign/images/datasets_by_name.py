@@ -28,8 +28,8 @@ def is_dataset(source: object) -> bool:
     return isinstance(source, str | Path) and is_saved_dataset(Path(source))
 
 
-def open_dataset(source: str | Path) -> Any:
-    """One split of the dataset that ``source`` names, where ``is_dataset`` says that it names one.
+def open_dataset(source: str | Path) -> tuple[Any, str]:
+    """One split of the dataset that ``source`` names, where ``is_dataset`` says so, and the name of the split.
 
     Raises ImageInputError where the library is missing, there is no such dataset, or it has several splits and none is
     named.
@@ -52,9 +52,9 @@ def open_dataset(source: str | Path) -> Any:
                 f"The dataset {name!r} cannot be loaded ({type(error).__name__}): {sentence(error)} Wanted: {FORM}; it "
                 "is fetched from the hub unless this machine has it. Or give a folder of images."
             ) from error
-        return (
-            found if slicing else _one_split(found, split, f"{PREFIX}{':'.join(filter(None, (name, configuration)))}:")
-        )
+        if slicing:
+            return found, slicing
+        return _one_split(found, split, f"{PREFIX}{':'.join(filter(None, (name, configuration)))}:")
     try:
         found = datasets.load_from_disk(os.fspath(source))
     except Exception as error:  # damaged files make it raise nearly anything
@@ -62,7 +62,9 @@ def open_dataset(source: str | Path) -> Any:
             f"The dataset saved in '{display_path(source)}' cannot be read ({type(error).__name__}): "
             f"{sentence(error)} Save it again."
         ) from error
-    return _one_split(found, None, f"{display_path(source)}/")
+    if isinstance(found, dict):
+        return _one_split(found, None, f"{display_path(source)}/")
+    return found, str(found.split or display_path(Path(source).resolve().name))
 
 
 def _parts(source: str) -> tuple[str, str | None, str | None]:
@@ -75,16 +77,14 @@ def _parts(source: str) -> tuple[str, str | None, str | None]:
     return name, rest[0] if len(rest) == 2 else None, rest[-1] if rest else None
 
 
-def _one_split(found: Any, wanted: str | None, address: str) -> Any:
-    if not isinstance(found, dict):
-        return found
+def _one_split(found: dict[str, Any], wanted: str | None, address: str) -> tuple[Any, str]:
     if wanted is None and len(found) == 1:
-        return next(iter(found.values()))
+        wanted = next(iter(found))
     if wanted not in found:
         names = first_few((f"'{address}{name}'" for name in found), len(found), 10)
         problem = f"has no split {wanted!r}" if wanted else "has several splits"
         raise ImageInputError(f"The dataset {problem}. Valid: {names}.")
-    return found[wanted]
+    return found[wanted], wanted
 
 
 def _is_file(path: Path) -> bool:

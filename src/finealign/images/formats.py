@@ -6,6 +6,18 @@ HEAD = 64  # bytes of a file that are enough
 # Formats that are read, by Pillow's names. No other decoder of Pillow is given a file: some start external programs
 # (EPS), others read what is no photo. HEIF needs the package pillow-heif.
 READ = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "HEIF")
+SUFFIX_OF: Mapping[str, str] = {  # the usual ending of each
+    "JPEG": ".jpg",
+    "PNG": ".png",
+    "WEBP": ".webp",
+    "GIF": ".gif",
+    "BMP": ".bmp",
+    "TIFF": ".tif",
+    "AVIF": ".avif",
+    "JPEG2000": ".jp2",
+    "PPM": ".ppm",
+    "HEIF": ".heic",
+}
 # What the named formats are called where they are refused, and whether a photo is likely in them.
 REFUSED: Mapping[str, tuple[str, bool]] = {
     "JPEG XL": ("a JPEG XL image", True),

@@ -101,20 +101,21 @@ def held_images(images: Any) -> Sequence[ImagePath]:
     if isinstance(images, np.ndarray | torch.Tensor):
         return _of_array(images)
     if hasattr(images, "cast_column"):
-        return _of_rows(images)
+        return images_of_rows(images)
     if isinstance(images, Mapping):
         names = first_few(map(str, images), len(images), 5)
         raise ImageInputError(f"Found a mapping of {names}, wanted images. Give one of its values, as images['train'].")
     _refuse_unclear(images)
+    dataset = isinstance(images, Dataset)
     by_index = hasattr(images, "__getitem__") and hasattr(images, "__len__")
     if not by_index and not isinstance(images, Iterable):
         raise ImageInputError(f"Found {_article(images)}, wanted {TAKEN}.")
     # A column of a table also has an index, of labels and not of places.
-    if not by_index or (isinstance(images, Iterable) and not isinstance(images, Sequence | Dataset)):
+    if not by_index or (isinstance(images, Iterable) and not isinstance(images, Sequence) and not dataset):
         images = _consumed(images)
     if not len(images):
         raise ImageInputError("The list of images is empty. Give at least one image or path.")
-    return HeldImages(images, lists=isinstance(images, Dataset))
+    return HeldImages(images, lists=dataset)
 
 
 def stream(images: Iterable[Any]) -> Iterator[ImagePath]:
@@ -316,26 +317,27 @@ def _article(thing: object) -> str:
 # --- Hugging Face datasets ------------------------------------------------------------------------------------------
 
 
-def _of_rows(rows: Any) -> Sequence[ImagePath]:
+def images_of_rows(rows: Any, *, called: str = "") -> Sequence[ImagePath]:
     """The image column of a Hugging Face dataset, as the bytes of its files. Raises ImageInputError.
 
-    A streamed dataset is consumed, and its files are kept.
+    Row 3 of the split train is called ``train/3``, or with another prefix if ``called`` is given. A streamed dataset is
+    consumed, and its files are kept.
     """
     if isinstance(rows, Mapping):
         raise ImageInputError(
             f"Found a dataset with the splits {', '.join(rows)}. Give one of them, as images['train']."
         )
-    split = f"{rows.split}/" if getattr(rows, "split", None) else "image "
+    called = called or (f"{rows.split}/" if getattr(rows, "split", None) else "image ")
     if rows.features is None:  # a streamed dataset that does not know its columns
-        return HeldImages(_consumed(rows), called=split)
+        return HeldImages(_consumed(rows), called=called)
     name = _image_column(rows.features)
     files = rows.with_format(None).select_columns([name])
     files = files.cast_column(name, replace(rows.features[name], decode=False))
     if hasattr(files, "__len__"):
         if not len(files):
             raise ImageInputError("The dataset has no rows. Give one that has.")
-        return HeldImages(_Column(files, name), called=split)
-    return HeldImages([row[name] for row in files], called=split)
+        return HeldImages(_Column(files, name), called=called)
+    return HeldImages([row[name] for row in files], called=called)
 
 
 def _image_column(features: Mapping[str, Any]) -> str:

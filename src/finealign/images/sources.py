@@ -6,7 +6,7 @@ from pathlib import Path
 
 from finealign.errors import ImageInputError, display_path
 from finealign.images.datasets_by_name import is_dataset, open_dataset
-from finealign.images.held import Images, held_images
+from finealign.images.held import Images, held_images, images_of_rows
 from finealign.images.listing import list_images
 from finealign.images.paths import PathList
 from finealign.types import HeldImage, ImagePath
@@ -45,4 +45,5 @@ def find_images(source: Images, *, exclude: Sequence[str] = ()) -> Sequence[Imag
             f"'{display_path(source)}' is a dataset, of which no file can be excluded by name. Filter it, or leave out "
             "--exclude (data.exclude)."
         )
-    return held_images(open_dataset(named))
+    rows, split = open_dataset(named)
+    return images_of_rows(rows, called=f"{split}/")

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finealign.errors import OutputError, display_path, unknown_name
-from finealign.model.refusal import NONE_OF_THESE
+from finealign.model.refusal import DIGITS, NONE_OF_THESE, in_place_of_class
 from finealign.runtime.atomic import row_writer
 from finealign.types import Explanation, Prediction
 
@@ -36,12 +36,18 @@ class Row:
 
 
 def best_rows(
-    predictions: Iterable[Prediction], classes: Sequence[str], top_k: int, *, refused_from: float | None = None
+    predictions: Iterable[Prediction],
+    classes: Sequence[str],
+    top_k: int,
+    *,
+    refused_from: float | None = None,
+    unsure_below: float | None = None,
 ) -> Iterator[Row]:
     """Yield the ``top_k`` most probable classes of each prediction. Ties go to the class named first.
 
     Where ``none`` is at least ``refused_from``, "none of these" comes first, with ``none`` for its confidence, and then
-    the classes with theirs, ``top_k`` in all.
+    the classes with theirs, ``top_k`` in all. Of the others, where no class is as probable as ``unsure_below``,
+    "unsure" comes first, with the confidence of the best class.
     """
     for prediction in predictions:
         by_start = prediction.start_probabilities
@@ -49,14 +55,9 @@ def best_rows(
         start = None if by_start is None else (label, confidence)
         best = _best(prediction.probabilities, classes, top_k)
         none = _rounded(prediction.none)
-        if refused(prediction, refused_from):
-            best = _refused(best, none)
+        if apart := in_place_of_class(prediction, refused_from, unsure_below):
+            best = _behind(apart, best, none)
         yield Row(display_path(prediction.path), *best, start, none)
-
-
-def refused(outcome: Prediction | Explanation, refused_from: float | None) -> bool:
-    """Whether the label is "none of these"."""
-    return refused_from is not None and outcome.none is not None and outcome.none >= refused_from
 
 
 def explained(
@@ -70,8 +71,8 @@ def explained(
     """
     start = found.start_probabilities
     best, none = _best(found.probabilities, classes, top_k), _rounded(found.none)
-    if refused(found, refused_from):
-        best = _refused(best, none)
+    if label := in_place_of_class(found, refused_from):
+        best = _behind(label, best, none)
     return {
         **_top(*best),
         "start": None if start is None else _top(*_best(start, classes, top_k)),
@@ -88,12 +89,14 @@ def explained(
 
 def _best(probabilities: NDArray[np.float32], classes: Sequence[str], top_k: int) -> tuple[list[str], list[float]]:
     order = np.argsort(-probabilities, kind="stable")[:top_k]
-    return [classes[index] for index in order], [round(float(probabilities[index]), 6) for index in order]
+    return [classes[index] for index in order], [round(float(probabilities[index]), DIGITS) for index in order]
 
 
-def _refused(best: tuple[list[str], list[float]], none: float | None) -> tuple[list[str], list[float]]:
+def _behind(label: str, best: tuple[list[str], list[float]], none: float | None) -> tuple[list[str], list[float]]:
+    """The best classes behind a label that is none of them."""
     labels, confidences = best
-    return [NONE_OF_THESE, *labels[:-1]], [none or 0.0, *confidences[:-1]]
+    confidence = none or 0.0 if label == NONE_OF_THESE else confidences[0]
+    return [label, *labels[:-1]], [confidence, *confidences[:-1]]
 
 
 def _rounded(none: float | None) -> float | None:
@@ -132,12 +135,13 @@ def write_predictions(
     top_k: int = 1,
     with_start: bool = False,
     refused_from: float | None = None,
+    unsure_below: float | None = None,
 ) -> int:
     """Write the predictions, in the format of the file's suffix, and return how many there were.
 
     The file is complete or not there. ``with_start``, for CSV only, adds two columns for the model before adaptation;
-    the predictions must have been made with it. ``refused_from`` is as for ``best_rows``. Raises OutputError if the
-    file cannot be written, and ValueError if ``with_start`` is used with another format.
+    the predictions must have been made with it. ``refused_from`` and ``unsure_below`` are as for ``best_rows``.
+    Raises OutputError if the file cannot be written, and ValueError if ``with_start`` is used with another format.
     """
     if with_start and path.suffix != ".csv":
         raise ValueError(f"the start has columns in CSV alone, not in {path.suffix}")
@@ -146,7 +150,8 @@ def write_predictions(
         path.parent.mkdir(parents=True, exist_ok=True)
         write = partial(_write_csv, with_start=True) if with_start else WRITERS[path.suffix]
         top_k = min(top_k, len(classes))
-        count = write(best_rows(predictions, classes, top_k, refused_from=refused_from), temporary, top_k)
+        rows = best_rows(predictions, classes, top_k, refused_from=refused_from, unsure_below=unsure_below)
+        count = write(rows, temporary, top_k)
         temporary.replace(path)
     except OSError as error:
         raise OutputError(f"{path} cannot be written: {error}. Choose another --out.") from error

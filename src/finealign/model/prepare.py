@@ -23,6 +23,7 @@ class Prepared:
     config: Config  # resolved for these images, classes and backbone
     paths: Sequence[ImagePath]  # of the images to adapt to; none has been opened yet
     backbone: Backbone
+    unknown_words: str = ""  # what to tell of class names that the tokenizer has no words for
 
 
 def prepare(
@@ -37,7 +38,14 @@ def prepare(
     if text_features is None:
         text_features = backbone.encode_texts(texts)
     resolved = resolve(config, images=max(1, len(paths)), classes=len(texts.classes), input_size=backbone.input_size)
-    return Prepared(texts=texts, text_features=text_features, config=resolved, paths=paths, backbone=backbone)
+    return Prepared(
+        texts=texts,
+        text_features=text_features,
+        config=resolved,
+        paths=paths,
+        backbone=backbone,
+        unknown_words=unknown_words(texts, backbone),
+    )
 
 
 def unknown_words(texts: Texts, backbone: Backbone) -> str:

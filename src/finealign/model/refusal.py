@@ -1,4 +1,4 @@
-"""Images that show none of the classes, at prediction: from which ``none`` on an image is refused a class.
+"""Labels that are no class: images that seem to show none of the classes, and those whose class is too uncertain.
 
 [ours]: the paper gives every image one of the classes. ``method/strangers.py`` says how ``none`` comes about.
 """
@@ -9,9 +9,11 @@ from numbers import Real
 from finealign.errors import ConfigError
 from finealign.method.strangers import threshold
 from finealign.model.fitted import FittedModel
-from finealign.types import Reject
+from finealign.types import Explanation, Prediction, Reject
 
 NONE_OF_THESE = "none of these"  # the label of an image that is refused
+UNSURE = "unsure"  # the label of an image whose best class is less probable than asked for
+DIGITS = 6  # of a confidence that are written, and held against the least one that is asked for
 LIKELY = 0.5  # from which ``none`` on an image seems to show none of the classes
 
 
@@ -53,12 +55,7 @@ def cutoff(model: FittedModel, reject: Reject | None) -> float | None:
     wanted = check_reject(reject)
     if wanted is None:
         return None
-    for name in model.texts.classes:
-        if name.strip().casefold() == NONE_OF_THESE:
-            raise ConfigError(
-                f"A class is called {name!r}, which is also the label of images that are refused. Leave reject out and "
-                "go by the column none, or adapt with another name for the class."
-            )
+    _refuse_class(model, NONE_OF_THESE, "refused. Leave reject out and go by the column none")
     strangers = model.tells_strangers
     if strangers is None:
         raise ConfigError(
@@ -67,3 +64,40 @@ def cutoff(model: FittedModel, reject: Reject | None) -> float | None:
             "differ. Adapt again so, or leave reject out."
         )
     return LIKELY if wanted == "auto" else threshold(strangers, wanted)
+
+
+def least_confidence(model: FittedModel, wanted: float | None) -> float | None:
+    """Return ``wanted`` if it is a probability above 0 and at most 1, or None: any class is good enough.
+
+    Raises ConfigError for another value, and if a class is called "unsure" itself.
+    """
+    if wanted is None:
+        return None
+    if isinstance(wanted, bool) or not isinstance(wanted, Real) or not 0 < float(wanted) <= 1:
+        raise ConfigError(
+            f"min_confidence: found {wanted!r:.100}. Valid: a probability above 0 and at most 1, as 0.5. Labels of "
+            f"less are written as '{UNSURE}'."
+        )
+    _refuse_class(model, UNSURE, "not sure enough. Leave min_confidence out and go by the column confidence")
+    return float(wanted)
+
+
+def _refuse_class(model: FittedModel, label: str, of_what: str) -> None:
+    """Raise ConfigError where a class is called as images are labelled that get no class."""
+    for name in model.texts.classes:
+        if name.strip().casefold() == label:
+            raise ConfigError(
+                f"A class is called {name!r}, which is also the label of images that are {of_what}, or adapt with "
+                "another name for the class."
+            )
+
+
+def in_place_of_class(
+    outcome: Prediction | Explanation, refused_from: float | None = None, unsure_below: float | None = None
+) -> str | None:
+    """The label of an image that gets no class: "none of these" before "unsure"; None for one that gets its class."""
+    if refused_from is not None and outcome.none is not None and outcome.none >= refused_from:
+        return NONE_OF_THESE
+    if unsure_below is not None and round(float(outcome.probabilities.max()), DIGITS) < unsure_below:
+        return UNSURE
+    return None

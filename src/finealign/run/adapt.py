@@ -6,6 +6,7 @@ with the images, texts, settings and weights that it began with.
 
 import json
 import math
+import re
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -19,6 +20,7 @@ import yaml
 from finealign.classifier import FineAlign
 from finealign.config import Config, write_config
 from finealign.errors import FinealignError, NotFiniteError, OutputError, StoppedError
+from finealign.images.datasets_by_name import PREFIX
 from finealign.images.held import Images
 from finealign.images.listing import left_out_of
 from finealign.images.tables import set_aside_csv
@@ -335,7 +337,11 @@ def default_folder(images: Images, config: Config) -> Path:
 
     It depends on the images, method and seed alone, so that the same command finds the same folder again.
     """
-    name = Path(str(images)).resolve().name if isinstance(images, str | Path) else "images"
+    name = "images"
+    if isinstance(images, str) and images.startswith(PREFIX):
+        name = re.sub(r"[^\w.-]+", "-", images.removeprefix(PREFIX)).strip("-.") or name
+    elif isinstance(images, str | Path):
+        name = Path(images).resolve().name
     return Path("runs") / f"{name}-{config.method.name}-seed{config.seed}"
 
 

@@ -17,7 +17,7 @@ from finealign.method.copies import copies
 
 Floats = NDArray[np.floating[Any]]
 Ints = NDArray[np.int64]
-Kind = Literal["few_images", "absent", "dominant", "copies", "alike"]
+Kind = Literal["few_images", "absent", "dominant", "copies", "alike", "unknown_words"]
 
 NAMED = 8  # most classes or pairs named in a message
 FEW = 5  # images a class below which there are few
