@@ -491,6 +491,31 @@ def test_predict__out_in_each_format(made: Made, tmp_path: Path, ending: str) ->
     }
 
 
+def test_predict__sorts_into_folders_by_the_labels_it_writes(made: Made, tmp_path: Path) -> None:
+    plain = table(command("predict", made.run, made.photos, *PRECISE).stdout)
+    least = str(sorted(float(row["confidence"]) for row in plain)[12])
+    arguments = ["predict", made.run, made.photos, *PRECISE, "--min-confidence", least, "--sort-into", tmp_path / "in"]
+    result = command(*arguments)
+    rows = table(result.stdout)
+    assert [row["label"] for row in rows].count("unsure") == sum(
+        float(row["confidence"]) < float(least) for row in plain
+    )
+    assert [row["confidence"] for row in rows] == [row["confidence"] for row in plain]
+    placed = {path.readlink(): path.parent.name for path in (tmp_path / "in").rglob("*.png")}
+    assert placed == {Path(row["path"]): {"unsure": "_unsure"}.get(row["label"], row["label"]) for row in rows}
+    assert (
+        f"24 images linked in {tmp_path / 'in'}" in result.stderr and "are 'unsure' (--min-confidence" in result.stderr
+    )
+    found = only_json(command(*arguments, "--json"))
+    assert found["sorted"] | {"renamed": 0} == {
+        "into": str(tmp_path / "in"),
+        "images": 24,
+        "renamed": 0,
+        "problems": [],
+    }
+    assert found["unsure"] == [row["label"] for row in rows].count("unsure")
+
+
 def test_predict__what_is_there_stays(made: Made, tmp_path: Path) -> None:
     out = tmp_path / "labels.csv"
     out.write_text("mine", encoding="utf-8")

@@ -125,7 +125,7 @@ def test_array__sixteen_bits_are_read_as_a_file_of_them(tmp_path: Path) -> None:
     deep = (np.arange(ROWS * COLUMNS) * 100).astype(np.uint16).reshape(ROWS, COLUMNS)
     Image.fromarray(deep).save(tmp_path / "deep.png")
     for white in ("auto", 2000.0):
-        from_file = np.asarray(read_image(tmp_path / "deep.png", white_value=white))  # type: ignore[arg-type]
+        from_file = np.asarray(read_image(tmp_path / "deep.png", white_value=white))
         np.testing.assert_array_equal(read(deep, white_value=white), from_file)
 
 

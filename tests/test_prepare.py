@@ -251,3 +251,10 @@ def test_prepare__names_in_latin_letters_are_not_told_of(tiny_backbone: Tiny, ph
     with warnings.catch_warnings():
         warnings.simplefilter("error", CautionWarning)
         model.prepare(photos)
+
+
+def test_fit__the_caution_of_unknown_words_is_kept(tiny_backbone: Tiny, photos: Path) -> None:
+    """``cautions_`` is what run.json and the report have."""
+    model = FineAlign(["三毛猫", "tabby cat"], backbone=tiny_backbone("transformer"), method="cupl").fit(photos)
+    (caution,) = model.cautions_
+    assert caution.kind == "unknown_words" and "'三毛猫' as 8" in caution.message

@@ -92,6 +92,14 @@ def run(finished: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(finished, tmp_path / "run"))
 
 
+def test_render__says_what_was_left_out(run: Path) -> None:
+    told = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    sentence = "Left out: 3 files that are no images (3 .mov)."
+    assert "Left out" not in Reader(render(run)).text
+    (run / "run.json").write_text(json.dumps(told | {"left_out": sentence}), encoding="utf-8")
+    assert sentence in Reader(render(run)).text
+
+
 def rows(run: Path) -> list[dict[str, str]]:
     return list(csv.DictReader((run / "predictions.csv").read_text(encoding="utf-8").splitlines()))
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from finealign.config import read_config
     from finealign.evaluate.summary import evaluate_predictions
     from finealign.evaluate.truth import read_truth
+    from finealign.images.sources import find_images
     from finealign.model.prepare import Prepared
     from finealign.run.adapt import adapt_into
     from finealign.run.report import write_report
@@ -32,6 +33,7 @@ __all__ = [
     "adapt_into",
     "errors",
     "evaluate_predictions",
+    "find_images",
     "judge_model",
     "load_backbone",
     "read_config",
@@ -47,6 +49,7 @@ _PLACES = {
     "Ranks": "runtime.distributed",
     "adapt_into": "run.adapt",
     "evaluate_predictions": "evaluate.summary",
+    "find_images": "images.sources",
     "judge_model": "run.verdict",
     "load_backbone": "backbone.load",
     "read_config": "config",
