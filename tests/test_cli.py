@@ -494,7 +494,16 @@ def test_predict__out_in_each_format(made: Made, tmp_path: Path, ending: str) ->
 def test_predict__sorts_into_folders_by_the_labels_it_writes(made: Made, tmp_path: Path) -> None:
     plain = table(command("predict", made.run, made.photos, *PRECISE).stdout)
     least = str(sorted(float(row["confidence"]) for row in plain)[12])
-    arguments = ["predict", made.run, made.photos, *PRECISE, "--min-confidence", least, "--sort-into", tmp_path / "in"]
+    arguments: list[str | Path] = [
+        "predict",
+        made.run,
+        made.photos,
+        *PRECISE,
+        "--min-confidence",
+        least,
+        "--sort-into",
+        tmp_path / "in",
+    ]
     result = command(*arguments)
     rows = table(result.stdout)
     assert [row["label"] for row in rows].count("unsure") == sum(
