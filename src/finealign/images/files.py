@@ -19,6 +19,10 @@ class ImageReadError(ImageInputError):
     """One image cannot be read. The message is the reason alone, without the path."""
 
 
+class TooManyPixelsError(ImageReadError):
+    """The image has more pixels than it may have here."""
+
+
 def open_regular(path: Path) -> io.BufferedReader:
     """Open the file or the shard member at ``path`` for reading bytes.
 
