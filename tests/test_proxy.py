@@ -8,6 +8,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -190,8 +191,7 @@ def free_port() -> int:
 
 def test_nginx__the_how_to_works(model: FineAlign, tmp_path: Path) -> None:
     program, port = nginx(), free_port()
-    where = {"allow_hosts": ["birds.example"], "root_path": "/birds"}
-    with running(model, **where) as server:
+    with running(model, allow_hosts=["birds.example"], root_path="/birds") as server:
         (tmp_path / "users").write_text("me:{PLAIN}secret\n")
         kinds = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
         temporary = (f"{kind}_temp_path {tmp_path}/{kind};" for kind in kinds)
@@ -200,7 +200,7 @@ def test_nginx__the_how_to_works(model: FineAlign, tmp_path: Path) -> None:
             f"daemon off; {user} pid {tmp_path}/pid; error_log {tmp_path}/log;\nevents {{}}\n"
             f"http {{\naccess_log off;\n{' '.join(temporary)}\n{snippet(server, port, tmp_path)}}}\n"
         )
-        command = [program, "-p", tmp_path, "-c", tmp_path / "nginx.conf"]
+        command = [program, "-p", str(tmp_path), "-c", str(tmp_path / "nginx.conf")]
         with subprocess.Popen(command, stderr=subprocess.PIPE) as going:
             try:
                 address = f"http://127.0.0.1:{port}"
@@ -293,8 +293,7 @@ def test_allow_origin__every_site_where_that_is_said(model: FineAlign) -> None:
 
 def test_allow_origin__none_is_allowed_by_default(model: FineAlign) -> None:
     with running(model) as address:
-        for headers in ({}, {"Origin": address}):
-            answer = ask(address, "/model", **headers)
+        for answer in (ask(address, "/model"), ask(address, "/model", Origin=address)):
             assert answer.status == 200
             assert not [name for name in answer.headers if name.lower().startswith("access-control") or name == "vary"]
 
@@ -351,7 +350,7 @@ def test_allow_origin__in_a_browser(model: FineAlign, browser: Browser) -> None:
 def test_predict__an_upload_that_cannot_be_kept_is_507(
     model: FineAlign, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
-    class Full(formparsers.SpooledTemporaryFile):  # type: ignore[misc,type-arg]
+    class Full(tempfile.SpooledTemporaryFile[bytes]):
         def rollover(self) -> None:
             raise OSError(number, "No space left on device")
 
