@@ -1,6 +1,6 @@
 # finealign on CPUs, as a user without rights. docs/how-to/serve.md has how to run it.
 FROM python:3.12-slim AS build
-# PyTorch's packages without CUDA, which are a tenth in size. For a GPU: --build-arg TORCH_INDEX=https://pypi.org/simple
+# PyTorch without the gigabytes of CUDA. For a GPU: --build-arg TORCH_INDEX=https://pypi.org/simple
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 RUN python -m venv /venv
 ENV PATH=/venv/bin:$PATH
