@@ -50,12 +50,10 @@ _MAGIC = {  # a file starts with one of these
     b"SIMPLE  =": "FITS",
     b"\x1aE\xdf\xa3": "VIDEO",
     b"version https://git-lfs": "LFS",
-    b"PK\x03\x04": "ZIP",
 }
 _INSTEAD = {  # what lies there in place of an image
     "HEIF": "a HEIC image, for which a package is missing: pip install 'finealign[heic]'",
     "LFS": "a pointer of Git LFS in place of the image, which git lfs pull fetches",
-    "ZIP": "a ZIP archive and no image; unpack it",
 }
 _HEIF_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1"}
 
