@@ -49,11 +49,6 @@ _MAGIC = {  # a file starts with one of these
     b"%!PS": "EPS",
     b"SIMPLE  =": "FITS",
     b"\x1aE\xdf\xa3": "VIDEO",
-    b"version https://git-lfs": "LFS",
-}
-_INSTEAD = {  # what lies there in place of an image
-    "HEIF": "a HEIC image, for which a package is missing: pip install 'finealign[heic]'",
-    "LFS": "a pointer of Git LFS in place of the image, which git lfs pull fetches",
 }
 _HEIF_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1"}
 
@@ -80,8 +75,8 @@ def is_photo(name: str | None) -> bool:
 
 def why_refused(name: str | None) -> str:
     """Why a file of this format is not read, in a few words."""
-    if name in _INSTEAD:
-        return _INSTEAD[name]
+    if name == "HEIF":
+        return "a HEIC image, for which a package is missing: pip install 'finealign[heic]'"
     if name not in REFUSED:
         return "not an image"
     return f"{REFUSED[name or ''][0]}, which is not supported; save it as JPEG or PNG"
