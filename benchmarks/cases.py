@@ -108,7 +108,7 @@ def _lists() -> Iterator[Case]:
     yield case("bullets.txt", "• pansy\n• iris\n", "refused", "take the mark before it away")
     yield case("lines of an old Macintosh.txt", names.replace("\n", "\r"), "read", "pansy, iris, daisy")
     yield case("UTF-32.txt", names.encode("utf-32"), "read", "pansy, iris, daisy")
-    yield Case("class list", "a folder", Path.mkdir, "refused", "Found a folder in --classes")
+    yield Case("class list", "a folder", Path.mkdir, "refused", "Found a folder")
 
 
 ID2LABEL = '{"model_type": "vit", "id2label": {"0": "pansy", "1": "iris"}, "label2id": {"pansy": 0, "iris": 1}}'

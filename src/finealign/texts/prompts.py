@@ -47,7 +47,7 @@ def read_classes(source: str | Path) -> tuple[str, ...]:
     if text.lstrip().startswith("[") and text.rstrip().endswith("]"):
         return check_classes(names_in_json(text, "The list in --classes"), where="--classes")
     if "," not in text:
-        found = "Found a folder" if text and _is_there(path, Path.is_dir) else "Found neither a file nor a list"
+        found = "Found a folder, which is neither a file nor a list," if text and _is_there(path, Path.is_dir) else "Found neither a file nor a list"
         raise PromptError(
             f"{found} in --classes {text!r:.200}. Wanted: a text file with one class name a "
             "line, or names with commas between them, as 'robin,wren,finch'."
@@ -72,7 +72,7 @@ def check_classes(names: Sequence[str], *, where: str = "the list of classes") -
     not_text = [name for name in names if not isinstance(name, str)]
     if not_text:
         raise PromptError(f"{where}: {not_text[0]!r:.100} is not text. Wanted: class names as text.")
-    cleaned = tuple(" ".join(_AROUND.sub("", unicodedata.normalize("NFC", name)).split()) for name in names)
+    cleaned = tuple(" ".join(unicodedata.normalize("NFC", name).split()) for name in names)
     for name in cleaned:
         if any(unicodedata.category(character) in ("Cc", "Cs") for character in name):
             raise PromptError(f"{where}: the name {name!r:.100} holds a control character or half of one. Remove it.")
@@ -85,7 +85,7 @@ def check_classes(names: Sequence[str], *, where: str = "the list of classes") -
     if len(cleaned) < 2:
         content = f"only {cleaned[0]!r:.100}" if cleaned else "no name"
         raise PromptError(f"{where} holds {content}. Wanted: at least two classes, or there is nothing to tell apart.")
-    return cleaned
+    return tuple(_AROUND.sub("", name) for name in cleaned)
 
 
 def _refuse_twins(names: Sequence[str], where: str) -> None:
