@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# PyTorch without CUDA, for Linux without an NVIDIA driver. Where this index is out of reach, PyTorch comes from PyPI.
+CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 
 .PHONY: install test nightly lint types demo docs clean
 
@@ -10,6 +12,9 @@ install: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
+	@if [ "$$(uname -s)" = Linux ] && [ ! -e /proc/driver/nvidia/version ] && [ ! -e /dev/dxg ] && \
+		$(BIN)/python -c "from urllib.request import urlopen; urlopen('$(CPU_INDEX)/torch/', timeout=5)" 2> /dev/null; \
+	then $(BIN)/pip install --quiet --index-url $(CPU_INDEX) 'torch>=2.6' 'torchvision>=0.21' || true; fi
 	$(BIN)/pip install --quiet --editable '.[dev]'
 	touch $@
 

@@ -5,7 +5,7 @@ import shutil
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -30,12 +30,12 @@ ARGUMENTS = [
 
 
 @contextmanager
-def running(model: "FineAlign", limits: "Limits | None" = None, host: str = "127.0.0.1") -> Iterator[str]:
-    """The address of a server that answers by a fitted model, on a free port."""
+def running(model: "FineAlign", limits: "Limits | None" = None, host: str = "127.0.0.1", **where: Any) -> Iterator[str]:
+    """The address of a server that answers by a fitted model, on a free port. ``where`` is as for ``Listener``."""
     from finealign.serve.forms import Limits
     from finealign.serve.server import Listener
 
-    server, listening = Listener(model, host, 0, limits or Limits()), threading.Event()
+    server, listening = Listener(model, host, 0, limits or Limits(), **where), threading.Event()
     thread = threading.Thread(target=server.run, args=[lambda _: listening.set()])
     thread.start()
     try:

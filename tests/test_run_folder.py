@@ -20,6 +20,7 @@ from finealign.config import Config, read_config
 from finealign.errors import BackboneError, FinealignError, ImageInputError, OutputError
 from finealign.images.listing import list_images
 from finealign.run.adapt import RunSummary, adapt_into, default_folder, plan
+from finealign.run.contract import LOCK
 from finealign.runtime.progress import Progress, Stage
 
 Tiny = Callable[[str], str]
@@ -301,6 +302,25 @@ def test_adapt_into__nothing_to_resume(album: Path, tiny_backbone: Tiny, tmp_pat
     assert (tmp_path / "run").exists() == there
 
 
+@pytest.mark.parametrize(
+    ("there", "how", "told"),
+    [
+        ("a run", {}, "already holds a run"),
+        ("things", {"overwrite": True}, "is not a run folder"),
+        ("nothing", {"resume": True}, "Nothing to resume"),
+        ("a lock", {"overwrite": True}, "is being written by another process"),
+    ],
+)
+def test_adapt_into__what_is_there_is_told_before_anything_is_loaded(
+    there: str, how: dict[str, Any], told: str, tmp_path: Path
+) -> None:
+    """A backbone may take minutes to fetch: this one is nowhere."""
+    if there != "nothing":
+        (tmp_path / {"a run": "run.json", "things": "thesis.txt", "a lock": LOCK}[there]).write_text("{}")
+    with pytest.raises(OutputError, match=told):
+        adapt(tmp_path, "no such photos", tiny_config("local-dir:nowhere"), **how)
+
+
 @pytest.mark.parametrize("below", ["", "run"])
 @pytest.mark.parametrize("how", [{}, {"resume": True}, {"overwrite": True}], ids=str)
 def test_adapt_into__out_is_a_file(
@@ -454,6 +474,10 @@ def test_adapt_into__resumed_is_the_uninterrupted_run(
     assert (folder / "config.yaml").read_bytes() == (finished / "config.yaml").read_bytes()
     assert summary.epochs == run_json(folder)["epochs"] == EPOCHS
     assert (run_json(folder)["status"], run_json(folder)["resumed"]) == ("complete", True)
+    for what in ("cautions", "crop_trust", "class_prior"):  # found out before the first step, which was not repeated
+        assert run_json(folder)[what] == run_json(finished)[what]
+    assert run_json(folder)["crop_trust"]["explained"]
+    assert run_json(folder)["cautions"]
     assert not list(folder.rglob("*.part"))
     clocks = {"seconds": 0, "images_per_second": 0}
     assert [line | clocks for line in metrics(folder)] == [line | clocks for line in metrics(finished)]

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from conftest import HANG
+from conftest import HANG, unprivileged
 from finealign.cli.streams import tell_escaped
 from finealign.runtime.home import ensure_home
 
@@ -152,8 +152,25 @@ def test_ensure_home__is_private_and_stays(tmp_path: Path, monkeypatch: pytest.M
     assert Path(os.environ["HOME"]) != home
 
 
-def test_ensure_home__leaves_one_that_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", "/somewhere")
+@pytest.mark.parametrize("home", ["there", "not/yet/there", "read-only"])
+def test_ensure_home__leaves_one_that_can_be_used(home: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "there").mkdir()
+    (tmp_path / "read-only" / ".cache").mkdir(parents=True)  # it may have weights
+    (tmp_path / "read-only").chmod(0o555)
+    monkeypatch.setenv("HOME", str(tmp_path / home))
     monkeypatch.setenv("USER", "somebody")
-    ensure_home()
-    assert (os.environ["HOME"], os.environ["USER"]) == ("/somewhere", "somebody")
+    with unprivileged():
+        ensure_home()
+    assert (os.environ["HOME"], os.environ["USER"]) == (str(tmp_path / home), "somebody")
+
+
+@pytest.mark.parametrize("home", ["closed", "closed/deeper"])
+def test_ensure_home__one_that_cannot_be_written_is_none(
+    home: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "closed").mkdir(mode=0o555)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setenv("HOME", str(tmp_path / home))
+    with unprivileged():
+        ensure_home()
+    assert os.environ["HOME"] == str(tmp_path / f"finealign-home-{os.getuid()}")

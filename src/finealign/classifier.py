@@ -1,8 +1,8 @@
 """The classifier: ``FineAlign`` with ``fit``, ``predict``, ``predict_proba``, ``save`` and ``load``."""
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -319,6 +319,7 @@ class FineAlign(Estimator):
                 checkpoints=checkpoints,
                 on_epoch=on_epoch,
                 on_stock=lambda stock: self._keep_stock(stock, progress),
+                on_resume=self._recall_stock,
                 name_of=lambda image: display_path(self.paths_[image]),
                 ranks=self._ranks,
             )
@@ -329,8 +330,11 @@ class FineAlign(Estimator):
                 parameter.grad = None
             backbone.load_norms(untrained.start_norms)  # the weights it was loaded with, for other models
 
-    def _keep_stock(self, stock: Stock, progress: Progress) -> None:
-        """Keep what was decided by, and say what speaks against training on these images, before it begins."""
+    def _keep_stock(self, stock: Stock, progress: Progress) -> dict[str, Any]:
+        """Keep what was decided by, and say what speaks against training on these images, before it begins.
+
+        Returns what was kept, as JSON values for ``_recall_stock``.
+        """
         self.explained_, texts = stock.explained, self.texts_
         found = cautions(
             stock.weak,
@@ -346,6 +350,12 @@ class FineAlign(Estimator):
         self.cautions_ += found
         for caution in found if self._ranks.first else ():
             progress.caution(caution.message)
+        return {"explained": list(self.explained_.items()), "cautions": [asdict(caution) for caution in found]}
+
+    def _recall_stock(self, kept: dict[str, Any]) -> None:
+        """Take up what ``_keep_stock`` kept, in a run that continues. The user was told before."""
+        self.explained_ = {float(share): float(value) for share, value in kept["explained"]}
+        self.cautions_ += [Caution(**caution) for caution in kept["cautions"]]
 
     def sampled_features(
         self, images: Sequence[ImagePath], *, start: ImageFeatures | None = None

@@ -54,7 +54,7 @@ def adapt(
         from finealign.cli.bars import Bars
         from finealign.config import read_config
         from finealign.method.registry import method_settings, require_class_prior
-        from finealign.run.adapt import adapt_into, default_folder, plan
+        from finealign.run.adapt import adapt_into, default_folder, plan, refuse_early
         from finealign.run.contract import RUN
         from finealign.runtime.distributed import Ranks
         from finealign.texts.prompts import read_classes, read_descriptions, read_templates
@@ -86,6 +86,7 @@ def adapt(
             raise FinealignError("--resume continues what is there and --overwrite removes it. Give one of them.")
         folder = out or default_folder(images, chosen)
         if dry_run:
+            refuse_early(folder, resume=resume, overwrite=overwrite, ranks=ranks)
             prepared = model.prepare(images, progress=Bars(drawn=ranks.first))
             planned = plan(folder, prepared, resume=resume, overwrite=overwrite)
             if ranks.first:

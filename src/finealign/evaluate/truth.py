@@ -57,7 +57,8 @@ def read_truth(
     unknown = Counter(name for _, name in labelled if len(index[name]) != 1)
     known = [(path, index[name][0]) for path, name in labelled if name not in unknown]
     if unknown and (strict or not known or any(index[name] for name in unknown)):
-        raise ImageInputError(_unknown_classes(source, unknown, index, classes))
+        hint = "" if known else _class_folders_deeper(source, labelled, matches)
+        raise ImageInputError(_unknown_classes(source, unknown, index, classes) + hint)
     if unknown:
         warnings.warn(unknown_line(unknown), stacklevel=2)
     return Truth(
@@ -102,6 +103,17 @@ def _class_of_folders(folders: tuple[str, ...], matcher: Matcher, classes: Seque
         if len(found := matcher(name)) == 1 and "/" in classes[found[0]]:
             return classes[found[0]]
     return folders[0]
+
+
+def _class_folders_deeper(root: Path, labelled: Sequence[tuple[Path, str]], matches: Callable[[str], list[int]]) -> str:
+    """A sentence that names a folder whose folders are called as classes, as of data sets with a split; or nothing."""
+    for path, _ in labelled:
+        if not path.is_relative_to(root):
+            return ""
+        folders = path.relative_to(root).parts[:-1]
+        if len(folders) > 1 and len(matches(folders[1])) == 1:
+            return f" The folders in {_shown(root / folders[0])} are called as classes: give that one."
+    return ""
 
 
 def _also_without_slashes(matcher: Matcher, classes: Sequence[str]) -> Callable[[str], list[int]]:

@@ -34,7 +34,7 @@ from PIL import (
 )
 
 from finealign.images.channels import UnsupportedImageError, White, deep_tiff, is_read_by_pillow, refusal_of, rgb_of
-from finealign.images.files import ImageReadError, open_regular, reason_of
+from finealign.images.files import ImageReadError, TooManyPixelsError, open_regular, reason_of
 from finealign.images.formats import HEAD, format_of, why_refused
 from finealign.images.repairs import ended, without_text
 from finealign.types import ImagePath
@@ -119,7 +119,7 @@ def _decode(file: BinaryIO, max_pixels: int, white: White, before: Callable[[int
     image = deep or decoder(file, "")
     width, height = image.size
     if width * height > max_pixels:
-        raise ImageReadError(f"{width} x {height} pixels, over the limit of {max_pixels:,}")
+        raise TooManyPixelsError(f"{width} x {height} pixels, over the limit of {max_pixels:,}")
     if max(width, height) > MAX_SIDE:
         raise ImageReadError(f"{width} x {height} pixels, over the limit of {MAX_SIDE:,} a side")
     if name == "JPEG":

@@ -25,6 +25,10 @@ class ImageReadError(ImageInputError):
     """One image cannot be read. The message is the reason alone, without the path."""
 
 
+class TooManyPixelsError(ImageReadError):
+    """The image has more pixels than it may have here."""
+
+
 def open_regular(path: ImagePath) -> BinaryIO:
     """Open the file, the shard member or the held image at ``path`` for reading bytes.
 

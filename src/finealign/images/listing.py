@@ -71,13 +71,16 @@ def list_images(source: str | Path | Sequence[str | Path], *, exclude: Sequence[
         return paths
 
     path, shown = Path(source), f"'{display_path(source)}'"
+    if not str(source).strip():  # Path takes it for the current folder
+        raise ImageInputError("The images are given by an empty name, as by a variable that is not set. Name a folder.")
     if "{" in path.name and path.suffix.lower() == SUFFIX and not path.exists():
         return _of_shards(_expand(path), LeftOut(exclude))
     try:
         mode = stat_of(path).st_mode
     except ImageReadError as error:
         raise ImageInputError(
-            f"Cannot open {shown}: {error}. Give a folder of images, an image, or a .txt or .csv list of images."
+            f"Cannot open {shown}: {error}{_why_not_there(str(source))}. Give a folder of images, an image, or a "
+            ".txt or .csv list of images."
         ) from error
 
     suffix = path.suffix.lower()
@@ -260,3 +263,14 @@ def _with_members(paths: Iterable[bytes], left_out: LeftOut) -> Iterator[bytes |
                 yield member
         if shard.damage:
             yield path
+
+
+def _why_not_there(source: str) -> str:
+    """A guess at why there is no file of this name, as a clause; empty without one."""
+    if re.match(r"[a-zA-Z][a-zA-Z0-9+.-]+://", source):
+        return "; it is an address, and images are read from this machine alone: download them"
+    if source.startswith("~"):
+        return "; a shell replaces ~ where it is not in quotes"
+    if re.search(r"[*?]", source):
+        return "; patterns are not expanded: give the folder, and leave files out with --exclude"
+    return "; images are not read from standard input" if source == "-" else ""

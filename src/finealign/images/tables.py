@@ -23,8 +23,14 @@ def read_table(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
     """
     shown = f"'{display_path(path)}'"
     rows: list[dict[str, str]] = []
+    text = read_list(path)
+    if text.lstrip()[:1] in ("{", "["):
+        raise ImageInputError(
+            f"{shown} is JSON and no table. Wanted: a CSV whose first line is {','.join(columns)}, then a line "
+            "for each image."
+        )
     try:
-        table = open_table(read_list(path), columns)
+        table = open_table(text, columns)
         for column in columns:
             if table.count(column) != 1:
                 raise ImageInputError(

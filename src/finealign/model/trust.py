@@ -15,7 +15,7 @@ def told_trust(model: FittedModel, config: Config, explained: Mapping[float, flo
     """The share of the whole image in the score ``fused`` as JSON values; None for a method that learns no labels.
 
     ``kind`` is "auto" if it was decided without labels, else "given". ``explained`` has the evidence,
-    ``explained_by_share``; it is empty where nothing was looked at, as in a run that was resumed.
+    ``explained_by_share``; it is empty where nothing was looked at.
     """
     adapted = model.using("adapted")
     if not isinstance(adapted.method, SelfTrainingMethod):

@@ -125,6 +125,7 @@ def adapt_into(
     """
     progress = progress or Progress()
     began = time.time()
+    refuse_early(folder, resume=resume, overwrite=overwrite, ranks=model.ranks)
     prepared = images if isinstance(images, Prepared) else model.prepare(images, progress=progress)
     run = _Run(folder, model, prepared, progress, began)
     with ExitStack() as lock:
@@ -135,6 +136,19 @@ def adapt_into(
             run.save()
             run.predict()
         return run.close()
+
+
+def refuse_early(folder: Path, *, resume: bool, overwrite: bool, ranks: Ranks | None = None) -> None:
+    """Raise OutputError where it is known without images and weights that a run may not begin in ``folder``.
+
+    ``adapt_into`` and ``plan`` raise the same. Where those are slow to load, this tells it before. Nothing is written.
+    """
+
+    def look() -> None:
+        refuse_held(folder)
+        check_room(folder, None, resume=resume, overwrite=overwrite)
+
+    _by_first(ranks or Ranks(), look)
 
 
 class _Run:
@@ -168,10 +182,10 @@ class _Run:
             # Again, as another process may have begun and ended a run in between.
             replaced.extend(check_room(self.folder, identity, resume=resume, overwrite=overwrite))
 
-        self.by_first(lambda: refuse_held(self.folder))
+        _by_first(self.ranks, lambda: refuse_held(self.folder))
         check_room(self.folder, identity, resume=resume, overwrite=overwrite)
         self.ranks.wait()  # every rank checks the folder before the first rank changes it
-        self.by_first(take)
+        _by_first(self.ranks, take)
         config = self.prepared.config
         self.told = {
             "status": "running",
@@ -301,17 +315,6 @@ class _Run:
             report_problem=report_problem,
         )
 
-    def by_first(self, work: Callable[[], None]) -> None:
-        """Do what only the first rank may do. Its OutputError is raised on every rank."""
-        problem = ""
-        if self.ranks.first:
-            try:
-                work()
-            except OutputError as error:
-                problem = str(error)
-        if told := json.loads(self.ranks.texts(json.dumps(problem))[0]):
-            raise OutputError(told)
-
     @contextmanager
     def told_of_failure(self) -> Iterator[None]:
         """Record in run.json why the run ended before it was complete, and let the error through."""
@@ -322,6 +325,18 @@ class _Run:
                 with suppress(OutputError):  # the original error matters more to the user
                     write_json(self.folder / RUN, self.told | _why_unfinished(error))
             raise
+
+
+def _by_first(ranks: Ranks, work: Callable[[], None]) -> None:
+    """Do what only the first rank may do. Its OutputError is raised on every rank."""
+    problem = ""
+    if ranks.first:
+        try:
+            work()
+        except OutputError as error:
+            problem = str(error)
+    if told := json.loads(ranks.texts(json.dumps(problem))[0]):
+        raise OutputError(told)
 
 
 def _draw(folder: Path) -> tuple[Path | None, str]:

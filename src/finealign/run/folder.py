@@ -53,11 +53,12 @@ def _digest(values: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def check_room(folder: Path, identity: Mapping[str, str], *, resume: bool, overwrite: bool) -> list[Path]:
+def check_room(folder: Path, identity: Mapping[str, str] | None, *, resume: bool, overwrite: bool) -> list[Path]:
     """Check that a run may begin in ``folder`` and return the paths to remove first; none when resuming.
 
-    Raises OutputError where it may not begin: the folder holds something other than a run, it holds a run and neither
-    ``resume`` nor ``overwrite`` is given, or the run to resume is missing or differs in ``identity``.
+    ``identity`` is None as long as it is not known. Raises OutputError where the run may not begin: the folder holds
+    something other than a run, it holds a run and neither ``resume`` nor ``overwrite`` is given, or the run to resume
+    is missing or differs in ``identity``.
     """
 
     def foreign(names: set[str]) -> str:
@@ -75,16 +76,17 @@ def check_room(folder: Path, identity: Mapping[str, str], *, resume: bool, overw
         choices="Use --resume to continue it, --overwrite to replace it, or another --out.",
     )
     if resume:
-        _refuse_another_run(folder, names, identity)
+        if not names:
+            raise OutputError(f"Nothing to resume: {folder} holds no run. Leave --resume out to start one.")
+        if identity is not None:
+            _refuse_another_run(folder, identity)
         return []
     # run.json is not removed but overwritten, so that a folder left by a killed run is still recognised as a run's.
     return [folder / name for name in CONTENTS if name in names and name != RUN]
 
 
-def _refuse_another_run(folder: Path, names: set[str], identity: Mapping[str, str]) -> None:
-    """Raise OutputError where there is no run to resume, or one of other images, texts, settings or weights."""
-    if not names:
-        raise OutputError(f"Nothing to resume: {folder} holds no run. Leave --resume out to start one.")
+def _refuse_another_run(folder: Path, identity: Mapping[str, str]) -> None:
+    """Raise OutputError where the run to resume had other images, texts, settings or weights."""
     before = read_identity(folder / RUN)
     differing = [name for name, value in identity.items() if before.get(name) != value]
     if differing:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def ensure_home() -> None:
-    """Give this process a home folder and a user name where the system knows none, by HOME and USER.
+    """Give this process a home folder and a user name where it has none that it can use, by HOME and USER.
 
     torch, the hub's client and matplotlib look for both, fail without, or write into a folder called ``~``. The folder
     is one for temporary files that belongs to this user alone; it is the same for all processes of the user.
@@ -21,11 +21,17 @@ def ensure_home() -> None:
 
 
 def _has_home() -> bool:
+    """Whether there is a home folder that can be written, or made, or has a cache that can at least be read.
+
+    Docker gives a bare user id the home "/", and accounts of services have one that is not there.
+    """
     try:
-        Path.home()
+        home = Path.home()
     except RuntimeError:
         return False
-    return True
+    there = next(folder for folder in (home.absolute(), *home.absolute().parents) if folder.exists())
+    by_effective = os.access in os.supports_effective_ids
+    return os.access(there, os.W_OK | os.X_OK, effective_ids=by_effective) or (home / ".cache").is_dir()
 
 
 def _own_folder() -> Path:

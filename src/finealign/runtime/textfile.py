@@ -52,11 +52,26 @@ _MARKS = {
 }
 
 
+# Files that are given in place of a text, by how they begin.
+_NO_TEXT = {
+    b"PK\x03\x04": "a workbook of a spreadsheet, or another ZIP file",
+    b"\xd0\xcf\x11\xe0": "a workbook of an old spreadsheet",
+    b"\x1f\x8b": "a compressed file",
+    b"PAR1": "a Parquet file",
+    b"%PDF": "a PDF document",
+    b"SQLite format 3": "a database",
+}
+
+
 def _decoded(data: bytes) -> str:
+    for magic, kind in _NO_TEXT.items():
+        if data.startswith(magic):
+            raise TextFileError(f"it is {kind}, and no text; save it as text, or as CSV, in UTF-8")
     encoding = next((name for mark, name in _MARKS.items() if data.startswith(mark)), "utf-8-sig")
     try:
         return data.decode(encoding)
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         named = "UTF-8" if encoding == "utf-8-sig" else encoding.upper()
-        raise TextFileError(f"line {line}: not {named} text") from None
+        way = ", which spreadsheets save as CSV UTF-8" if named == "UTF-8" else ""
+        raise TextFileError(f"line {line}: not {named} text{way}") from None

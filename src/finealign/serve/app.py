@@ -1,10 +1,11 @@
 """The web application around one fitted model: the API and the page."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
 from dataclasses import asdict
+from functools import partial
 from html import escape
 from importlib.resources import files
 from string import Template
@@ -15,15 +16,17 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import HTMLResponse
+from starlette.routing import Route
 
 from finealign import __version__
 from finealign.classifier import FineAlign
 from finealign.config import without_folder
-from finealign.images.files import ImageReadError
+from finealign.images.files import ImageReadError, TooManyPixelsError
 from finealign.model.fitted import CALLED
 from finealign.model.predictions import explained
 from finealign.model.refusal import cutoff
 from finealign.runtime.render import base_style
+from finealign.serve.addresses import Addresses
 from finealign.serve.answers import About, Bounds, Health, Predicted, Refusal
 from finealign.serve.batches import Batches, FullError
 from finealign.serve.forms import Limits, RefusedError, most_bytes, read_upload, refuse_declared, require_form
@@ -33,8 +36,8 @@ from finealign.types import Explanation, Reject, Score
 CLOSE_SECONDS = 5  # for the threads to end, on top of the time limit of a request
 RETRY_AFTER = 1  # seconds
 KNOWN = {  # kind and message of errors that Starlette raises, by status
-    404: ("not-found", "There is no such page. The page is at /, and /openapi.json describes the API."),
-    405: ("method-not-allowed", "This method is not taken here. /openapi.json describes the API."),
+    404: ("not-found", "There is no such page. The page is at {root}/, and {root}/openapi.json describes the API."),
+    405: ("method-not-allowed", "This method is not taken here. {root}/openapi.json describes the API."),
 }
 ASSETS = {  # files of the page and their media types
     "page.css": "text/css",
@@ -54,6 +57,7 @@ OF_PREDICT = {  # further ones of POST /predict
     422: "There is no image that can be read, or a query is out of range.",
     503: "There is no place for it now; Retry-After says when to ask again.",
     504: "The answer took too long.",
+    507: "The server has no space for the upload.",
 }
 
 
@@ -62,16 +66,17 @@ def create_app(
     limits: Limits | None = None,
     *,
     hosts: frozenset[str] | None = LOOPBACK,
-    allow_hosts: Sequence[str] = (),
+    addresses: Addresses | None = None,
     reject: Reject | None = None,
 ) -> FastAPI:
     """Create the application around a fitted model.
 
-    ``hosts`` are the host names that it answers to; None means any. ``allow_hosts`` are additional ones, such as the
-    names of a reverse proxy in front of it. Pages from ``allow_hosts`` may also send requests. ``reject`` is
-    as for ``FineAlign.predict``. Raises ConfigError when the model cannot reject so.
+    ``hosts`` are the host names that it answers to; None means any. ``addresses`` has additional ones, such as those of
+    a reverse proxy in front of it, the proxy's path, and the origins whose pages may send requests, as pages from the
+    additional hosts may. ``reject`` is as for ``FineAlign.predict``. Raises ConfigError when the model cannot reject
+    so.
     """
-    limits = limits or Limits()
+    limits, addresses = limits or Limits(), addresses or Addresses()
     batches = Batches(model, capacity=limits.waiting, max_pixels=limits.max_pixels)
     refused_from = cutoff(model.model_, reject)
     about = _about(model, limits, refused_from)
@@ -89,11 +94,12 @@ def create_app(
         description="Classifies images with one model, beside the model adaptation started from.",
         docs_url=None,  # FastAPI's documentation pages load scripts from another site
         redoc_url=None,
+        servers=[{"url": addresses.root}] if addresses.root else None,
+        redirect_slashes=False,  # a redirection would lead out of a proxy's path, and to http
         lifespan=running,
         responses=_documented(EVERYWHERE),
     )
-    app.add_middleware(Guard, hosts=hosts, allowed=frozenset(name.lower() for name in allow_hosts))
-    app.add_exception_handler(StarletteHTTPException, _http_error)
+    app.add_exception_handler(StarletteHTTPException, partial(_http_error, addresses.root))
     app.add_exception_handler(RequestValidationError, _invalid)
 
     @app.post("/predict", responses=_documented(OF_PREDICT), openapi_extra=_UPLOAD)
@@ -119,20 +125,24 @@ def create_app(
                 503, "full", f"{full}. Ask again in {RETRY_AFTER} s.", {"Retry-After": str(RETRY_AFTER)}
             ) from None
         except ImageReadError as error:
-            raise RefusedError(422, "unreadable", f"The image cannot be read: {error}. Send another.") from None
+            too_large = isinstance(error, TooManyPixelsError)
+            larger = " The server takes larger ones with a larger --max-megapixels." if too_large else ""
+            raise RefusedError(422, "unreadable", f"The image cannot be read: {error}. Send another.{larger}") from None
         except TimeoutError:
             raise RefusedError(
                 504,
                 "timeout",
-                f"There was no answer within {limits.timeout:g} s. Ask again when less is waiting.",
+                f"There was no answer within {limits.timeout:g} s (--timeout). Ask again when less is waiting.",
             ) from None
         return Predicted.model_validate(explained(explanation, classes, top_k, refused_from=refused_from))
 
-    _add_pages(app, batches, about)
+    _add_pages(app, batches, about, addresses.root)
+    paths = {route.path for route in app.routes if isinstance(route, Route)}
+    app.add_middleware(Guard, hosts=hosts, allowed=addresses, paths=paths)
     return app
 
 
-def _add_pages(app: FastAPI, batches: Batches, about: About) -> None:
+def _add_pages(app: FastAPI, batches: Batches, about: About, root: str) -> None:
     """Add the routes beside POST /predict: health, model description, page and assets."""
 
     @app.get("/healthz", responses={503: {"model": Health, "description": "The server has failed."}})
@@ -147,7 +157,7 @@ def _add_pages(app: FastAPI, batches: Batches, about: About) -> None:
         """Describe the model and the limits of the server."""
         return about
 
-    page = _page(about)
+    page = _page(about, root)
 
     @app.get("/", response_class=HTMLResponse)
     async def index() -> HTMLResponse:
@@ -178,13 +188,15 @@ def _about(model: FineAlign, limits: Limits, refused_from: float | None) -> Abou
     )
 
 
-def _page(about: About) -> str:
+def _page(about: About, root: str) -> str:
+    """The page. Its addresses are relative, or below the proxy's path, which may be asked for without a last slash."""
     text = (files("finealign.serve") / "page" / "index.html").read_text(encoding="utf-8")
     return Template(text).substitute(
         classes=len(about.classes),
         used=CALLED[about.use],
         method=escape(about.method),
         backbone=escape(about.backbone),
+        root=f"{root}/" if root else "",
     )
 
 
@@ -227,13 +239,13 @@ async def _left(request: Request) -> None:
         pass
 
 
-async def _http_error(request: Request, error: Exception) -> Response:
+async def _http_error(root: str, request: Request, error: Exception) -> Response:
     if isinstance(error, RefusedError):
         return refusal(error.status_code, error.kind, error.detail, error.headers)
     if not isinstance(error, StarletteHTTPException):
         raise error
-    kind, sentence = KNOWN.get(error.status_code, ("refused", f"{error.detail}."))
-    return refusal(error.status_code, kind, sentence, error.headers)
+    kind, sentence = KNOWN.get(error.status_code, ("refused", "{detail}."))
+    return refusal(error.status_code, kind, sentence.format(root=root, detail=error.detail), error.headers)
 
 
 async def _invalid(request: Request, error: Exception) -> Response:
@@ -264,7 +276,7 @@ _UPLOAD: dict[str, Any] = {
                         "file": {
                             "type": "string",
                             "format": "binary",
-                            "description": "JPEG, PNG, WebP, GIF, BMP or TIFF. Its name and type are not looked at.",
+                            "description": "JPEG, PNG, WebP, AVIF, TIFF, ... Its name and type are not looked at.",
                         }
                     },
                 }

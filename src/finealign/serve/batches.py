@@ -95,7 +95,7 @@ class Batches:
             raise RuntimeError("a thread of the server has ended")
         with self._changed:
             if self._taken >= self.capacity:
-                raise FullError(f"All {self.capacity} places are taken")
+                raise FullError(f"All {self.capacity} places (--waiting) are taken")
             if self._taken and self._bytes + size > HELD_BYTES:
                 raise FullError(f"The uploads that wait are {HELD_BYTES / 1e6:g} MB already")
             self._taken += 1

@@ -1,6 +1,7 @@
 """Reading an upload within limits, and the errors that refuse a request."""
 
 import asyncio
+import logging
 import re
 import time
 from collections.abc import AsyncGenerator
@@ -13,6 +14,8 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive
+
+from finealign.serve.guard import LOG
 
 FRAME_BYTES = 16_384  # of a form in addition to its file's content
 MAX_FIELDS = 1  # text fields allowed in a form; they are ignored
@@ -67,20 +70,31 @@ def most_bytes(request: Request, limits: Limits) -> int:
 
 def _too_large(limits: Limits) -> RefusedError:
     return RefusedError(
-        413, "too-large", f"The upload is over the limit of {limits.max_upload_bytes:,} bytes. Send a smaller image."
+        413,
+        "too-large",
+        f"The upload is over the limit of {limits.max_upload_bytes:,} bytes. Send a smaller image, or start the server "
+        "with a larger --max-upload-mb.",
     )
 
 
 async def read_upload(request: Request, limits: Limits) -> UploadFile:
     """Read the form and return its file, in memory or in an unnamed temporary file. The caller closes the file.
 
-    Raises RefusedError for a form that is malformed (400), too slow (408), too large (413), or without a file or with
-    an empty one (422), and ClientDisconnect when the client leaves.
+    Raises RefusedError for a form that is malformed (400), too slow (408), too large (413), without a file or with an
+    empty one (422), or for which there is no space (507), and ClientDisconnect when the client leaves.
     """
     try:
         form = await _Form(request, limits).parse()
     except MultiPartException as error:
         raise RefusedError(400, "malformed", f"The form cannot be read: {error.message.rstrip('.')}.") from None
+    except OSError as error:  # from writing to the temporary file
+        logging.getLogger(LOG).error("An upload cannot be kept: %s", error)
+        raise RefusedError(
+            507,
+            "no-space",
+            f"The server has no space for the upload ({(error.strerror or str(error)).lower()}). Send a smaller image, "
+            "or make room in the server's folder for temporary files, which TMPDIR names.",
+        ) from None
     upload = form.get("file")
     if isinstance(upload, UploadFile) and 0 < (upload.size or 0) <= limits.max_upload_bytes:
         return upload
@@ -148,7 +162,9 @@ async def _body(receive: Receive, limits: Limits) -> AsyncGenerator[bytes, None]
                 message = await receive()
         except TimeoutError:
             raise RefusedError(
-                408, "slow", f"The upload did not arrive within {limits.timeout:g} s. Send it faster, or a smaller one."
+                408,
+                "slow",
+                f"The upload did not arrive within {limits.timeout:g} s (--timeout). Send it faster, or a smaller one.",
             ) from None
         if message["type"] == "http.disconnect":
             raise ClientDisconnect

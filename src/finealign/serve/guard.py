@@ -1,11 +1,11 @@
-"""The outermost layer of the server: which hosts and origins are served, common response headers, request log."""
+"""The outermost layer of the server: hosts, origins, the path below a proxy, common headers, request log."""
 
 import asyncio
 import ipaddress
 import logging
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
@@ -15,6 +15,8 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from finealign.serve.addresses import ANY, PREFLIGHT_ANSWER, PREFLIGHT_ASKS, Addresses
 
 LOG = "finealign.serve"
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})  # names of this machine
@@ -47,26 +49,41 @@ def refusal(status: int, kind: str, error: str, headers: Mapping[str, str] | Non
 
 
 class Guard:
-    """The outermost layer. ``hosts`` are the host names that the server answers to (None: any); ``allowed`` adds more.
+    """The outermost layer. ``hosts`` are the host names that the server answers to (None: any), with those allowed.
 
     The check of the Host header protects against DNS rebinding, in which another site's page makes its own name resolve
     to this machine. The check of the Origin and Sec-Fetch-Site headers protects against another site's page that sends
     requests to this machine by its own name. A page from an allowed host is accepted even where its origin differs from
-    the Host header, because its proxy need not forward the original header.
+    the Host header, because its proxy need not forward the original header. Pages of the origins in ``allowed`` may
+    ask as well, and are told so by the headers of CORS; the Host header is checked all the same.
+
+    Below a proxy's path, requests are taken with the path before them or without, as proxies keep it or strip it.
+    ``paths`` are those that the application answers to, which are never taken for the proxy's path alone.
     """
 
-    def __init__(self, app: ASGIApp, *, hosts: frozenset[str] | None, allowed: frozenset[str] = frozenset()) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        hosts: frozenset[str] | None,
+        allowed: Addresses | None = None,
+        paths: Collection[str] = (),
+    ) -> None:
         self._app = app
-        self._hosts = None if hosts is None else hosts | allowed
-        self._allowed = allowed
+        self._allowed = allowed or Addresses()
+        self._hosts = None if hosts is None else hosts | self._allowed.hosts
+        self._paths = frozenset(paths)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        passing, began = _Passing(scope, receive, send), time.monotonic()
+        scope = {**scope, "path": self._below_root(scope["path"])}
+        origin = Headers(scope=scope).get("origin")
+        passing = _Passing(scope, receive, send, SECURITY_HEADERS | self._allowed.headers(origin))
+        began = time.monotonic()
         try:
-            answer = self._refuse(passing.headers, scope)
+            answer = self._refuse(passing.headers, scope) or self._preflight(passing.headers, scope)
             await (answer or self._app)(scope, passing.receive, passing.send)
         except ClientDisconnect:
             pass  # the client has left, so there is nobody to answer
@@ -83,6 +100,18 @@ class Guard:
             status = passing.status or "gone"
             logging.getLogger(LOG).info("%s %s %s %s %.0f ms", passing.id, scope["method"], path, status, milliseconds)
 
+    def _below_root(self, path: str) -> str:
+        root = self._allowed.root
+        if root and path.startswith(f"{root}/"):
+            return path.removeprefix(root)
+        return "/" if root and path == root and path not in self._paths else path
+
+    def _preflight(self, headers: Headers, scope: Scope) -> Response | None:
+        """The answer to a browser that asks whether a page of an allowed origin may ask."""
+        if scope["method"] == "OPTIONS" and PREFLIGHT_ASKS in headers and self._allowed.allow(headers.get("origin")):
+            return Response(None, 204, PREFLIGHT_ANSWER)
+        return None
+
     def _refuse(self, headers: Headers, scope: Scope) -> Response | None:
         host = headers.get("host", "")
         if self._hosts is not None and _hostname(host) not in self._hosts:
@@ -92,15 +121,22 @@ class Guard:
                 "This server answers to the names of this machine alone. Ask for http://127.0.0.1 with its port, or "
                 "start it with --allow-host and the name.",
             )
+        origin = headers.get("origin")
+        if ANY in self._allowed.origins or self._allowed.allow(origin):
+            return None
         # A link on another site may lead to the page: the browser shows it, and the other site cannot read it.
         navigation = scope["method"] == "GET" and scope["path"] == "/" and headers.get("sec-fetch-mode") == "navigate"
         cross_site = headers.get("sec-fetch-site", "none") not in ("none", "same-origin")
-        origin = headers.get("origin")
         other_origin = (
-            origin is not None and _netloc(origin) != host and _hostname(_netloc(origin)) not in self._allowed
+            origin is not None and _netloc(origin) != host and _hostname(_netloc(origin)) not in self._allowed.hosts
         )
         if (cross_site and not navigation) or other_origin:
-            return refusal(403, "cross-site", "Another site's page may not ask this server. Use the server's own.")
+            return refusal(
+                403,
+                "cross-site",
+                "Another site's page may not ask this server. Use the server's own, or start it with --allow-origin "
+                "and the other's.",
+            )
         return None
 
 
@@ -111,6 +147,7 @@ class _Passing:
     scope: Scope
     inner_receive: Receive
     inner_send: Send
+    common: Mapping[str, str]  # headers of every answer
     status: int = 0  # 0: not answered yet
     headers: Headers = field(init=False)
     id: str = field(init=False)
@@ -131,7 +168,7 @@ class _Passing:
         if message["type"] == "http.response.start":
             self.status = message["status"]
             headers = MutableHeaders(scope=message)
-            headers.update(SECURITY_HEADERS)
+            headers.update(self.common)
             headers["X-Request-ID"] = self.id
             if self.unread:
                 headers["Connection"] = "close"

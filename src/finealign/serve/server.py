@@ -3,7 +3,6 @@
 import asyncio
 import ipaddress
 import logging
-import re
 import signal
 import socket
 import sys
@@ -19,6 +18,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from finealign.classifier import FineAlign
 from finealign.errors import FinealignError
 from finealign.model.refusal import cutoff
+from finealign.serve.addresses import Addresses
 from finealign.serve.app import create_app
 from finealign.serve.forms import Limits
 from finealign.serve.guard import LOG, LOOPBACK, is_loopback
@@ -29,7 +29,6 @@ BACKLOG = 1024  # connections that the system queues until they are accepted
 HEAD_SECONDS = 10  # for a client to send the request line and headers
 STOP_SECONDS = 10  # on top of the time limits of a request
 SPARE_CONNECTIONS = 256  # in addition to those of the requests that have a place
-NAME = re.compile(r"[A-Za-z0-9._-]+|[0-9A-Fa-f:]+")  # a host name, IPv4 or IPv6 address
 
 
 def serve(
@@ -39,18 +38,32 @@ def serve(
     limits: Limits | None = None,
     *,
     allow_hosts: Sequence[str] = (),
+    allow_origins: Sequence[str] = (),
+    root_path: str = "",
     reject: Reject | None = None,
     on_listening: Callable[[str], None] = lambda address: None,
 ) -> None:
     """Serve until SIGTERM or Ctrl-C, then finish the requests in progress; a second Ctrl-C does not wait for them.
 
     Port 0 chooses a free port. ``on_listening`` is called with the URL of the server. On a loopback address the server
-    answers only to names of this machine and to ``allow_hosts``, the names of a reverse proxy in front of it.
+    answers only to names of this machine and to ``allow_hosts``, the names of a reverse proxy in front of it, which has
+    it below ``root_path``, as "/birds". Pages of ``allow_origins``, as "https://birds.example" or "*" for all, may
+    send requests.
 
     ``reject`` is as for ``FineAlign.predict``. Writes one log line per request to standard error. Raises FinealignError
-    when the address cannot be used, when one of ``allow_hosts`` is not a host name, or when the model cannot reject so.
+    when the address cannot be used, when ``allow_hosts``, ``allow_origins`` or ``root_path`` are malformed, or when the
+    model cannot reject so.
     """
-    server = Listener(model, host, port, limits or Limits(), allow_hosts, reject=reject)
+    server = Listener(
+        model,
+        host,
+        port,
+        limits or Limits(),
+        allow_hosts,
+        allow_origins=allow_origins,
+        root_path=root_path,
+        reject=reject,
+    )
     with _logging():
         server.run(on_listening)
 
@@ -58,8 +71,7 @@ def serve(
 class Listener:
     """A server that listens on its address but does not answer yet. ``address`` is the URL to open on this machine.
 
-    Raises FinealignError when the address cannot be used, when one of ``allow_hosts`` is not a host name, or when the
-    model cannot reject as ``reject`` asks.
+    The arguments are those of ``serve``, which raises what this raises.
     """
 
     def __init__(
@@ -70,19 +82,16 @@ class Listener:
         limits: Limits,
         allow_hosts: Sequence[str] = (),
         *,
+        allow_origins: Sequence[str] = (),
+        root_path: str = "",
         reject: Reject | None = None,
     ) -> None:
         cutoff(model.model_, reject)  # before the address is taken
-        for name in allow_hosts:
-            if not NAME.fullmatch(name):
-                raise FinealignError(
-                    f"--allow-host {name!r:.200} is no name of a machine. Wanted: a name as birds.example, without "
-                    "http:// and port."
-                )
+        addresses = Addresses.from_options(allow_hosts, root_path, allow_origins)
         self._bound = _bind(host, port)
         ip, bound_port = self._bound.getsockname()[:2]
         hosts = LOOPBACK | {host.lower(), ip} if is_loopback(ip) else None
-        app = create_app(model, limits, hosts=hosts, allow_hosts=allow_hosts, reject=reject)
+        app = create_app(model, limits, hosts=hosts, addresses=addresses, reject=reject)
         self.address = f"http://{_shown(host, ip)}:{bound_port}"
         self._server = _Server(
             uvicorn.Config(

@@ -18,7 +18,7 @@ from finealign.runtime.strict_yaml import parse_yaml
 # The columns that a table may have its class names in, the likeliest first.
 COLUMNS = ("name", "class_name", "classname", "class name", "class", "category", "species", "label", "names", "classes")
 # The keys under which settings of other tools, as YOLO's or COCO's, have their class names.
-KEYS = ("names", "classes", "class_names", "categories", "labels")
+KEYS = ("names", "classes", "class_names", "categories", "labels", "id2label", "label2id")
 # A number or an identifier of WordNet, and what comes behind it: "0 pansy", "1. pansy", "[2] pansy", "n01440764 tench".
 ID = re.compile(r"[\[(]?(n\d{8}|\d+)(?:[\])]|\s*[.,:;=)]|\s)\s*([^\d\s].*)")
 LONGEST = 1000  # characters of a line that are looked at; no text tower takes so many
@@ -116,9 +116,23 @@ def _of_mapping(value: Mapping[Any, Any], shown: str) -> list[str]:
     described = all(map(_is_sentences, value.values()))
     if key and (len(value) == 1 or not described):
         return _of_value(value[key], shown)
+    if not any(all(map(kind, value.values())) for kind in (_is_text, _is_number)):
+        raise PromptError(
+            f"{shown} is a mapping with other things than sentences or numbers for its keys, so these are no classes, "
+            f"and none of its keys is {', '.join(KEYS[:-1])} or {KEYS[-1]}. {WANTED}."
+        )
     if value and all(str(key).isdecimal() for key in value):
         return _of_value([value[key] for key in sorted(value, key=int)], shown)
     return _of_value(list(value), shown)
+
+
+def _is_text(held: Any) -> bool:
+    texts = held if isinstance(held, list) else [held]
+    return all(text is None or isinstance(text, str) for text in texts)
+
+
+def _is_number(held: Any) -> bool:
+    return isinstance(held, int | float)
 
 
 def _is_sentences(held: Any) -> bool:
@@ -202,7 +216,7 @@ def _rows(lines: Sequence[str]) -> bool:
 
 _LINES: Sequence[tuple[str, Callable[[str], bool]]] = (
     ("is punctuation and no name", _is_punctuation),
-    ("looks like a comment", _pattern(r"^(#|//|/\*|<!--)")),
+    ("looks like a comment", _pattern(r"^(#|;|//|/\*|<!--)|\s#\s")),
     ("is in quotes, as in another kind of list", _pattern(r"^[\"“„«]|^'.*'[,;]?$|^`.*`[,;]?$|\"[,;]$")),
     ("looks like the beginning of a list or a mapping", _pattern(r"[:=\[{(]$")),
     ("looks like a part of a list or a mapping", _pattern(r"^[\[{(]\s*[\"']|^\[[^\[\]]*\]$|^\S+\s*[:=]>?\s*[\[{\"']")),
@@ -214,6 +228,11 @@ _LINES: Sequence[tuple[str, Callable[[str], bool]]] = (
 _ALL_LINES: Sequence[tuple[str, Callable[[Sequence[str]], bool]]] = (
     ("begin with a number or an identifier; take these away", _numbered),
     ("look like a mapping", _every(_pattern(r"\S\s*(:|=>|=)\s+\S|[^\d\s]\s*[:=,;]\s*\d+$"))),
+    (
+        "are files of images; give their classes",
+        _every(_pattern(r"(?i)\.(jpe?g|png|webp|gif|bmp|tiff?|heic|avif)$")),
+    ),
+    ("begin with a letter that counts them; take these away", _every(_pattern(r"^\(?[A-Za-z]\)\s+\S"))),
     ("look like rows of a table; put a line with the names of the columns above them, one called name", _rows),
 )
 
@@ -226,6 +245,8 @@ def _refuse_other_lists(lines: Sequence[str], shown: str) -> None:
             if line and looks(line):
                 raise PromptError(f"{shown}, line {number}: {line!r:.100} {problem}. {WANTED}. {WAY_OUT}")
     filled = [line for line in lines if line]
+    if len(filled) > 2 and filled[0].lower() in COLUMNS:
+        raise PromptError(f"{shown}, line 1: {filled[0]!r:.100} looks like the head of a column. Delete it. {WAY_OUT}")
     for problem, look in _ALL_LINES:
         if len(filled) > 1 and look(filled):
             raise PromptError(f"{shown}, line 1: {filled[0]!r:.100} and all lines below {problem}. {WANTED}. {WAY_OUT}")

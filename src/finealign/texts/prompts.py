@@ -6,7 +6,7 @@ import json
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from finealign.errors import PromptError, display_path
@@ -28,6 +28,9 @@ MOST_BYTES = 100_000_000  # the largest file of names, templates or descriptions
 # Lone surrogates, as JSON's "\ud800" yields them: they cannot be tokenised or written as UTF-8.
 _HALF = re.compile("[\ud800-\udfff]")
 
+# What cannot be seen and copying leaves around a name: white space, its kin of no width, and byte order marks.
+_AROUND = re.compile(r"^[\s\u200b\u2060\ufeff]+|[\s\u200b\u2060\ufeff]+$")
+
 
 def read_classes(source: str | Path) -> tuple[str, ...]:
     """Read class names from a file, as ``class_lists.names_in`` does, or from a comma-separated list.
@@ -37,15 +40,16 @@ def read_classes(source: str | Path) -> tuple[str, ...]:
     """
     text = str(source)
     path = Path(text)
-    if isinstance(source, Path) or _is_file(path):
+    if isinstance(source, Path) or _is_there(path, Path.is_file):
         text = _read_text(path, "class names", "a UTF-8 text file with one class name a line")
         names = names_in(text, path)
         return check_classes(names, where=display_path(path))
     if text.lstrip().startswith("[") and text.rstrip().endswith("]"):
         return check_classes(names_in_json(text, "The list in --classes"), where="--classes")
     if "," not in text:
+        found = "Found a folder, which is neither a file nor a list," if text and _is_there(path, Path.is_dir) else "Found neither a file nor a list"
         raise PromptError(
-            f"Found neither a file nor a list in --classes {text!r:.200}. Wanted: a text file with one class name a "
+            f"{found} in --classes {text!r:.200}. Wanted: a text file with one class name a "
             "line, or names with commas between them, as 'robin,wren,finch'."
         )
     try:
@@ -81,7 +85,7 @@ def check_classes(names: Sequence[str], *, where: str = "the list of classes") -
     if len(cleaned) < 2:
         content = f"only {cleaned[0]!r:.100}" if cleaned else "no name"
         raise PromptError(f"{where} holds {content}. Wanted: at least two classes, or there is nothing to tell apart.")
-    return cleaned
+    return tuple(_AROUND.sub("", name) for name in cleaned)
 
 
 def _refuse_twins(names: Sequence[str], where: str) -> None:
@@ -232,9 +236,9 @@ def _read_text(path: Path, what: str, expected: str) -> str:
         raise PromptError(f"{problem}: {error}. Wanted: {expected}.") from None
 
 
-def _is_file(path: Path) -> bool:
+def _is_there(path: Path, kind: Callable[[Path], bool]) -> bool:
     try:
-        return path.is_file()
+        return kind(path)
     except (OSError, ValueError):  # a list of names may be too long for a path, or hold a null byte
         return False
 

@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -54,7 +55,8 @@ def adapt(
     progress: Progress,
     checkpoints: Path | None = None,
     on_epoch: Callable[[EpochRecord], None] = lambda record: None,
-    on_stock: Callable[[Stock], None] | None = None,
+    on_stock: Callable[[Stock], dict[str, Any]] | None = None,
+    on_resume: Callable[[dict[str, Any]], None] = lambda outset: None,
     name_of: Callable[[int], str] = lambda image: f"number {image}",
     ranks: Ranks | None = None,
 ) -> list[EpochRecord]:
@@ -62,9 +64,10 @@ def adapt(
 
     ``checkpoints`` is a folder. Training continues from the last valid checkpoint in it, and writes one after each
     epoch, every ``training.checkpoint_minutes``, and when it is asked to stop. ``on_epoch`` is called with the record
-    of each epoch as the epoch ends, ``on_stock`` with what is seen of the images before the first step. ``name_of``
-    gives the name of an image from its position. ``ranks`` share the encoding, and all get the same result. A method
-    that does not train only processes the features of all images, in ``survey``, and no record is returned.
+    of each epoch as the epoch ends, ``on_stock`` with what is seen of the images before the first step: what it
+    returns is kept in checkpoints, and ``on_resume`` is called with it by a run that continues. ``name_of`` gives the
+    name of an image from its position. ``ranks`` share the encoding, and all get the same result. A method that does
+    not train only processes the features of all images, in ``survey``, and no record is returned.
 
     Raises StoppedError when asked to stop, and NotFiniteError, which names the images of the batch, if the loss or a
     parameter is no longer finite; the last checkpoint before it is kept. Raises ValueError if the configuration is not
@@ -84,6 +87,8 @@ def adapt(
         state = begin(backbone, method, config, images=len(images), ranks=ranks)
         if checkpoints:
             state.restore(checkpoints, source)
+            if state.outset:
+                on_resume(state.outset)
         frozen = config.training.encoder == "frozen" and state.epoch < epochs
         encoded = FrozenBank(source, strong_views=config.training.strong_views) if frozen else source
         keeper = _Keeper(state, source, checkpoints, progress, config)
@@ -166,7 +171,7 @@ def run_epochs(
     *,
     after_step: Callable[[], None] = lambda: None,
     before_last_pass: Callable[[], None] = lambda: None,
-    on_stock: Callable[[Stock], None] | None = None,
+    on_stock: Callable[[Stock], dict[str, Any]] | None = None,
     name_of: Callable[[int], str] = lambda image: f"number {image}",
 ) -> Iterator[EpochRecord]:
     """Run these epochs and yield the record of each as it ends. ``state`` changes in place.
@@ -219,7 +224,7 @@ def _refresh_labels(
     config: Config,
     epoch: int,
     name_of: Callable[[int], str],
-    on_stock: Callable[[Stock], None] | None,
+    on_stock: Callable[[Stock], dict[str, Any]] | None,
 ) -> None:
     """Before the first step of an epoch: encode label features anew if due, call ``survey``, settle the anchors.
 

@@ -5,6 +5,7 @@ All look at the features of all images as the start encodes them, and at the sta
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,14 +39,14 @@ class Stock:
 
 @torch.no_grad()
 def take_stock(
-    state: State, source: ImageSource, config: Config, *, on_stock: Callable[[Stock], None] | None = None
+    state: State, source: ImageSource, config: Config, *, on_stock: Callable[[Stock], dict[str, Any]] | None = None
 ) -> None:
     """Set how far images belong to the classes, the share that each class is expected to have, and the trust in crops.
 
     ``training.strangers`` off lets all images belong. The estimated shares become the class prior where
     ``method.class_prior`` is auto, and the share of the whole image in the score is decided where
     ``method.whole_share`` is auto. Near copies of one image count once for both, and strangers as little as they
-    belong. ``on_stock``, if given, is called with what was seen.
+    belong. ``on_stock``, if given, is called with what was seen, and returns JSON values that checkpoints are to keep.
     """
     method = state.method
     if not isinstance(method, SelfTrainingMethod):
@@ -72,7 +73,7 @@ def take_stock(
         probabilities = method.probabilities(weak @ anchors.T)
         weak, probabilities, anchors = weak.float().cpu(), probabilities.float().cpu(), anchors.float().cpu()
         found = Stock(weak.numpy(), probabilities.numpy(), shares.cpu().numpy(), anchors.numpy(), groups, explained)
-        on_stock(found)
+        state.outset = on_stock(found)
 
 
 def _features(source: ImageSource, images: int) -> tuple[Tensor, Tensor | None]:

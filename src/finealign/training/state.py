@@ -2,8 +2,9 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -70,6 +71,7 @@ class State:
     belonging: Tensor  # (images,) in (0, 1], how far each image belongs to the classes; 1 before ``take_stock``
     epoch: int = 0  # finished epochs
     step: int = 0  # finished steps of the current epoch
+    outset: dict[str, Any] = field(default_factory=dict)  # JSON values: what ``take_stock`` was told to keep
 
     @property
     def device(self) -> torch.device:
@@ -133,7 +135,11 @@ class State:
         tensors = {"labels": self.labels, "belonging": self.belonging, **self.tensors()}
         if self.step:
             tensors |= {f"meter.{name}": value for name, value in self.meter.tensors().items()}
-        values = {"record": asdict(record) if record else None, "features": source.bank_file}
+        values = {
+            "record": asdict(record) if record else None,
+            "features": source.bank_file,
+            "outset": self.outset,
+        }
         write_checkpoint(folder, Checkpoint(self.epoch, tensors, values, step=self.step))
 
     def restore(self, folder: Path, source: FeatureBank) -> None:
@@ -156,6 +162,7 @@ class State:
             moments.setdefault(int(index), {})[key] = value
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
         self.epoch, self.step = checkpoint.epoch, checkpoint.step
+        self.outset = checkpoint.values.get("outset", {})  # those of 0.1 have none
         if checkpoint.step:
             self.meter.load(sections["meter"], self.device)
         # Where a label pass is due at once, the kept features are not needed.

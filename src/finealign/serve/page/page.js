@@ -21,6 +21,8 @@ const SCORES = {
   fused: "fused: both",
 };
 
+// The server's address of something, whatever path a proxy has the server under.
+const at = (name) => new URL(name, import.meta.url);
 const byId = (id) => document.getElementById(id);
 const percent = (value) => `${(100 * value).toFixed(1)}%`;
 const count = (number, noun) => `${number} ${noun}${number === 1 ? "" : "s"}`;
@@ -153,14 +155,17 @@ async function ask(item, signal) {
 async function predict(item, signal) {
   if (!item.file) throw new Error("The browser cannot open it.");
   const limit = model.limits.max_upload_bytes;
-  if (item.file.size > limit) throw new Error(`The file is over the limit of ${(limit / 1e6).toFixed(0)} MB.`);
+  if (item.file.size > limit) {
+    const most = `${Number((limit / 1e6).toPrecision(3))} MB`;
+    throw new Error(`The file is over the limit of ${most}. The server takes larger ones with a larger --max-upload-mb.`);
+  }
   for (let tries = 0; ; tries += 1) {
     const body = new FormData();
     body.append("file", item.file, "image"); // the server has no use for a name
     const query = new URLSearchParams({ top_k: item.top, score: item.score });
     let response;
     try {
-      response = await fetch(`/predict?${query}`, { method: "POST", body, signal });
+      response = await fetch(at(`predict?${query}`), { method: "POST", body, signal });
     } catch {
       throw new Error("The server did not answer. Is it still running?");
     }
@@ -169,10 +174,17 @@ async function predict(item, signal) {
       signal.throwIfAborted();
       continue;
     }
-    const answer = await response.json();
+    const answer = await response.json().catch(() => null);
+    if (!answer) throw new Error(foreign(response.status));
     if (!response.ok) throw new Error(answer.error);
     return answer;
   }
+}
+
+/** Why there is no answer of the server's own: whatever lies before it has answered. */
+function foreign(status) {
+  if (status === 413) return "A proxy before the server takes no file of this size (413); nginx: client_max_body_size.";
+  return `Not the server but something before it, as a proxy, has answered (${status}).`;
 }
 
 function stop() {
@@ -450,7 +462,7 @@ function listen() {
 async function begin() {
   listen();
   try {
-    model = await (await fetch("/model")).json();
+    model = await (await fetch(at("model"))).json();
   } catch {
     byId("status").textContent = "The server did not answer. Is it still running?";
     return;
