@@ -1,7 +1,7 @@
 """The classifier: ``FineAlign`` with ``fit``, ``predict``, ``predict_proba``, ``save`` and ``load``."""
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Self

@@ -47,7 +47,11 @@ def read_classes(source: str | Path) -> tuple[str, ...]:
     if text.lstrip().startswith("[") and text.rstrip().endswith("]"):
         return check_classes(names_in_json(text, "The list in --classes"), where="--classes")
     if "," not in text:
-        found = "Found a folder, which is neither a file nor a list," if text and _is_there(path, Path.is_dir) else "Found neither a file nor a list"
+        found = (
+            "Found a folder, which is neither a file nor a list,"
+            if text and _is_there(path, Path.is_dir)
+            else "Found neither a file nor a list"
+        )
         raise PromptError(
             f"{found} in --classes {text!r:.200}. Wanted: a text file with one class name a "
             "line, or names with commas between them, as 'robin,wren,finch'."
