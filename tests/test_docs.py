@@ -36,7 +36,12 @@ if [ "$1" = install ]; then
 fi
 exec rm -r {plugins}
 """
-DEFAULT = "import finealign\nfinealign.FineAlign.__init__.__kwdefaults__['backbone'] = {backbone!r}\n"
+# Before each Python snippet: the settings of a FineAlign that is given none are those of a small run.
+DEFAULT = """import finealign
+finealign.FineAlign.__init__.__kwdefaults__["config"] = finealign.read_config(
+    overrides=["backbone={backbone}", "training.epochs=2", "views.crops=2", "prediction.calibrate=false"]
+)
+"""
 
 
 def snippets(page: Path) -> list[tuple[str, str]]:

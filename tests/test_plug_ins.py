@@ -291,8 +291,8 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_photos(tmp_path_factory.mktemp("photos") / "all", each=4)
 
 
-def toy(method: Any = None, **more: Any) -> FineAlign:
-    return FineAlign(CLASSES, method=method, backbone=ToyBackbone(), config=config(**more))
+def toy(kind: Any = None, **more: Any) -> FineAlign:
+    return FineAlign(CLASSES, method=kind, backbone=ToyBackbone(), config=config(**more))
 
 
 def test_register__what_cannot_be_registered_is_refused(site: Site) -> None:
