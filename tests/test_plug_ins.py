@@ -306,7 +306,7 @@ def test_register__what_cannot_be_registered_is_refused(site: Site) -> None:
         ("other", dict, "no method"),
     ]:
         with pytest.raises(ConfigError, match=message):
-            register(name, kind)  # type: ignore[arg-type]
+            register(name, kind)
     again = type("Whole", (Whole,), {"__module__": Whole.__module__, "__qualname__": Whole.__qualname__})
     register("whole", again)  # as a cell of a notebook that is run again
     assert find_method("whole") is again
@@ -418,8 +418,8 @@ def test_load__without_the_plug_in_predicts_the_same(photos: Path, tmp_path: Pat
         assert there.use_ == use
         for taken in ("adapted", "start"):
             for score in ("global", "las", "fused") if taken == "adapted" else ("global",):
-                expected = model.use(taken).predict_proba(photos, score=score)  # type: ignore[arg-type]
-                found = there.use(taken).predict_proba(photos, score=score)  # type: ignore[arg-type]
+                expected = model.use(taken).predict_proba(photos, score=score)
+                found = there.use(taken).predict_proba(photos, score=score)
                 np.testing.assert_array_equal(found, expected)
         assert there.use("adapted").class_prior_ == "folder"
         with pytest.raises(ConfigError, match="has no score 'most'"):
@@ -600,12 +600,12 @@ def test_backbone__of_another_kind_is_fitted_saved_and_given_again(photos: Path,
     untouched = {name: value.clone() for name, value in backbone.weights().items()}
     model = FineAlign(CLASSES, backbone=backbone, config=config()).fit(photos)
     assert model.model_.inference.backbone == "toy"
-    expected = {use: model.use(use).predict_proba(photos) for use in ("start", "adapted")}  # type: ignore[arg-type]
+    expected = {use: model.use(use).predict_proba(photos) for use in ("start", "adapted")}
     assert not np.allclose(expected["start"], expected["adapted"], atol=1e-3)
     assert all(torch.equal(value, untouched[name]) for name, value in backbone.weights().items())
     folder = tmp_path / "model"
     for used in ("adapted", "start"):
-        model.use(used).save(folder)  # type: ignore[arg-type]
+        model.use(used).save(folder)
         opened = FineAlign.load(folder, backbone=ToyBackbone())
         assert opened.use_ == used
         for use, probabilities in expected.items():
@@ -713,7 +713,7 @@ class Cut(ToyBackbone):
 class Large(ToyBackbone):
     """Another size than its images have."""
 
-    geometry = property(lambda self: lambda image: image.resize((20, 20)))  # type: ignore[assignment]
+    geometry = property(lambda self: lambda image: image.resize((20, 20)))
 
 
 class Empty(ToyBackbone):
