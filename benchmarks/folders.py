@@ -28,7 +28,7 @@ from finealign.config import read_config
 from finealign.evaluate.metrics import balanced_mean
 from finealign.images.listing import list_images
 from finealign.model.inference import readable
-from finealign.run.verdict import judge_model
+from finealign.run.verdict import judge_model, why_unjudged
 from finealign.texts.prompts import read_classes, read_descriptions
 
 SETS = ("eurosat", "dtd10", "pets37-small", "cifar100", "flowers12", "food10", "ucmerced")
@@ -139,7 +139,7 @@ def run(
         if known.backbone not in loaded:
             loaded[known.backbone] = model.load_backbone(config)
         model.fit(model.prepare(list(images), backbone=loaded[known.backbone]))
-        verdict = judge_model(model, list(images)) if model.method_.trains else None
+        verdict = None if why_unjudged(model) else judge_model(model, list(images))
         own = measured(model, images)
         most = -(-known.test_images // len(classes))
         tested = {

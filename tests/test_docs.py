@@ -28,6 +28,22 @@ demo.QUICK_SETTINGS["training"]["epochs"] = 1
 SNIPPET = re.compile(r"^```(bash|python)\n(.*?)^```", flags=re.DOTALL | re.MULTILINE)
 
 
+# What `pip` is here: it installs beside the photos, without an index, and leaves the environment of the tests alone.
+PIP = """#!/bin/sh
+if [ "$1" = install ]; then
+    shift
+    exec {python} -m pip install --quiet --no-index --no-deps --no-build-isolation --target {plugins} "$@"
+fi
+exec rm -r {plugins}
+"""
+# Before each Python snippet: the settings of a FineAlign that is given none are those of a small run.
+DEFAULT = """import finealign
+finealign.FineAlign.__init__.__kwdefaults__["config"] = finealign.read_config(
+    overrides=["backbone={backbone}", "training.epochs=2", "views.crops=2", "prediction.calibrate=false"]
+)
+"""
+
+
 def snippets(page: Path) -> list[tuple[str, str]]:
     """Language and code of what is to be run; other blocks, indented or of other languages, show and are not run."""
     return SNIPPET.findall(page.read_text(encoding="utf-8"))
@@ -35,8 +51,11 @@ def snippets(page: Path) -> list[tuple[str, str]]:
 
 def run(page: Path, folder: Path, **more: str) -> None:
     environment = os.environ | {"PATH": f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}"} | more
+    plugins = [str(folder / "plugins"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment["PYTHONPATH"] = os.pathsep.join(plugins)
+    default = (folder / "bin" / "default.py").read_text(encoding="utf-8")
     for language, code in snippets(page):
-        command = ["bash", "-e", "-c", code] if language == "bash" else [sys.executable, "-c", code]
+        command = ["bash", "-e", "-c", code] if language == "bash" else [sys.executable, "-c", default + code]
         done = subprocess.run(
             command, cwd=folder, env=environment, capture_output=True, text=True, timeout=HANG, check=False
         )
@@ -47,6 +66,9 @@ def begin(folder: Path, backbone: str, forks: str) -> Path:
     """Photos, names, descriptions, and the commands."""
     prepare(folder, backbone, CLIENT.format(address=forks))
     (folder / "bin" / "python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n', encoding="utf-8")
+    (folder / "bin" / "default.py").write_text(DEFAULT.format(backbone=backbone), encoding="utf-8")
+    (folder / "bin" / "pip").write_text(PIP.format(python=sys.executable, plugins=folder / "plugins"), encoding="utf-8")
+    (folder / "bin" / "pip").chmod(0o755)
     return folder
 
 
@@ -83,7 +105,7 @@ def test_page__its_snippets_run(page: Path, adapted: Path, chat: ChatServer) -> 
 
 
 def test_pages__each_has_something_to_run() -> None:
-    assert len(PAGES) >= 7
+    assert len(PAGES) >= 9
     for page in [DOCS / "tutorial.md", *PAGES]:
         assert snippets(page), page
 
@@ -100,7 +122,7 @@ def test_site__is_built_without_a_warning(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr[-3000:]
     pages = {str(path.relative_to(tmp_path).parent) for path in tmp_path.rglob("index.html")}
-    assert {".", "tutorial", "commands", "settings", "python", "how-to/describe", "how-to/serve"} <= pages
+    assert {".", "tutorial", "commands", "settings", "python", "how-to/describe", "how-to/add-a-method"} <= pages
     commands = (tmp_path / "commands" / "index.html").read_text(encoding="utf-8")
     settings = (tmp_path / "settings" / "index.html").read_text(encoding="utf-8")
     assert "--keep-adapted" in commands and "training.anchor_steps" in settings

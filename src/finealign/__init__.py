@@ -9,14 +9,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from finealign import errors, types
+    from finealign import errors, testing, types
     from finealign.backbone.base import Backbone
     from finealign.backbone.load import load_backbone
+    from finealign.backbone.tower_backbone import TowerBackbone
     from finealign.classifier import FineAlign
     from finealign.config import read_config
     from finealign.evaluate.summary import evaluate_predictions
     from finealign.evaluate.truth import read_truth
     from finealign.images.sources import find_images
+    from finealign.method.registry import register
     from finealign.model.prepare import Prepared
     from finealign.run.adapt import adapt_into
     from finealign.run.report import write_report
@@ -29,6 +31,7 @@ __all__ = [
     "FineAlign",
     "Prepared",
     "Ranks",
+    "TowerBackbone",
     "__version__",
     "adapt_into",
     "errors",
@@ -38,6 +41,8 @@ __all__ = [
     "load_backbone",
     "read_config",
     "read_truth",
+    "register",
+    "testing",
     "types",
     "write_report",
 ]
@@ -47,6 +52,7 @@ _PLACES = {
     "FineAlign": "classifier",
     "Prepared": "model.prepare",
     "Ranks": "runtime.distributed",
+    "TowerBackbone": "backbone.tower_backbone",
     "adapt_into": "run.adapt",
     "evaluate_predictions": "evaluate.summary",
     "find_images": "images.sources",
@@ -54,6 +60,7 @@ _PLACES = {
     "load_backbone": "backbone.load",
     "read_config": "config",
     "read_truth": "evaluate.truth",
+    "register": "method.registry",
     "write_report": "run.report",
 }
 __path__.append(str(Path(__file__).parent / "moved"))  # deprecated import paths are modules in this folder
@@ -61,7 +68,7 @@ __path__.append(str(Path(__file__).parent / "moved"))  # deprecated import paths
 
 def __getattr__(name: str) -> Any:
     """Import a public name, and torch with it, only when it is accessed, so that the package itself imports fast."""
-    if name in ("errors", "types"):
+    if name in ("errors", "testing", "types"):
         return import_module(f"{__name__}.{name}")
     if name in _PLACES:
         return getattr(import_module(f"{__name__}.{_PLACES[name]}"), name)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from finealign.backbone.base import Backbone
+from finealign.backbone.base import Backbone, lacking
 from finealign.backbone.load import load_backbone
 from finealign.config import Config
 from finealign.errors import CautionWarning, ConfigError, ImageInputError, display_path
@@ -24,7 +24,7 @@ from finealign.images.sources import find_images
 from finealign.images.training_set import decode_training_set
 from finealign.images.views import Views
 from finealign.method.base import Method, SelfTrainingMethod
-from finealign.method.registry import create_method
+from finealign.method.registry import copy_method, create_method, name_of
 from finealign.method.strangers import StrangerModel
 from finealign.method.strangers import fit as fit_strangers
 from finealign.model.calibration import Calibration, calibrate, sample
@@ -32,7 +32,7 @@ from finealign.model.card import is_card, model_card
 from finealign.model.fitted import FittedModel, check_class_prior, check_use, inference_settings, what_learned
 from finealign.model.folder import own_norms, read_model, write_model
 from finealign.model.inference import Predictor, tell_blank
-from finealign.model.prepare import Prepared, check_settings, given_shares, prepare
+from finealign.model.prepare import Prepared, check_settings, given_shares, prepare, with_names
 from finealign.model.refusal import DIGITS, NONE_OF_THESE, UNSURE, cutoff, least_confidence
 from finealign.runtime.atomic import save_text
 from finealign.runtime.devices import choose_device, choose_precision
@@ -100,8 +100,8 @@ class FineAlign(Estimator):
         *,
         descriptions: Mapping[str, Sequence[str]] | None = None,
         templates: Sequence[str] | None = None,
-        backbone: str | None = None,
-        method: str | None = None,
+        backbone: str | Backbone | None = None,
+        method: str | type[Method] | Method | None = None,
         seed: int | None = None,
         device: str | None = None,
         precision: WantedPrecision | None = None,
@@ -115,6 +115,10 @@ class FineAlign(Estimator):
         settings, whose defaults are those of ``finealign adapt``: OpenAI's ViT-B/32, the method fair, seed 0, device
         and precision "auto". ``config`` holds these and all other settings; a setting that is given besides it must
         agree with it.
+
+        ``backbone`` may also be a ``Backbone``, which has its own device and precision. ``method`` may also be a
+        subclass of ``Method``, or an instance that ``create_method`` made from these texts, of which a copy is trained.
+        Where ``config`` names no backbone or no method, it is taken to name these.
 
         ``ranks`` are the processes that share the encoding, as returned by ``Ranks.launched()``. All of them must call
         the same methods in the same order, and all get the same results. Without ``ranks`` there is only this process.
@@ -134,17 +138,41 @@ class FineAlign(Estimator):
 
     def check(self) -> tuple[Texts, Config]:
         """Check and return the texts and settings, without loading anything. Raises PromptError or ConfigError."""
+        backbone, method, config = self.backbone, self.method, self.config
+        if not (backbone is None or isinstance(backbone, str)):
+            self._refuse_no_backbone(backbone)
+            backbone = backbone.identifier
+            config = config and with_names(config, backbone=backbone)
+        if not (method is None or isinstance(method, str)):
+            method = name_of(type(method) if isinstance(method, Method) else method)
+            config = config and with_names(config, method=method)
         arguments = {
-            "backbone": self.backbone,
-            "method": self.method,
+            "backbone": backbone,
+            "method": method,
             "seed": self.seed,
             "device": self.device,
             "precision": self.precision,
         }
-        config = check_settings(self.config, arguments)
+        options = self.method.options if isinstance(self.method, Method) else None
+        config = check_settings(config, arguments, options)
         texts = make_texts(self.classes, self.descriptions, self.templates)
         given_shares(config, texts.classes)
         return texts, config
+
+    def _refuse_no_backbone(self, backbone: Backbone) -> None:
+        """Raise ConfigError if this is no backbone, or on another device or of another precision than was asked for."""
+        if missing := lacking(backbone):
+            raise ConfigError(
+                f"backbone is {type(backbone).__name__}, no name and no Backbone: it lacks {', '.join(missing)}. "
+                "Wanted: a name, as ViT-B-32-quickgelu/openai, or an object with all that finealign.Backbone lists."
+            )
+        for name in ("device", "precision"):
+            asked, found = getattr(self, name), str(getattr(backbone, name))
+            if asked not in (None, "auto", found):
+                raise ConfigError(
+                    f"{name}={asked!r} is not that of the backbone that was given, {found!r}. Leave {name} out, or "
+                    "give another backbone."
+                )
 
     def prepare(
         self,
@@ -161,14 +189,19 @@ class FineAlign(Estimator):
         """
         texts, config = self.check()
         paths = find_images(images, exclude=config.data.exclude)
-        backbone = backbone or self.load_backbone(config, progress)
+        backbone = self.load_backbone(config, progress) if backbone is None else backbone
         prepared = prepare(texts, config, paths, backbone, text_features=text_features)
         if prepared.unknown_words:
             (progress or Progress()).caution(prepared.unknown_words)
         return prepared
 
     def load_backbone(self, config: Config, progress: Progress | None = None) -> Backbone:
-        """Load the configured backbone on the configured device. Raises BackboneError or ConfigError."""
+        """Load the configured backbone on the configured device, unless the constructor was given a loaded one.
+
+        Raises BackboneError or ConfigError.
+        """
+        if not (self.backbone is None or isinstance(self.backbone, str)):
+            return self.backbone
         device = choose_device(config.device)
         with (progress or Progress()).stage("loading the backbone", None):
             return load_backbone(
@@ -223,11 +256,10 @@ class FineAlign(Estimator):
     def _learn_strangers(self) -> None:
         """Learn, for both models, how to tell images that show none of the classes from those that do."""
         before, after = self.sampled_features(self.paths_)
-        start, adapted = self._model.start().method.classifier(), self._model.method.classifier()
-        strangers: dict[Use, StrangerModel] = {
-            "start": fit_strangers(before.weak, None, start),
-            "adapted": fit_strangers(after.weak, None, adapted),
-        }
+        start, method = self._model.start().method.classifier(), self._model.method
+        strangers: dict[Use, StrangerModel] = {"start": fit_strangers(before.weak, None, start)}
+        if method.has_classifier:
+            strangers["adapted"] = fit_strangers(after.weak, None, method.classifier())
         self._become(replace(self._model, strangers=strangers))
 
     def _calibrate(self) -> None:
@@ -243,20 +275,20 @@ class FineAlign(Estimator):
         ``backbone`` is one that ``load_backbone`` returned. Raises PromptError, ConfigError or BackboneError.
         """
         texts, config = self.check()
-        backbone = backbone or self.load_backbone(config, progress)
+        backbone = self.load_backbone(config, progress) if backbone is None else backbone
         self._begin(prepare(texts, config, (), backbone))
         self.method_.requires_grad_(False)
         return self
 
     def _begin(self, prepared: Prepared) -> Method:
         """Become a model that has learned nothing yet, and return its method."""
-        config, backbone = prepared.config, prepared.backbone
-        method = create_method(
-            config.method,
-            prepared.text_features,
-            logit_scale=backbone.logit_scale,
-            token_width=backbone.token_width,
-        ).to(backbone.device)
+        config, backbone, texts = prepared.config, prepared.backbone, prepared.text_features
+        scale, width = backbone.logit_scale, backbone.token_width
+        if isinstance(self.method, Method):
+            method = copy_method(self.method, config.method, texts, token_width=width)
+        else:
+            method = create_method(config.method, texts, logit_scale=scale, token_width=width)
+        method = method.to(backbone.device)
         shares = given_shares(config, prepared.texts.classes)
         if shares is not None and isinstance(method, SelfTrainingMethod):
             method.expect(torch.tensor(shares))
@@ -543,27 +575,31 @@ class FineAlign(Estimator):
         device: str = "auto",
         precision: WantedPrecision = "auto",
         ranks: Ranks | None = None,
+        backbone: Backbone | None = None,
     ) -> Self:
         """Load a fitted model from a run folder or its ``model/``.
 
         ``use`` takes the adapted model or the start; None is the one that was in use when it was saved. Release 0.1
         saved one model alone, which "adapted" takes. ``class_prior`` is how the images to classify are distributed:
         "folder" as those adapted to, "even" with each class as likely as another, so that no class has a lead from its
-        share there; None is what the model was saved with. Raises ModelError, BackboneError or ConfigError.
+        share there; None is what the model was saved with. ``backbone`` is the one that the model was adapted from,
+        with the same weights, if it is not open_clip's: those are in the folder. Raises ModelError, BackboneError or
+        ConfigError.
         """
         if use is not None:
             check_use(use)
         if class_prior is not None:
             check_class_prior(class_prior)
         on_device = choose_device(device)
-        model = read_model(Path(folder), device=on_device, precision=choose_precision(precision, on_device))
+        asked = choose_precision(precision, on_device)
+        model = read_model(Path(folder), device=on_device, precision=asked, backbone=backbone)
         if class_prior is not None:
             model = model.with_prior(class_prior)
         loaded = cls(
             model.texts.classes,
             descriptions=dict(zip(model.texts.classes, model.texts.descriptions, strict=True)),
             templates=model.texts.templates,
-            backbone=model.inference.backbone,
+            backbone=model.inference.backbone if backbone is None else backbone,
             method=model.using("adapted").name,
             seed=model.inference.seed,
             device=device,

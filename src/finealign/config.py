@@ -109,7 +109,7 @@ class MethodSettings(BaseModel):
     """The method's name. The method's own options are further keys of this section and are checked by the method."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
-    name: str = Field("fair", description="the method, by file name in methods/")
+    name: str = Field("fair", description="the method, as `finealign methods` lists them")
 
     @property
     def options(self) -> dict[str, Any]:

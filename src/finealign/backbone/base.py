@@ -97,3 +97,9 @@ class Backbone(Protocol):
 
     def save(self, folder: Path) -> None:
         """Write the model, as it is now, to a folder that can be loaded again. Raises OutputError if that fails."""
+
+
+def lacking(backbone: object) -> list[str]:
+    """Return the names of what a backbone must have, by ``Backbone``, and has not."""
+    wanted = [*Backbone.__annotations__, *(name for name in vars(Backbone) if not name.startswith("_"))]
+    return [name for name in wanted if not hasattr(backbone, name)]

@@ -1,11 +1,8 @@
 """open_clip backbones: encode images and texts, list the trainable parameters, save the model."""
 
 import copy
-import hashlib
 import json
-import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -19,11 +16,12 @@ from torch.nn.functional import normalize
 from torch.utils.checkpoint import checkpoint
 
 from finealign.backbone.text_tower import save_text_tower
-from finealign.backbone.towers import is_convolutional, is_normalisation, token_width, tokens_of, working_copy
+from finealign.backbone.tower_backbone import TowerBackbone
+from finealign.backbone.towers import is_convolutional, token_width, tokens_of, working_copy
 from finealign.errors import BackboneError
 from finealign.method.alignment import saliency_pooled
 from finealign.runtime.atomic import save_tensors
-from finealign.types import Gaze, Precision, TextFeatures, Texts
+from finealign.types import Gaze
 
 WEIGHTS, CONFIG = "open_clip_model.safetensors", "open_clip_config.json"
 # Larger chunks no longer fit the processor's caches and are no faster. The chunk size changes results only by rounding.
@@ -45,28 +43,33 @@ class Parts:
     origin: dict[str, str]
 
 
-@dataclass
-class OpenClipBackbone:
+@dataclass(kw_only=True)
+class OpenClipBackbone(TowerBackbone):
     """An open_clip model with its tokenizer and preprocessing: one implementation of ``Backbone``.
 
     The model is always in evaluation mode, so that BatchNorm's running statistics never change.
     """
 
-    identifier: str
-    origin: dict[str, str]  # these five as in Parts
-    model: Any
+    model: Any  # open_clip's CLIP, CustomTextCLIP or CoCa
     tokenizer: Any
-    config: dict[str, Any]
-    preprocess: dict[str, Any]
-    geometry: Callable[[Image.Image], Image.Image]
-    device: torch.device
-    precision: Precision
+    config: dict[str, Any]  # open_clip's model_cfg
+    preprocess: dict[str, Any]  # open_clip's preprocess_cfg
+    geometry: Callable[[Image.Image], Image.Image] = field()
     # The model around each working copy of the image tower, by the dtype of the copy.
     _encoders: dict[torch.dtype, Any] = field(default_factory=dict, init=False, repr=False)
     # Bytes that autograd keeps for the backward pass of one image, by the dtype of the working copy.
     _kept_bytes: dict[torch.dtype, int] = field(default_factory=dict, init=False, repr=False)
-    # Held by the thread that is inside ``lend``.
-    _borrowed: threading.RLock = field(default_factory=threading.RLock, init=False, repr=False)
+
+    @property
+    def tower(self) -> nn.Module:
+        """The image tower."""
+        visual: nn.Module = self.model.visual
+        return visual
+
+    def weights(self) -> Mapping[str, Tensor]:
+        """The model's parameters and buffers by name."""
+        state: Mapping[str, Tensor] = self.model.state_dict()
+        return state
 
     @property
     def input_size(self) -> int:
@@ -80,6 +83,11 @@ class OpenClipBackbone:
         return tuple(float(value) for value in self.preprocess["mean"])
 
     @property
+    def std(self) -> tuple[float, ...]:
+        """The standard deviation of each channel, by which pixels less the mean are divided."""
+        return tuple(float(value) for value in self.preprocess["std"])
+
+    @property
     def embed_dim(self) -> int:
         """D, the width of the embeddings."""
         return int(self.config["embed_dim"])
@@ -88,19 +96,6 @@ class OpenClipBackbone:
     def logit_scale(self) -> float:
         """The factor by which the model was trained to multiply cosines; 100 for CLIP."""
         return float(self.model.logit_scale.detach().exp())
-
-    @cached_property
-    def checksum(self) -> str:
-        """SHA-256 of the weights, in hexadecimal; the same model has the same checksum on every machine.
-
-        It covers name, dtype, shape and values of every tensor, in the order of the names. It is computed at the first
-        access and then stays the same, whatever happens to the weights.
-        """
-        digest = hashlib.sha256()
-        for name, value in sorted(self.model.state_dict().items()):
-            digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-        return digest.hexdigest()
 
     @property
     def token_width(self) -> int:
@@ -180,23 +175,6 @@ class OpenClipBackbone:
         return torch.cat([self._encode(chunk, gaze) for chunk in torch.split(images, IMAGE_CHUNK)])
 
     @torch.inference_mode()
-    def encode_texts(self, texts: Texts) -> TextFeatures:
-        """Encode each class name in every template, and all descriptions, in float32.
-
-        Raises BackboneError if a text is longer than the tokenizer's context window, which would truncate it silently.
-        """
-        prompts = [template.replace("{}", name) for name in texts.classes for template in texts.templates]
-        sentences = [sentence for group in texts.descriptions for sentence in group]
-        encoded = self.encode_sentences(prompts + sentences)
-        names = encoded[: len(prompts)].reshape(len(texts.classes), len(texts.templates), -1).mean(1)
-        class_of = [index for index, group in enumerate(texts.descriptions) for _ in group]
-        return TextFeatures(
-            names=normalize(names, dim=-1),
-            descriptions=encoded[len(prompts) :],
-            class_of=torch.tensor(class_of, device=self.device),
-        )
-
-    @torch.inference_mode()
     def encode_sentences(self, sentences: Sequence[str]) -> Tensor:
         """Encode B texts as L2-normalised float32 embeddings (B, D). Raises BackboneError as ``encode_texts`` does."""
         features = []
@@ -253,53 +231,6 @@ class OpenClipBackbone:
     def convolutional(self) -> bool:
         """Whether the image tower is convolutional."""
         return is_convolutional(self.model.visual)
-
-    def norm_parameters(self) -> dict[str, nn.Parameter]:
-        """Scale and shift of every normalisation layer of the image tower, by name: step 8 of the method.
-
-        Raises BackboneError if the tower has no normalisation layer.
-        """
-        if not self._norms:
-            raise BackboneError(
-                f"{self.identifier} has no normalisation layer in its image tower, so there is nothing to adapt there. "
-                "Use training.learn=anchors."
-            )
-        return dict(self._norms)
-
-    @cached_property
-    def _norms(self) -> dict[str, nn.Parameter]:
-        """As ``norm_parameters``, but empty for a tower without normalisation layers."""
-        return {
-            f"{prefix}.{name}" if prefix else name: parameter
-            for prefix, module in self.model.visual.named_modules()
-            if is_normalisation(module)
-            for name, parameter in module.named_parameters(recurse=False)
-        }
-
-    def load_norms(self, values: Mapping[str, Tensor]) -> None:
-        """Set the named normalisation parameters to these values, in place. Names are those of ``norm_parameters``."""
-        parameters = self._norms
-        with torch.no_grad():
-            for name, value in values.items():
-                parameters[name].copy_(value)
-
-    @contextmanager
-    def lend(self, norms: Mapping[str, Tensor]) -> Iterator[None]:
-        """A context in which the tower uses these normalisation parameters. On exit its own are restored.
-
-        Only one thread at a time can be inside this context of a backbone; others wait. Copying the parameters takes
-        about a millisecond.
-        """
-        if not norms:
-            yield
-            return
-        with self._borrowed:
-            originals = {name: self._norms[name].detach().clone() for name in norms}
-            self.load_norms(norms)
-            try:
-                yield
-            finally:
-                self.load_norms(originals)
 
     def save(self, folder: Path) -> None:
         """Write the model as a folder that ``local-dir:`` loads: configuration, safetensors weights, tokenizer files.

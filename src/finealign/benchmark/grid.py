@@ -31,7 +31,7 @@ from finealign.errors import FinealignError, OutputError
 from finealign.method.registry import method_settings
 from finealign.model.prepare import Prepared
 from finealign.run.folder import versions
-from finealign.run.verdict import Verdict, judge_model, start_features
+from finealign.run.verdict import Verdict, judge_model, start_features, why_unjudged
 from finealign.runtime.atomic import save_text
 from finealign.runtime.progress import Progress
 from finealign.types import ImageFeatures, TextFeatures
@@ -241,7 +241,7 @@ class _Runner:
             at_start = self._test_features(model, task, at_start=True, crops=False)
             self.start[task.name] = _right(model.start_method_.score(at_start, "global"), labels)
         right["start"] = self.start[task.name]
-        verdict = self._verdict(model, task, seed) if model.method_.trains else None
+        verdict = None if why_unjudged(model) else self._verdict(model, task, seed)
         return Cell(
             dataset=task.name,
             method=method,
@@ -254,7 +254,7 @@ class _Runner:
             epochs=len(model.history_),
             verdict=asdict(verdict) if verdict else None,
             settings=model.config_.model_dump(),
-            versions=versions(),
+            versions=versions(model.model_.name),
             changed=[record.changed for record in model.history_],
         )
 

@@ -16,19 +16,23 @@ from finealign.cli.options import AsJson
 def methods(as_json: AsJson = False) -> None:
     """List the methods, with their presets and what each is."""
     with guarded(as_json):
-        from finealign.method.registry import describe_methods
+        from finealign.method.registry import broken_plug_ins, describe_methods
 
-        rows = describe_methods()
+        rows, broken = describe_methods(), broken_plug_ins()
         if as_json:
-            print_json({"methods": rows})
+            print_json({"methods": rows, "broken": broken})
             return
+        others = any(row["from"] != "finealign" for row in rows)
         table = Table(box=None)
-        for name in ("method", "presets", "trains", "what it is"):
+        for name in ("method", "presets", "trains", "what it is", *(["from"] if others else [])):
             table.add_column(name)
         for row in rows:
             presets = " ".join(f"@{preset}" for preset in row["presets"])
-            table.add_row(row["name"], presets, "yes" if row["trains"] else "no", escape(row["about"]))
+            trains, origin = "yes" if row["trains"] else "no", [escape(row["from"])] if others else []
+            table.add_row(row["name"], escape(presets), trains, escape(row["about"]), *origin)
         Console().print(table)
+        for problem in broken:
+            Console(stderr=True).print(f"[yellow]{escape(problem)}[/]", soft_wrap=True, highlight=False)
 
 
 @app.command()

@@ -144,7 +144,7 @@ class Graph(nn.Module):
         anchors = None
         # WCA's score counts the classes while it runs, which cannot be exported. It is linear in the features of crops,
         # so its values on the unit vectors give one class vector for each class.
-        if type(method).scores == ("las",):
+        if method.scores == ("las",):
             axes = torch.eye(backbone.config["embed_dim"])
             anchors = method.score(ImageFeatures(axes, axes[:, None]), kind).T.contiguous()  # (C, D)
         self.register_buffer("anchors", anchors)

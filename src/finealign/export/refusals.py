@@ -56,7 +56,7 @@ def _refuse_method(model: FineAlign, format: Format) -> None:
 
 def _refuse_score(model: FineAlign, format: Format, kind: Score) -> None:
     """Raises ConfigError for a score that the method or the format does not have."""
-    valid = type(model.method_).scores
+    valid = model.method_.scores
     name = model.model_.name
     if kind not in valid:
         advice = f"Valid: {', '.join(valid)}." if format == "onnx" else "Wanted: --format onnx, which holds its score."

@@ -44,25 +44,33 @@ class MethodOptions(Settings):
 class Method(nn.Module):
     """A way to score images and, if it trains, to label them and to learn from the labels.
 
-    Parameters hold what the method learns besides the backbone, buffers hold what it remembers. Together they are its
-    whole state, so saving, loading and resuming work for every method without special cases.
+    What a method can do is what it overrides; nothing else is declared. With a ``loss`` and ``pseudo_label`` it
+    trains, with ``survey`` it sees all images at once, with ``study`` it learns from the texts. Parameters hold what
+    the method learns besides the backbone, buffers hold what it remembers. Together they are its whole state, so
+    saving, loading and resuming work for every method without special cases.
 
     A method is made from its checked options, the encoded texts, and the backbone's logit scale, which is used unless
-    ``options.logit_scale`` is a number.
+    ``options.logit_scale`` is a number. Making one is quick: what takes time is done in ``study``.
     """
 
     Options: ClassVar[type[MethodOptions]] = MethodOptions
-    trains: ClassVar[bool] = False  # whether it has a loss to be trained with
-    uses_crops: ClassVar[bool] = False  # whether training needs crop features
-    settles: ClassVar[bool] = False  # whether its anchors are also trained alone, on kept crop features
-    surveys: ClassVar[bool] = False  # whether it processes all images at once, in ``survey``
     scores: ClassVar[tuple[Score, ...]] = ("global", "las", "fused")  # that it can compute; the first is the default
-    salient: ClassVar[bool] = False  # whether the embedding of a whole image is half that of its salient patches
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}  # settings by name of the preset, such as "published"
-    # What a saved model needs to classify: names of options, and names of parameters and buffers.
-    inference_options: ClassVar[tuple[str, ...]] = ("crops_kept", "crop_temperature")
-    inference_state: ClassVar[tuple[str, ...]] = ()
+    # What a saved model leaves out, as classifying does not need it: names of options, and of parameters and buffers.
+    training_options: ClassVar[tuple[str, ...]] = ("logit_scale",)
+    training_state: ClassVar[tuple[str, ...]] = ()
+    # Follow from what a subclass overrides, and are not to be set.
+    trains: ClassVar[bool] = False  # it has a ``loss``
+    surveys: ClassVar[bool] = False  # it has a ``survey``
+    has_classifier: ClassVar[bool] = False  # it has a ``classifier``
     prompts: nn.Parameter | None  # (P, W) learned tokens, appended to those of strong views and images to classify
+    class_prior: Tensor | None  # (C,), the share of the images that each class is expected to have; None: not asked
+
+    def __init_subclass__(cls, **arguments: Any) -> None:
+        super().__init_subclass__(**arguments)
+        cls.trains = cls.loss is not Method.loss
+        cls.surveys = cls.survey is not Method.survey
+        cls.has_classifier = cls.classifier is not Method.classifier
 
     def __init__(self, options: MethodOptions, texts: TextFeatures, *, logit_scale: float) -> None:
         super().__init__()
@@ -70,6 +78,45 @@ class Method(nn.Module):
         self.logit_scale = logit_scale if options.logit_scale == "auto" else options.logit_scale
         self.num_classes = texts.num_classes
         self.register_parameter("prompts", None)
+        self.register_buffer("class_prior", None)
+
+    def study(self, texts: TextFeatures) -> None:
+        """Learn from the texts alone, before any image is seen.
+
+        Called once for a new method, not for one whose state is loaded.
+        """
+
+    def suit_tower(self, width: int) -> None:
+        """Suit the image tower, whose tokens have this width; 0 means that it has none.
+
+        Called once, after the method is made: the place to create ``prompts`` (P, width). Raises ConfigError if the
+        method cannot work with such a tower.
+        """
+
+    @property
+    def uses_crops(self) -> bool:
+        """Whether training needs crop features. Without, ``pseudo_label`` gets crops of the shape (B, 0, D)."""
+        return False
+
+    @property
+    def settles(self) -> bool:
+        """Whether its parameters are also trained alone, on kept crop features."""
+        return False
+
+    @property
+    def learns(self) -> str:
+        """What it learns besides the backbone, in words, as for the model card."""
+        return "a vector for each class"
+
+    @property
+    def gaze(self) -> Gaze | None:
+        """How the image tower encodes strong views and images to classify; None: without prompts or pooled patches."""
+        return None if self.prompts is None else Gaze(self.prompts)
+
+    @property
+    def weak_gaze(self) -> Gaze | None:
+        """How the image tower encodes the weak views that images are labelled by; None: without prompts or patches."""
+        return None
 
     def classifier(self) -> Anchors:
         """Return the class vectors that images are scored against: (C, J, D), rows of length 1.
@@ -78,16 +125,14 @@ class Method(nn.Module):
         """
         raise NotImplementedError
 
-    @property
-    def gaze(self) -> Gaze | None:
-        """How the image tower encodes strong views and images to classify; None: without prompts or pooled patches."""
-        if self.salient or self.prompts is not None:
-            return Gaze(self.prompts, self.salient)
-        return None
+    @classmethod
+    def inference_options(cls) -> set[str]:
+        """Return the names of the options that classifying needs: all but ``training_options``."""
+        return set(cls.Options.model_fields) - set(cls.training_options)
 
     def inference_tensors(self) -> dict[str, Tensor]:
-        """Return the parameters and buffers that scoring needs, by name. A saved model stores these of the method."""
-        return {name: value for name, value in self.state_dict().items() if name in self.inference_state}
+        """Return the parameters and buffers that classifying needs, by name: all but ``training_state``."""
+        return {name: value for name, value in self.state_dict().items() if name not in self.training_state}
 
     def load_inference_tensors(self, values: Mapping[str, Tensor]) -> None:
         """Load what ``inference_tensors`` returned.
@@ -99,13 +144,10 @@ class Method(nn.Module):
             raise ValueError(f"the method's tensors are {sorted(values)}, wanted {sorted(expected)}")
         self.load_state_dict({**self.state_dict(), **values})
 
-    def make_prompts(self, width: int) -> None:
-        """Create ``prompts`` (P, width) if the method learns prompts. Width 0 means that the tower has no tokens."""
-
     def survey(self, weak: Tensor) -> None:
         """Process the weak features of all images, (n, D), as the backbone encodes them at this moment.
 
-        Called if ``surveys`` is true: before each epoch, or once for a method that does not train.
+        Called before each epoch, or once for a method that does not train; not at all unless it is overridden.
         """
 
     def crop_weights(self, features: ImageFeatures) -> Tensor:
@@ -196,8 +238,16 @@ class SelfTrainingMethod(Method):
 
     Options: ClassVar[type[MethodOptions]] = SelfTrainingOptions
     options: SelfTrainingOptions
-    trains = True
-    inference_state: ClassVar[tuple[str, ...]] = ("anchors", "class_prior", "whole_share")
+    training_options: ClassVar[tuple[str, ...]] = (
+        *Method.training_options,
+        "fairness",
+        "fairness_weight",
+        "fairness_temperature",
+        "fairness_window",
+        "class_prior",
+        "whole_share",
+    )
+    training_state: ClassVar[tuple[str, ...]] = ("pull", "mean_prediction")
     class_prior: Tensor  # (C,), the share of the images that each class is expected to have; even until ``expect``
     whole_share: Tensor  # (), the share of the whole image in the score ``fused``; EQUAL until ``trust_whole``
     pull: Tensor  # (), lambda, the weight of the fairness term

@@ -37,10 +37,8 @@ class TransductiveMethod(Method):
 
     Options: ClassVar[type[MethodOptions]] = TransductiveOptions
     options: TransductiveOptions
-    surveys = True
     scores: ClassVar[tuple[Score, ...]] = ("global",)
-    inference_options = (*Method.inference_options, "text_power", "damping", "neighbours")
-    inference_state = ("prototypes", "means", "variance", "images", "assigned", "reaches")
+    training_options: ClassVar[tuple[str, ...]] = (*Method.training_options, "rounds", "assignments")
     prototypes: Tensor  # (C, D), the means of the descriptions
     means: Tensor  # (C, D), mu
     variance: Tensor  # (C, D), or (D,) for all classes: v

@@ -10,7 +10,6 @@ from finealign.types import TextFeatures
 class Cupl(Method):
     """score = <g, T_c>, where g is the whole image and T_c = mean_j t_cj, normalised, the mean of the descriptions."""
 
-    inference_state = ("prototypes",)
     prototypes: Tensor  # (C, 1, D)
 
     def __init__(self, options: MethodOptions, texts: TextFeatures, *, logit_scale: float) -> None:

@@ -34,7 +34,8 @@ class Dpa(SelfTrainingMethod):
 
     Options = DpaOptions
     options: DpaOptions
-    surveys = True
+    training_options = (*SelfTrainingMethod.training_options, "image_share", "align_weight")
+    training_state = (*SelfTrainingMethod.training_state, "image_prototypes", "mean_text")
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         # The authors choose the learning rate per data set; this preset has one. Their value of a is not known.
         "published": {

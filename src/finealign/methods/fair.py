@@ -80,7 +80,14 @@ class Fair(SelfTrainingMethod):
 
     Options = FairOptions
     options: FairOptions
-    inference_options = (*SelfTrainingMethod.inference_options, "anchors_per_class")
+    training_options = (
+        *SelfTrainingMethod.training_options,
+        "weight",
+        "fixed_share",
+        "teacher_momentum",
+        "label_balance",
+    )
+    training_state = (*SelfTrainingMethod.training_state, "pair_counts", "fixed", "teacher", "mean_label")
     uses_crops = True
     settles = True
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"reconstruction": RECONSTRUCTION}

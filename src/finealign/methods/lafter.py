@@ -32,8 +32,13 @@ class Lafter(SelfTrainingMethod):
 
     Options = LafterOptions
     options: LafterOptions
-    inference_options = (*SelfTrainingMethod.inference_options, "prompt_tokens")
-    inference_state = (*SelfTrainingMethod.inference_state, "prompts")
+    training_options = (
+        *SelfTrainingMethod.training_options,
+        "text_steps",
+        "text_learning_rate",
+        "label_smoothing",
+    )
+    training_state = (*SelfTrainingMethod.training_state, "fixed")
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         # LaFTer's loss has no fairness term.
         "published": {
@@ -44,19 +49,26 @@ class Lafter(SelfTrainingMethod):
     fixed: Tensor  # (C, 1, D), the classifier trained on the texts
 
     def __init__(self, options: LafterOptions, texts: TextFeatures, *, logit_scale: float) -> None:
+        means = class_means(texts.descriptions, texts.class_of, texts.num_classes)[:, None]
+        super().__init__(options, texts, means, logit_scale=logit_scale)
+        self.register_buffer("fixed", means.clone())
+
+    @torch.no_grad()
+    def study(self, texts: TextFeatures) -> None:
+        """Train the classifier on the texts, from the means of the descriptions, and begin the anchors there."""
         means = class_means(texts.descriptions, texts.class_of, texts.num_classes)
         learned = text_classifier(
             means,
             texts,
-            steps=options.text_steps,
-            learning_rate=options.text_learning_rate,
-            smoothing=options.label_smoothing,
-            scale=logit_scale if options.logit_scale == "auto" else options.logit_scale,
-        )
-        super().__init__(options, texts, learned[:, None], logit_scale=logit_scale)
-        self.register_buffer("fixed", learned[:, None].clone())
+            steps=self.options.text_steps,
+            learning_rate=self.options.text_learning_rate,
+            smoothing=self.options.label_smoothing,
+            scale=self.logit_scale,
+        )[:, None]
+        self.fixed.copy_(learned)
+        self.anchors.copy_(learned)
 
-    def make_prompts(self, width: int) -> None:
+    def suit_tower(self, width: int) -> None:
         """Create ``prompt_tokens`` random prompts of this width, the same in every run; none if the width is 0."""
         if width and self.options.prompt_tokens:
             generator = torch.Generator().manual_seed(0)

@@ -11,9 +11,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from finealign.errors import ConfigError
 from finealign.method.alignment import class_means, global_score, learned_alignment_score
 from finealign.method.base import PUBLISHED_DECAY, PUBLISHED_PACE, SelfTrainingMethod, SelfTrainingOptions, Share
-from finealign.types import ImageFeatures, PseudoLabels, TextFeatures
+from finealign.types import Gaze, ImageFeatures, PseudoLabels, TextFeatures
 
 
 class MicroclipOptions(SelfTrainingOptions):
@@ -32,7 +33,8 @@ class Microclip(SelfTrainingMethod):
     Options = MicroclipOptions
     options: MicroclipOptions
     uses_crops = True
-    salient = True
+    training_options = (*SelfTrainingMethod.training_options, "fixed_share")
+    training_state = (*SelfTrainingMethod.training_state, "fixed")
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "published": {
             "training": {**PUBLISHED_PACE, **PUBLISHED_DECAY},
@@ -45,6 +47,24 @@ class Microclip(SelfTrainingMethod):
         means = class_means(texts.descriptions, texts.class_of, texts.num_classes)[:, None]
         super().__init__(options, texts, means, logit_scale=logit_scale)
         self.register_buffer("fixed", means)
+
+    def suit_tower(self, width: int) -> None:
+        """Raise ConfigError for a tower without tokens, whose patches could not be pooled."""
+        if not width:
+            raise ConfigError(
+                "method.name: microclip pools patch tokens, and this backbone's image tower has none. "
+                "Wanted: an open_clip vision transformer, as ViT-B-32-quickgelu/openai; or another method."
+            )
+
+    @property
+    def gaze(self) -> Gaze:
+        """Half the tower's own embedding, half that of the salient patches."""
+        return Gaze(self.prompts, salient=True)
+
+    @property
+    def weak_gaze(self) -> Gaze:
+        """The same, without prompts."""
+        return Gaze(salient=True)
 
     @torch.no_grad()
     def pseudo_label(self, features: ImageFeatures) -> PseudoLabels:

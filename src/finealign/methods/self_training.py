@@ -12,6 +12,7 @@ class SelfTraining(SelfTrainingMethod):
     """y = argmax_c <g_weak, T_c>, where T_c is the fixed, normalised mean of the class's descriptions; omega = 1."""
 
     Options = SelfTrainingOptions
+    training_state = (*SelfTrainingMethod.training_state, "fixed")
     fixed: Tensor  # (C, 1, D), the means of the descriptions
 
     def __init__(self, options: SelfTrainingOptions, texts: TextFeatures, *, logit_scale: float) -> None:

@@ -31,6 +31,8 @@ class Stata(TransductiveMethod):
 
     Options = StataOptions
     options: StataOptions
+    training_options = (*TransductiveMethod.training_options, "text_images")
+    training_state = (*TransductiveMethod.training_state, "text_variance")
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"published": {}}  # the defaults are the published values
     text_variance: Tensor  # (D,), S_0, the mean squared deviation of the images from the texts
 

@@ -29,6 +29,7 @@ class Transclip(TransductiveMethod):
 
     Options = TransclipOptions
     options: TransclipOptions
+    training_options = (*TransductiveMethod.training_options, "confident")
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"published": {}}  # the defaults are the published values
 
     def __init__(self, options: TransclipOptions, texts: TextFeatures, *, logit_scale: float) -> None:

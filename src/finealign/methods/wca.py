@@ -30,7 +30,7 @@ class Wca(Method):
     Options = WcaOptions
     options: WcaOptions
     scores: ClassVar[tuple[Score, ...]] = ("las",)
-    inference_state = ("descriptions", "class_of", "description_weight")
+    training_options = (*Method.training_options, "description_temperature")
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"published": {"views": {"crops": 60}}}
     descriptions: Tensor  # (M, D)
     class_of: Tensor  # (M,) int64

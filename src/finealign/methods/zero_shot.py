@@ -9,7 +9,6 @@ from finealign.types import TextFeatures
 class ZeroShot(Method):
     """score = <g, T_c>, where g is the whole image and T_c the normalised mean of the class's template prompts."""
 
-    inference_state = ("prototypes",)
     prototypes: Tensor  # (C, 1, D)
 
     def __init__(self, options: MethodOptions, texts: TextFeatures, *, logit_scale: float) -> None:

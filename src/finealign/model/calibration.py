@@ -87,9 +87,9 @@ def calibrate(
         images=images,
     )
     with torch.no_grad():
-        opinions = [_labels(witness.score(before, _fitting(type(witness).scores, before))) for witness in witnesses]
+        opinions = [_labels(witness.score(before, _fitting(witness.scores, before))) for witness in witnesses]
         own = model.inference.score
-        kinds: list[Score] = [kind for kind in type(model.method).scores if kind == "global" or after.crops.shape[1]]
+        kinds: list[Score] = [kind for kind in model.method.scores if kind == "global" or after.crops.shape[1]]
         temperatures, accuracy = {}, 0.0
         for kind in kinds:
             scores = model.method.score(after, kind)
@@ -185,17 +185,20 @@ def adapted_witnesses(
     so is a class's single description. ``config`` is resolved. A method whose anchors settle takes these steps and one
     pass over the images; another takes the steps of a run on ``images`` images. Crops stand for strong views. FAIR
     stands for a method that pools patches, as no features are kept of these. All have the logit scale of ``like``, the
-    adapted method, expect the shares of classes that it expects, and trust crops as it does.
+    adapted method, expect the shares of classes that it expects, and trust crops as it does. A method without
+    parameters takes no step.
     """
-    settings = MethodSettings(name="fair") if find_method(config.method.name).salient else config.method
+    settings = MethodSettings(name="fair") if like.gaze and like.gaze.salient else config.method
     taught = like if isinstance(like, SelfTrainingMethod) else None
     share = float(taught.whole_share) if taught else EQUAL
     told = {"class_prior": "even", "whole_share": share}  # the prior till it is told below
+    known = find_method(settings.name).Options.model_fields
+    told = {name: value for name, value in told.items() if name in known}
     settings = MethodSettings(name=settings.name, **{**settings.options, **told})
     order = np.random.default_rng((config.seed, _HALVES)).permutation(len(before.weak))
     halves = order[: (len(order) + 1) // 2], order[len(order) // 2 :]
-    epochs = 1 if find_method(settings.name).settles else _as_many_steps(config, images, len(halves[0]))
-    pace: dict[str, Any] = {"encoder": "frozen", "learn": "anchors", "epochs": epochs, "strangers": "off"}
+    pace: dict[str, Any] = {"encoder": "frozen", "learn": "anchors", "strangers": "off"}
+    pace["epochs"] = _as_many_steps(config, images, len(halves[0]))
     if not config.training.anchor_steps:  # as where the run keeps no features of crops
         pace["anchor_steps"] = ANCHOR_STEPS
     config = config.model_copy(update={"training": config.training.model_copy(update=pace)})
@@ -208,10 +211,12 @@ def adapted_witnesses(
         if taught and isinstance(method, SelfTrainingMethod):
             method.expect(taught.class_prior)
             method.pull.copy_(taught.pull)
-        with torch.inference_mode(False), torch.enable_grad():
-            state = begin(backbone, method, config, images=len(chosen))
-            for _ in run_epochs(state, source, config, range(epochs), Progress()):
-                pass
+        epochs = 1 if method.settles else pace["epochs"]
+        if any(True for _ in method.parameters()):
+            with torch.inference_mode(False), torch.enable_grad():
+                state = begin(backbone, method, config, images=len(chosen))
+                for _ in run_epochs(state, source, config, range(epochs), Progress()):
+                    pass
         found.append(method.requires_grad_(False))
     return found
 

@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from finealign import __version__
+from finealign.backbone.base import Backbone
+from finealign.backbone.model import OpenClipBackbone
 from finealign.config import without_folder
 from finealign.model.fitted import CALLED, OTHER, FittedModel
 from finealign.model.shares import shares_in_words, told_shares
@@ -59,8 +61,15 @@ def model_card(
         "other": OTHER[model.use],
         "run": run,
         "use": use,
+        "given": _to_be_given(model.backbone),
     }
     return fill("finealign.model", "model_card.md.j2", values)
+
+
+def _to_be_given(backbone: Backbone) -> str:
+    """The path of the backbone's class; empty for one of open_clip, which the folder holds."""
+    kind = type(backbone)
+    return "" if kind is OpenClipBackbone else f"{kind.__module__}.{kind.__qualname__}"
 
 
 def is_card(path: Path) -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor
 from finealign.backbone.base import Backbone
 from finealign.config import Auto, Config, Fraction, MethodSettings, Positive, Settings
 from finealign.errors import ConfigError, unknown_name
-from finealign.method.base import Method, SelfTrainingMethod
+from finealign.method.base import Method
 from finealign.method.registry import choose_score, create_method, inference_method
 from finealign.method.strangers import StrangerModel, p_none
 from finealign.types import ClassPrior, ImageFeatures, Score, TextFeatures, Texts, Use
@@ -118,7 +118,7 @@ class FittedModel:
     @property
     def class_prior(self) -> ClassPrior | None:
         """How images to classify are taken to be distributed; None for a method that expects no shares of classes."""
-        return self.inference.class_prior if isinstance(self.method, SelfTrainingMethod) else None
+        return None if self.method.class_prior is None else self.inference.class_prior
 
     def with_prior(self, class_prior: ClassPrior) -> "FittedModel":
         """Return the same model for images that are distributed so. Raises ConfigError for another word."""
@@ -140,7 +140,7 @@ class FittedModel:
         probabilities: log(C s_c) is subtracted from the logits.
         """
         method, images = self.method, self.inference.images
-        if self.class_prior != "even" or not images or not isinstance(method, SelfTrainingMethod):
+        if self.class_prior != "even" or not images or method.class_prior is None:
             return None
         shares = method.class_prior.detach().cpu().double()
         if bool((shares == shares[0]).all()):
@@ -204,14 +204,14 @@ def check_class_prior(class_prior: str) -> None:
 def what_learned(method: Method, training: Mapping[str, Any]) -> str:
     """Describe what differs from the model before adaptation. ``training`` holds the settings it was trained with."""
     if not method.trains:
-        return "a vector for each class, from all images at once" if method.surveys else "nothing"
+        return f"{method.learns}, from all images at once" if method.surveys else "nothing"
     settings = training["training"]
     if settings["encoder"] == "frozen" or settings["learn"] == "anchors":
-        parts = ["a vector for each class"]
+        parts = [method.learns]
     else:
         parts = ["scale and shift of the image tower's normalisation layers"]
         if settings["learn"] == "norms+anchors":
-            parts.append("a vector for each class")
+            parts.append(method.learns)
     if method.prompts is not None:
         parts.append("tokens shown with each image")
     return " and ".join(parts)

@@ -1,12 +1,14 @@
 """Saved models: an open_clip local directory, with two more files for the classifier.
 
 The folder holds two models, the adapted one and its start (the model before adaptation), and names the one in use. The
-open_clip directory has the weights of the one in use.
+open_clip directory has the weights of the one in use. A backbone that is not open_clip's saves itself, as it was
+loaded, into ``backbone/``, and has to be given when the model is read.
 
 ``finealign.json`` holds the format, which model is in use, the classes, the texts, what inference with the adapted
 model needs, and the checksum of every tensor file. ``finealign.safetensors`` holds the text features, the tensors that
-the adapted model's method scores with, and, if they learned, the normalisation parameters of the model not in use:
-``start.NAME`` or ``adapted.NAME``.
+the adapted model's method scores with, and, if they learned, the normalisation parameters of the model whose weights
+are not in the folder: ``start.NAME`` or ``adapted.NAME``. Of a method that is not ours it also holds what scores
+without it, ``plain.NAME``.
 
 The settings a model was trained with are stored as a record and never used, so that renaming a setting does not make
 older models unreadable. This version reads its own format and the one before it, whose models are in use as they were
@@ -26,17 +28,33 @@ from torch import Tensor
 from finealign import __version__
 from finealign.backbone.base import Backbone
 from finealign.backbone.load import load_backbone
-from finealign.backbone.model import WEIGHTS
+from finealign.backbone.model import CONFIG, WEIGHTS, OpenClipBackbone
 from finealign.config import Settings, readable_errors
-from finealign.errors import BackboneError, FinealignError, ModelError, one_line
-from finealign.method.registry import choose_score, create_method, find_method
+from finealign.errors import BackboneError, ConfigError, FinealignError, ModelError, one_line
+from finealign.method.base import Method, MethodOptions
+from finealign.method.plain import Plain, plain_tensors
+from finealign.method.registry import bare_method, choose_score, find_method, origin_of
 from finealign.method.strangers import StrangerModel
 from finealign.model.fitted import OTHER, FittedModel, InferenceSettings, what_learned
-from finealign.runtime.atomic import save_tensors, save_text
-from finealign.types import Precision, TextFeatures, Texts, Use
+from finealign.runtime.atomic import make_folder, save_tensors, save_text
+from finealign.types import Precision, Score, TextFeatures, Texts, Use
 
 FORMAT = 2
-MANIFEST, TENSORS = "finealign.json", "finealign.safetensors"
+MANIFEST, TENSORS, BACKBONE = "finealign.json", "finealign.safetensors", "backbone"
+
+
+class PlugIn(Settings):
+    """Where a method that is not ours is from, and the scores that it can compute."""
+
+    origin: str
+    scores: Annotated[list[Score], Field(min_length=1)]
+
+
+class GivenBackbone(Settings):
+    """By what a backbone that has to be given is recognised."""
+
+    kind: str  # the path of its class
+    checksum: str
 
 
 class Manifest(Settings):
@@ -53,6 +71,8 @@ class Manifest(Settings):
     learned: str
     training: dict[str, Any]
     sha256: dict[str, str]
+    plug_in: PlugIn | None = None  # of a method that is not ours
+    given: GivenBackbone | None = None  # of a backbone that is not open_clip's
 
 
 def write_model(model: FittedModel, folder: Path) -> None:
@@ -61,13 +81,25 @@ def write_model(model: FittedModel, folder: Path) -> None:
     The files of a model saved there before are replaced. Raises OutputError.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    adapted, other = model.using("adapted"), model.using(OTHER[model.use])
-    with model.backbone.lend(model.norms):
-        model.backbone.save(folder)
+    adapted, given = model.using("adapted"), _to_be_given(model.backbone)
+    held = model.using("start") if given else model  # the one whose weights are in the folder
+    other = model.using(OTHER[held.use])
+    if given:
+        for name in (WEIGHTS, CONFIG):  # of a model saved there before
+            (folder / name).unlink(missing_ok=True)
+        make_folder(folder / BACKBONE)
+        model.backbone.save(folder / BACKBONE)
+    else:
+        with model.backbone.lend(held.norms):
+            model.backbone.save(folder)
     features = model.text_features
     tensors = {"texts.names": features.names, "texts.descriptions": features.descriptions}
     tensors["texts.class_of"] = features.class_of
-    tensors |= {f"method.{name}": value for name, value in adapted.method.inference_tensors().items()}
+    method, plug_in = adapted.method, _plug_in(adapted)
+    if not isinstance(method, Plain):
+        tensors |= {f"method.{name}": value for name, value in method.inference_tensors().items()}
+    if plug_in:
+        tensors |= {f"plain.{name}": value for name, value in plain_tensors(method).items()}
     if adapted.start_norms:
         tensors |= {f"{other.use}.{name}": value for name, value in other.norms.items()}
     for use, strangers in adapted.strangers.items():
@@ -84,9 +116,31 @@ def write_model(model: FittedModel, folder: Path) -> None:
         "inference": adapted.inference.model_dump(),
         "learned": adapted.learned,
         "training": model.training,
-        "sha256": {name: _sha256(folder / name) for name in (WEIGHTS, TENSORS)},
+        "sha256": {name: _sha256(folder / name) for name in _files(given)},
+        "plug_in": plug_in and plug_in.model_dump(),
+        "given": given and given.model_dump(),
     }
     save_text(json.dumps(manifest, indent=1, ensure_ascii=False), folder / MANIFEST)
+
+
+def _files(given: GivenBackbone | None) -> list[str]:
+    """The tensor files whose checksums are kept."""
+    return [TENSORS] if given else [WEIGHTS, TENSORS]
+
+
+def _plug_in(adapted: FittedModel) -> PlugIn | None:
+    """What is kept of the model's method if it is not ours."""
+    method = adapted.method
+    origin = method.origin if isinstance(method, Plain) else origin_of(adapted.name)
+    return PlugIn(origin=origin, scores=list(method.scores)) if origin else None
+
+
+def _to_be_given(backbone: Backbone) -> GivenBackbone | None:
+    """By what a backbone is recognised that is not open_clip's."""
+    kind = type(backbone)
+    if kind is OpenClipBackbone:
+        return None
+    return GivenBackbone(kind=f"{kind.__module__}.{kind.__qualname__}", checksum=backbone.checksum)
 
 
 def model_folder(path: Path) -> Path:
@@ -103,10 +157,14 @@ def model_folder(path: Path) -> Path:
     )
 
 
-def read_model(path: Path, *, device: torch.device, precision: Precision) -> FittedModel:
+def read_model(
+    path: Path, *, device: torch.device, precision: Precision, backbone: Backbone | None = None
+) -> FittedModel:
     """Read a model that ``write_model`` wrote, in the current format or in the one before it: the one in use.
 
-    Raises ModelError if a file is missing, damaged or changed, and BackboneError if the backbone cannot be loaded.
+    ``backbone`` is the one that the model was adapted from, if it is not open_clip's; it has its own device and
+    precision. Raises ModelError if a file is missing, damaged or changed, or if a backbone is missing or another one
+    was given, and BackboneError if the backbone cannot be loaded.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -118,14 +176,38 @@ def read_model(path: Path, *, device: torch.device, precision: Precision) -> Fit
             raise ModelError(f"The model in {folder} is not whole: {name} is missing. Copy the folder again.")
         if _sha256(folder / name) != expected:
             raise ModelError(f"{folder / name} is not the file that was saved: its checksum differs. Copy it again.")
+    _refuse_other_backbone(manifest, backbone, folder)
     try:
-        tensors = load_file(folder / TENSORS, device=str(device))
-        backbone = load_backbone(f"local-dir:{folder}", device=device, precision=precision, texts=False)
+        if backbone is None:
+            backbone = load_backbone(f"local-dir:{folder}", device=device, precision=precision, texts=False)
+        tensors = load_file(folder / TENSORS, device=str(backbone.device))
         return _assembled(manifest, tensors, backbone)
     except BackboneError:
         raise
     except (SafetensorError, FinealignError, OSError, KeyError, ValueError, RuntimeError) as error:
         raise ModelError(f"The model in {folder} cannot be read: {one_line(error, 300)}.") from error
+
+
+def _refuse_other_backbone(manifest: Manifest, backbone: Backbone | None, folder: Path) -> None:
+    """Raise ModelError if a backbone is missing, is not the one that was adapted, or is given where none is wanted."""
+    given = manifest.given
+    if given is None and backbone is None:
+        return
+    if given is None or backbone is None:
+        found = "holds its own backbone" if given is None else f"was adapted from a backbone of the class {given.kind}"
+        wanted = (
+            "FineAlign.load(folder) without backbone"
+            if given is None
+            else "FineAlign.load(folder, backbone=...) with an instance of that class; its weights are in "
+            f"{folder / BACKBONE}"
+        )
+        raise ModelError(f"The model in {folder} {found}. Wanted: {wanted}.")
+    if backbone.checksum != given.checksum:
+        raise ModelError(
+            f"The model in {folder} was adapted from other weights than those of the backbone that was given: their "
+            f"checksums are {given.checksum[:12]}... and {backbone.checksum[:12]}.... Wanted: the weights that are in "
+            f"{folder / BACKBONE}."
+        )
 
 
 def _assembled(manifest: Manifest, tensors: dict[str, Tensor], backbone: Backbone) -> FittedModel:
@@ -139,18 +221,13 @@ def _assembled(manifest: Manifest, tensors: dict[str, Tensor], backbone: Backbon
         names=tensors["texts.names"], descriptions=tensors["texts.descriptions"], class_of=tensors["texts.class_of"]
     )
     inference = manifest.inference
-    choose_score(inference.method.name, inference.score)
-    own, others = own_norms(backbone), _section(tensors, OTHER[manifest.use])
-    _refuse_misfits(texts, features, backbone.embed_dim, own, OTHER[manifest.use], tensors)
-    method = create_method(
-        inference.method, features, logit_scale=manifest.logit_scale, token_width=backbone.token_width
-    ).to(backbone.device)
-    state = _section(tensors, "method")
-    if manifest.format == 1:  # which also stored the state that only training needs
-        state = {name: value for name, value in state.items() if name in method.inference_state}
-    method.load_inference_tensors(state)
+    held: Use = "start" if manifest.given else manifest.use  # the model whose parameters the backbone has
+    own, others = own_norms(backbone), _section(tensors, OTHER[held])
+    _refuse_misfits(texts, features, backbone.embed_dim, own, OTHER[held], tensors)
+    method = _method(manifest, tensors, features, backbone)
+    choose_score(inference.method.name, inference.score, method.scores)
     method.requires_grad_(False)
-    swapped = manifest.use == "start" and others  # the backbone has the start's parameters
+    swapped = held == "start" and others
     model = FittedModel(
         inference=inference,
         texts=texts,
@@ -164,6 +241,33 @@ def _assembled(manifest: Manifest, tensors: dict[str, Tensor], backbone: Backbon
         strangers=_strangers(tensors, classes=len(texts.classes), width=backbone.embed_dim),
     )
     return model.using(manifest.use)
+
+
+def _method(manifest: Manifest, tensors: dict[str, Tensor], features: TextFeatures, backbone: Backbone) -> Method:
+    """Make the adapted model's method, or what stands for one whose package is missing. Raises as ``_assembled``."""
+    settings, scale, plug_in = manifest.inference.method, manifest.logit_scale, manifest.plug_in
+    state, plain = _section(tensors, "method"), _section(tensors, "plain")
+    try:
+        if plug_in and plain and not state:  # saved where the package was missing
+            raise ConfigError("its own state is not in the file")
+        method = bare_method(settings, features, logit_scale=scale, token_width=backbone.token_width)
+    except ConfigError as error:
+        if plug_in is None:
+            raise
+        if not plain:
+            raise ModelError(
+                f"it is of the method {settings.name!r} of {plug_in.origin}, which is not here, and which scores by "
+                f"more than class vectors. Install it, or register() the class. ({one_line(error, 100)})"
+            ) from error
+        known = {name: value for name, value in settings.options.items() if name in MethodOptions.model_fields}
+        options = MethodOptions.model_validate(known)
+        scores, origin = plug_in.scores, plug_in.origin
+        return Plain(options, features, plain, logit_scale=scale, scores=scores, origin=origin).to(backbone.device)
+    method = method.to(backbone.device)
+    if manifest.format == 1:  # which also stored the state that only training needs
+        state = {name: value for name, value in state.items() if name in method.inference_tensors()}
+    method.load_inference_tensors(state)
+    return method
 
 
 def _strangers(tensors: dict[str, Tensor], *, classes: int, width: int) -> dict[Use, StrangerModel]:
@@ -225,7 +329,7 @@ def _refuse_misfits(
         if not tensors[name].isfinite().all():
             raise ValueError(f"{name} is not finite")
     known = {"texts.names", "texts.descriptions", "texts.class_of"}
-    sections = ("method.", f"{other}.", *(f"strangers.{use}." for use in get_args(Use)))
+    sections = ("method.", "plain.", f"{other}.", *(f"strangers.{use}." for use in get_args(Use)))
     unknown = [name for name in tensors if name not in known and not name.startswith(sections)]
     if unknown:
         raise ValueError(f"it holds a tensor {unknown[0]!r:.100} that no such model has")
@@ -258,7 +362,7 @@ def _read_manifest(path: Path) -> Manifest:
     except (LookupError, TypeError, AttributeError) as error:
         problem = f"{type(error).__name__}: {one_line(error)}"
         raise ModelError(f"{path} is not whole: {problem}. Copy the folder again.") from error
-    if set(manifest.sha256) != {WEIGHTS, TENSORS}:
+    if set(manifest.sha256) != set(_files(manifest.given)):
         raise ModelError(f"{path} is not whole: a checksum is missing. Copy the folder again.")
     if sorted(manifest.classes) != sorted(manifest.descriptions):
         raise ModelError(f"{path} is not whole: its descriptions are not those of its classes. Copy the folder again.")
@@ -274,7 +378,7 @@ def _from_format_1(values: Mapping[str, Any]) -> dict[str, Any]:
     values = dict(values)
     config = values.pop("config")
     name, options, asked = config["method"]["name"], config["method"], config["prediction"]["score"]
-    scoring = {option: options[option] for option in find_method(name).inference_options if option in options}
+    scoring = {option: options[option] for option in find_method(name).inference_options() if option in options}
     inference = {
         "backbone": config["backbone"],
         "method": {"name": name, **scoring},

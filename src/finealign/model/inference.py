@@ -60,7 +60,7 @@ class Predictor:
 
         Raises ConfigError for a score that the method does not have.
         """
-        return choose_score(self.model.name, asked or self.model.inference.score)
+        return choose_score(self.model.name, asked or self.model.inference.score, self.model.method.scores)
 
     # --- from a file to views -----------------------------------------------------------------------------------------
 

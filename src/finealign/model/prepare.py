@@ -1,13 +1,15 @@
 """Prepare a fit: check the settings and encode the texts, once."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from finealign.backbone.base import Backbone
 from finealign.config import DEFAULT_BACKBONE, Config, MethodSettings, make_config, resolve
-from finealign.errors import ConfigError, first_few
-from finealign.method.registry import choose_score, method_options, method_settings
+from finealign.errors import CautionWarning, ConfigError, first_few
+from finealign.method.base import MethodOptions
+from finealign.method.registry import choose_score, method_options, method_settings, refuse_clash
 from finealign.texts.shares import class_shares
 from finealign.types import ImagePath, TextFeatures, Texts
 
@@ -66,21 +68,37 @@ def unknown_words(texts: Texts, backbone: Backbone) -> str:
     )
 
 
-def check_settings(config: Config | None, arguments: Mapping[str, Any]) -> Config:
+def with_names(config: Config, *, backbone: str | None = None, method: str | None = None) -> Config:
+    """The configuration with these names of a backbone or a method that is at hand, where it names no other."""
+    named: dict[str, Any] = {}
+    if backbone is not None and "backbone" not in config.model_fields_set:
+        named["backbone"] = backbone
+    if method is not None and "name" not in config.method.model_fields_set:
+        named["method"] = MethodSettings(name=method, **config.method.options)
+    return config.model_copy(update=named)
+
+
+def check_settings(config: Config | None, arguments: Mapping[str, Any], options: MethodOptions | None = None) -> Config:
     """Return the checked settings of ``config``, or of the arguments if it is None, with all options of the method.
 
-    ``arguments`` are backbone, method, seed, device and precision, each None if it was not given. Raises ConfigError if
-    settings are wrong or contradict each other.
+    ``arguments`` are backbone, method, seed, device and precision, each None if it was not given, and ``options`` are
+    those of a method that is at hand. Raises ConfigError if settings are wrong or contradict each other.
     """
     if config is None:
         config = _from_arguments(arguments)
     else:
         _refuse_contradictions(config, arguments)
     # With all options written out, the record of a run stays right when a later version changes a default.
-    options = method_options(config.method).model_dump()
-    config = config.model_copy(update={"method": MethodSettings(name=config.method.name, **options)})
+    for clash in refuse_clash(config.method.name):
+        warnings.warn(clash, CautionWarning, stacklevel=2)
+    if options is None:
+        options = method_options(config.method)
+    else:
+        _refuse_other_options(config.method, options)
+    written = options.model_dump()
+    config = config.model_copy(update={"method": MethodSettings(name=config.method.name, **written)})
     choose_score(config.method.name, config.prediction.score)
-    _refuse_missing_crops(config, options["crops_kept"])
+    _refuse_missing_crops(config, options.crops_kept)
     return config
 
 
@@ -107,6 +125,17 @@ def _refuse_contradictions(config: Config, arguments: Mapping[str, Any]) -> None
             raise ConfigError(
                 f"{name}={argument!r} contradicts config, which has {configured[name]!r}. Give one of them, or the "
                 "same in both."
+            )
+
+
+def _refuse_other_options(settings: MethodSettings, options: MethodOptions) -> None:
+    """Raise ConfigError for an option that the settings give otherwise than the method at hand has it."""
+    checked = method_options(settings)
+    for name in settings.options:
+        found, wanted = getattr(checked, name), getattr(options, name)
+        if found != wanted:
+            raise ConfigError(
+                f"method.{name}={found!r} contradicts the instance of the method, which has {wanted!r}. Give it once."
             )
 
 

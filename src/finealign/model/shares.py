@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from finealign.config import Config
-from finealign.method.base import SelfTrainingMethod
 from finealign.model.fitted import FittedModel
 
 LARGEST = 3  # classes that are named
@@ -20,12 +19,13 @@ def told_shares(model: FittedModel, config: Config | None = None) -> dict[str, A
     configuration is given. ``shares`` has one number a class. ``taught`` is whether the loss drew predictions to them.
     """
     adapted = model.using("adapted")
-    if not isinstance(adapted.method, SelfTrainingMethod):
+    shares = adapted.method.class_prior
+    if shares is None:
         return None
     asked = config.method.options.get("class_prior") if config else None
     return {
         "kind": "given" if isinstance(asked, Mapping) else asked,
-        "shares": [round(share, DIGITS) for share in adapted.method.class_prior.tolist()],
+        "shares": [round(share, DIGITS) for share in shares.tolist()],
         "taught": adapted.inference.images > 0,
     }
 

@@ -44,7 +44,7 @@ from finealign.run.examples import Strangers, Watch, write_examples
 from finealign.run.folder import Metrics, check_room, identity_of, versions, write_json
 from finealign.run.lock import held, refuse_held
 from finealign.run.report import write_report
-from finealign.run.verdict import Verdict, judge_model
+from finealign.run.verdict import Verdict, judge_model, why_unjudged
 from finealign.runtime.atomic import save_text
 from finealign.runtime.distributed import Ranks
 from finealign.runtime.progress import Progress
@@ -163,7 +163,7 @@ class _Run:
         self.told: dict[str, Any] = {}  # the contents of run.json
         self.verdict: Verdict | None = None
         self.kept: Use = "adapted"
-        self.why_kept = f"there is no verdict on {prepared.config.method.name}, which does not train"
+        self.why_kept = ""
         self.set_aside: list[SetAside] = []
         self.strangers: Strangers | None = None
         self.blank = ""
@@ -174,7 +174,8 @@ class _Run:
         Raises OutputError where the run may not begin.
         """
         identity = identity_of(self.prepared)
-        self.ranks.refuse_different("images, texts, settings or versions", [identity, versions()])
+        found = versions(self.prepared.config.method.name)
+        self.ranks.refuse_different("images, texts, settings or versions", [identity, found])
         replaced: list[Path] = []
 
         def take() -> None:
@@ -197,7 +198,7 @@ class _Run:
             "backbone": config.backbone,
             "origin": self.prepared.backbone.origin,
             "method": config.method.name,
-            "versions": versions(),
+            "versions": found,
             "resumed": resume,
             "started": time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(self.began)),
         }
@@ -230,7 +231,8 @@ class _Run:
 
     def judge(self, *, keep_adapted: bool) -> None:
         """Judge without labels whether adaptation helped, and take the model favoured, unless ``keep_adapted``."""
-        if not self.model.method_.trains:
+        self.why_kept = why_unjudged(self.model)
+        if self.why_kept:
             return
         self.verdict = judge_model(self.model, self.prepared.paths, progress=self.progress)
         if keep_adapted:

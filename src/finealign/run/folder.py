@@ -16,6 +16,7 @@ from typing import Any
 from finealign.errors import ImageInputError, OutputError, display_path
 from finealign.images.files import fingerprint
 from finealign.images.tables import read_table
+from finealign.method.registry import origin_of
 from finealign.model.folder import model_folder
 from finealign.model.prepare import Prepared
 from finealign.run.contract import CONTENTS, LOCK, PREDICTIONS, RUN, TAKING_OVER
@@ -25,10 +26,15 @@ from finealign.training.state import EpochRecord
 from finealign.types import ImagePath
 
 
-def versions() -> dict[str, str]:
-    """The versions that a result depends on: of Python, and of each package by its name."""
+def versions(method: str = "") -> dict[str, str]:
+    """The versions that a result depends on: of Python, and of each package by its name.
+
+    Also where the method is from, if it is not ours.
+    """
     packages = ("finealign", "torch", "torchvision", "open_clip_torch", "timm", "accelerate", "pillow", "numpy")
-    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
+    found = {"python": platform.python_version(), **{name: version(name) for name in packages}}
+    origin = origin_of(method) if method else ""
+    return found | ({"method": origin} if origin else {})
 
 
 def identity_of(prepared: Prepared) -> dict[str, str]:

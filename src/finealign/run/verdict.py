@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from finealign.classifier import FineAlign
+from finealign.errors import ConfigError
 from finealign.method.base import Method
 from finealign.method.class_prior import even_shares, mixture_assignments, total_variation
 from finealign.method.joint import explained_variance, joint_features
@@ -86,8 +87,14 @@ def judge_model(
     """Judge a fitted model on the images it was adapted to, or on a sample of them. No true label is read.
 
     ``start`` is what ``start_features`` returned for the same seed and backbone; it saves encoding the images with the
-    backbone as it was before adaptation. Raises ImageInputError when none of the images can be read.
+    backbone as it was before adaptation. Raises ImageInputError when none of the images can be read, and ConfigError
+    for a method that has no class vectors.
     """
+    if not model.method_.has_classifier:
+        raise ConfigError(
+            f"The method {model.model_.name!r} has no class vectors to judge by. Wanted: a model of another method; or "
+            "labelled images, on which `finealign evaluate` measures this one."
+        )
     paths = sample(images, seed=model.model_.inference.seed)
     with (progress or Progress()).stage("judging without labels", None):
         before, after = model.sampled_features(images, start=start)
@@ -95,6 +102,14 @@ def judge_model(
         before, after, first=model.start_method_, method=model.method_, score=model.score_, images=len(images)
     )
     return judge(evidence, images=len(paths))
+
+
+def why_unjudged(model: FineAlign) -> str:
+    """Why there is no verdict on a model, as a clause; empty if there is one."""
+    method, name = model.method_, model.model_.name
+    if method.trains and method.has_classifier:
+        return ""
+    return f"there is no verdict on {name}, which " + ("has no class vectors" if method.trains else "does not train")
 
 
 def start_features(model: FineAlign, images: Sequence[ImagePath]) -> ImageFeatures:
@@ -149,7 +164,7 @@ def gather(
     explained = explained_variance(looks, labels_before)
     joint = joint_features(before.weak, crops).double().cpu().numpy()
     even = even_shares(classes).double()
-    prior = getattr(method, "class_prior", even).double().cpu()
+    prior = even if method.class_prior is None else method.class_prior.double().cpu()
     shares = [torch.from_numpy(np.bincount(labels, minlength=classes) / len(labels)) for labels in (old, new)]
     return {
         "structure": (explained_variance(looks, labels_after) - explained) / max(explained, 0.01),

@@ -180,7 +180,7 @@ def _about(model: FineAlign, limits: Limits, refused_from: float | None) -> Abou
         method=model.model_.name,
         backbone=without_folder(model.model_.inference.backbone),
         score=model.score_,
-        scores=list(type(model.method_).scores),
+        scores=list(model.method_.scores),
         refused_from=refused_from,
         input_size=model.backbone_.input_size,
         version=__version__,

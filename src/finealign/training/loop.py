@@ -26,7 +26,7 @@ from finealign.runtime.progress import Progress
 from finealign.training.features import EncodingPlan, FeatureBank, FrozenBank, ImageSource
 from finealign.training.outset import Stock, take_stock
 from finealign.training.state import EpochRecord, State, begin
-from finealign.types import Gaze, ImageFeatures, Loss, PseudoLabels
+from finealign.types import ImageFeatures, Loss, PseudoLabels
 
 # Numbers that, with (seed, epoch), seed two random generators: one shuffles an epoch, one draws for the steps of the
 # anchors alone. Those of the views are in images/views.py.
@@ -131,7 +131,7 @@ def _encoding_plan(learner: Learner) -> EncodingPlan:
         refresh=refresh,
         crops=method.uses_crops,
         workers=choose_workers(config.data.workers, learner.backbone.device),
-        weakly=Gaze(salient=True) if method.salient else None,
+        weakly=method.weak_gaze,
         strongly=method.gaze,
     )
 

@@ -43,16 +43,18 @@ def take_stock(
 ) -> None:
     """Set how far images belong to the classes, the share that each class is expected to have, and the trust in crops.
 
-    ``training.strangers`` off lets all images belong. The estimated shares become the class prior where
-    ``method.class_prior`` is auto, and the share of the whole image in the score is decided where
+    ``training.strangers`` off lets all images belong. Of a ``SelfTrainingMethod``, the estimated shares become the
+    class prior where ``method.class_prior`` is auto, and the share of the whole image in the score is decided where
     ``method.whole_share`` is auto. Near copies of one image count once for both, and strangers as little as they
     belong. ``on_stock``, if given, is called with what was seen, and returns JSON values that checkpoints are to keep.
+    Nothing is done for a method without class vectors.
     """
     method = state.method
-    if not isinstance(method, SelfTrainingMethod):
+    if not method.has_classifier:
         return
-    estimates = method.options.class_prior == "auto"
-    trusts = method.options.whole_share == "auto" and method.uses_crops
+    learner = method if isinstance(method, SelfTrainingMethod) else None
+    estimates = learner is not None and learner.options.class_prior == "auto"
+    trusts = learner is not None and learner.options.whole_share == "auto" and method.uses_crops
     if not (estimates or trusts) and config.training.strangers == "off" and on_stock is None:
         return
     weak, mean_crops = _features(source, len(state.labels))
@@ -63,11 +65,11 @@ def take_stock(
     groups = copies(weak.float().cpu().numpy())
     counts = state.belonging / torch.from_numpy(np.bincount(groups)[groups])
     shares = estimated_shares(weak, mean_crops, anchors, logit_scale=method.logit_scale, weights=counts)
-    if estimates:
-        method.expect(even_or(shares, float(counts.sum())).to(method.class_prior), estimated=True)
+    if learner and estimates:
+        learner.expect(even_or(shares, float(counts.sum())).to(learner.class_prior), estimated=True)
     explained = {} if mean_crops is None else explained_by_share(weak, mean_crops, anchors, weights=counts)
-    if trusts and explained:
-        method.trust_whole(chosen_share(explained, float(counts.sum())))
+    if learner and trusts and explained:
+        learner.trust_whole(chosen_share(explained, float(counts.sum())))
     state.ranks.follow([state.belonging, *state.tensors().values()])  # rounding may have made the ranks differ
     if on_stock is not None:
         probabilities = method.probabilities(weak @ anchors.T)

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from finealign.backbone.base import Backbone
 from finealign.config import Config
-from finealign.errors import NotFiniteError
+from finealign.errors import ConfigError, NotFiniteError
 from finealign.method.base import Method
 from finealign.runtime.atomic import require_folder
 from finealign.runtime.distributed import Ranks
@@ -41,10 +42,17 @@ def begin(backbone: Backbone, method: Method, config: Config, *, images: int, ra
     """Make the state before the first step. Gradients are enabled for what learns and disabled for the rest.
 
     ``images`` is the number of images. Raises BackboneError if the normalisation parameters are to learn and the
-    backbone has none, and ValueError if the configuration is not resolved.
+    backbone has none, ConfigError if nothing would learn, and ValueError if the configuration is not resolved.
     """
     norms = _what_learns(backbone, method, config)
-    optimizer = torch.optim.AdamW(_groups(norms, method, config), betas=(0.9, 0.999))
+    groups = _groups(norms, method, config)
+    if not groups:
+        raise ConfigError(
+            f"Nothing would learn: the method {config.method.name!r} has no parameters of its own, and "
+            f"training.learn={config.training.learn} with training.encoder={config.training.encoder} leaves the "
+            "normalisation as it is. Use training.learn=norms and training.encoder=full, or another method."
+        )
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999))
     labels = torch.full((images,), -1)
     meter = EpochMeter(classes=method.num_classes)
     return State(
@@ -76,7 +84,7 @@ class State:
     @property
     def device(self) -> torch.device:
         """The device of the method and of its losses."""
-        return next(self.method.buffers()).device
+        return next(chain(self.method.parameters(), self.method.buffers(), self.norms.values())).device
 
     def encoders(self) -> list[nn.Parameter]:
         """Return what learns only through encoded images. Its gradients on a rank are those of the rank's images."""
