@@ -22,11 +22,11 @@ from safetensors.torch import load_file, save_file
 from conftest import CLASSES, HANG, open_clip_backbone, tiny_config, write_photos
 from deep_images import SHARED, tiff_of, wide_png
 from finealign import FineAlign
+from finealign.backbone.clip_names import clip_weights
 from finealign.errors import ConfigError, FinealignError, ModelError, OutputError
 from finealign.export.checks import Checked, Exported, Format, Measure
 from finealign.export.hub import push
 from finealign.export.run import export
-from finealign.export.transformers import clip_weights
 
 Tiny = Callable[[str], str]
 Make = Callable[..., Exported]

@@ -29,13 +29,17 @@ LABEL_PASSES = 2
 # The anchors' learning rate from IMAGES_A_CLASS images per class on; with fewer images it is lower in proportion.
 ANCHOR_RATE, IMAGES_A_CLASS = 1e-3, 50
 ANCHOR_STEPS = 160  # of the anchors alone after each label pass, when `anchor_steps` is "auto"
+WEIGHT_FILES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")  # endings of the files that ARCH/FILE names
 MOST_BYTES = 100_000  # most that a settings file may hold; it usually takes a few thousand
 
 
 def without_folder(backbone: str) -> str:
-    """The backbone's name without local folders: of ``local-dir:PATH`` only the last part of the path is kept."""
-    prefix, separator, path = backbone.partition("local-dir:")
-    return f"local-dir:{Path(path).name}" if separator and not prefix else backbone
+    """The backbone's name without local folders: of the path of a folder or a file only the last part is kept."""
+    if backbone.startswith("local-dir:"):
+        return f"local-dir:{Path(backbone.removeprefix('local-dir:')).name}"
+    architecture, _, path = backbone.partition("/")
+    is_file = path.lower().endswith(WEIGHT_FILES) and not backbone.startswith("hf-hub:")
+    return f"{architecture}/{Path(path).name}" if is_file else backbone
 
 
 def _is_number(annotation: Any) -> bool:
@@ -167,7 +171,9 @@ class PredictionSettings(Settings):
 class Config(Settings):
     """All settings of a run. Together with the images and the texts they determine its result."""
 
-    backbone: str = Field(DEFAULT_BACKBONE, description="ARCH/PRETRAINED, ARCH/random, hf-hub:NAME or local-dir:PATH")
+    backbone: str = Field(
+        DEFAULT_BACKBONE, description="ARCH/PRETRAINED, ARCH/FILE, ARCH/random, hf-hub:NAME or local-dir:PATH"
+    )
     seed: Annotated[int, Field(ge=0, lt=2**64)] = Field(0, description="decides every random draw")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
     precision: Literal["auto", "fp32", "bf16"] = Field(

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from finealign.backbone.clip_folder import is_clip_folder
 from finealign.backbone.identifiers import of_transformers
 from finealign.backbone.model import CONFIG, WEIGHTS
 from finealign.errors import BackboneError
@@ -9,13 +10,15 @@ from finealign.errors import BackboneError
 PICKLES = {".bin", ".pt", ".pth", ".ckpt"}
 # Only these are downloaded: the configuration, the tokenizer's files, and weights as safetensors (never pickles).
 FILES = ("*.json", "*.txt", "*.model", "open_clip*.safetensors")
+CLIP_WEIGHTS = "model*.safetensors"  # of transformers' CLIPModel
 
 
 def fetch(name: str) -> tuple[Path, str]:
     """Download ``ORG/MODEL`` or ``ORG/MODEL@REVISION``. Returns the folder that holds it, and its commit.
 
-    Files in the cache are not downloaded again. Raises BackboneError if the repository holds no model for open_clip, or
-    no safetensors weights of it. Errors of ``huggingface_hub`` are passed on unchanged.
+    Files in the cache are not downloaded again. Raises BackboneError if the repository holds no model for open_clip and
+    no CLIPModel of transformers, or no safetensors weights of it. Errors of ``huggingface_hub`` are passed on
+    unchanged.
     """
     from huggingface_hub import snapshot_download
 
@@ -24,6 +27,11 @@ def fetch(name: str) -> tuple[Path, str]:
         raise BackboneError(told)
     folder = Path(snapshot_download(repo, revision=revision or None, allow_patterns=list(FILES)))
     commit = folder.name  # the cache names the folder of a snapshot after its commit
+    if not (folder / CONFIG).is_file() and is_clip_folder(folder):
+        folder = Path(snapshot_download(repo, revision=commit, allow_patterns=[*FILES, CLIP_WEIGHTS]))
+        if not list(folder.glob(CLIP_WEIGHTS)):
+            raise BackboneError(_without_weights(repo, commit))
+        return folder, commit
     if not (folder / CONFIG).is_file():
         raise BackboneError(
             f"The repository {repo} holds no model for open_clip: {CONFIG} is not in it. Choose another repository, or "

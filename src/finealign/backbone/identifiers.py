@@ -5,11 +5,14 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
 
+from finealign.backbone.clip_folder import is_clip_folder, what_transformers_saved
 from finealign.backbone.model import CONFIG, WEIGHTS
+from finealign.config import WEIGHT_FILES
 from finealign.errors import display_path
 
 WANTED = (
-    "Wanted: ARCH/PRETRAINED (as ViT-B-32-quickgelu/openai), ARCH/random, hf-hub:ORG/NAME or local-dir:FOLDER. "
+    "Wanted: ARCH/PRETRAINED (as ViT-B-32-quickgelu/openai), ARCH/FILE (as ViT-B-32/epoch_10.pt), ARCH/random, "
+    "hf-hub:ORG/NAME or local-dir:FOLDER. "
     "`finealign models` lists the pairs."
 )
 # Repositories of transformers' models, whose weights open_clip has under names of its own.
@@ -63,10 +66,40 @@ def not_open_clips(folder: Path) -> str:
         names = {path.name for path in folder.iterdir()}
     except OSError:
         return told
-    if "config.json" in names:
-        return f"{told} What is there is a model for transformers (config.json)."
-    inner = sorted(name for name in names if (folder / name / CONFIG).is_file())
+    if transformers := what_transformers_saved(folder):
+        return f"{told} {transformers}"
+    if files := sorted(name for name in names if name.lower().endswith(WEIGHT_FILES)):
+        return f"{told} There are weights alone: type ARCH/{shown}/{files[-1]}, with the architecture for ARCH."
+    inner = sorted(name for name in names if (folder / name / CONFIG).is_file() or is_clip_folder(folder / name))
     return f"{told} There is one in local-dir:{shown}/{inner[0]}." if inner else told
+
+
+def missing_file(architecture: str, path: str) -> str:
+    """The message where ``path``, in ``ARCH/path``, is no file of weights; else an empty text."""
+    file = Path(path).expanduser()
+    try:
+        if file.is_file():
+            return ""
+        told = f"No file of weights {display_path(file)}{', but a folder' if file.is_dir() else ''}."
+        if not file.is_absolute() and Path("/", path).is_file():
+            return f"{told} There is /{path}: type {architecture}//{path}, with two slashes."
+    except (OSError, ValueError):
+        return f"No file of weights {path!r:.200}."
+    return f"{told} Wanted: {architecture}/FILE, the path from this folder, or {architecture}//FILE from the root."
+
+
+def folder_of_files(architecture: str, path: str) -> str:
+    """The message where ``path``, in ``ARCH/path``, is a folder or a file of another ending; else an empty text."""
+    try:
+        there = Path(path).expanduser()
+        if there.is_file():
+            return f"{path!r:.200} has none of the endings of weights: {', '.join(WEIGHT_FILES)}. Rename it."
+        files = sorted(file.name for file in there.iterdir() if file.name.lower().endswith(WEIGHT_FILES))
+    except (OSError, ValueError, RuntimeError):
+        return ""
+    if files:
+        return f"{path!r:.200} is a folder. Type the file of weights: {architecture}/{path.rstrip('/')}/{files[-1]}."
+    return f"{path!r:.200} is a folder without files of weights ({', '.join(WEIGHT_FILES)})."
 
 
 def _of_path(identifier: str) -> str:
@@ -76,10 +109,15 @@ def _of_path(identifier: str) -> str:
         folder, file = path.is_dir(), path.is_file()
     except (OSError, ValueError, RuntimeError):
         return ""
-    if identifier and folder and (path / CONFIG).is_file():
+    if identifier and folder and ((path / CONFIG).is_file() or is_clip_folder(path)):
         return f"Backbone {identifier!r:.200} is a folder. Type local-dir:{identifier}."
     if identifier and folder:
         return f"Backbone {identifier!r:.200} is a folder, which is named by local-dir:FOLDER. {not_open_clips(path)}"
+    if file and identifier.lower().endswith(WEIGHT_FILES):
+        return (
+            f"Backbone {identifier!r:.200} is a file of weights. Type the architecture that was trained before it: "
+            f"ARCH/{identifier}, as ViT-B-32/{identifier}."
+        )
     if file:
         return f"Backbone {identifier!r:.200} is a file. Wanted: local-dir:FOLDER, in it {CONFIG} and {WEIGHTS}."
     if identifier.startswith(("/", "./", "../", "~")):

@@ -1,18 +1,35 @@
-"""Load an open_clip backbone by its identifier, and refuse combinations that would silently lose accuracy."""
+"""Load a backbone by its identifier, and refuse combinations that would silently lose accuracy."""
 
 import copy
 import json
 import warnings
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 
+from finealign.backbone.clip_folder import is_clip_folder, read_clip_folder
 from finealign.backbone.hub import cached_commit, fetch
-from finealign.backbone.identifiers import explain_identifier, not_open_clips
-from finealign.backbone.model import CONFIG, WEIGHTS, OpenClipBackbone
+from finealign.backbone.identifiers import explain_identifier, folder_of_files, missing_file, not_open_clips
+from finealign.backbone.model import CONFIG, WEIGHTS, OpenClipBackbone, Parts
+from finealign.backbone.text_tower import (
+    STUB,
+    TEXT_TOWER,
+    MissingTokenizer,
+    StoredTower,
+    TextTowerError,
+    described_by,
+    is_transformers,
+    kept_in,
+    read_tokenizer,
+    require_tower,
+    tower_settings,
+)
+from finealign.backbone.trained import read_trained
+from finealign.config import WEIGHT_FILES
 from finealign.errors import BackboneError, one_line, unknown_name
 from finealign.types import Precision
 
@@ -20,60 +37,49 @@ THIN = 32  # an image whose sides differ by more than this factor is cropped to 
 
 
 def load_backbone(
-    identifier: str, *, device: torch.device | str = "cpu", precision: Precision = "fp32", seed: int = 0
+    identifier: str,
+    *,
+    device: torch.device | str = "cpu",
+    precision: Precision = "fp32",
+    seed: int = 0,
+    texts: bool = True,
 ) -> OpenClipBackbone:
-    """Load a backbone: ``ARCH/PRETRAINED``, ``ARCH/random``, ``hf-hub:NAME[@REVISION]`` or ``local-dir:PATH``.
+    """Load a backbone: ``ARCH/PRETRAINED``, ``ARCH/FILE``, ``ARCH/random``, ``hf-hub:NAME`` or ``local-dir:PATH``.
 
-    ``hf-hub:`` downloads only safetensors weights, the configuration and the tokenizer's files. ``ARCH/PRETRAINED``
-    downloads weights that open_clip lists. Neither downloads code. ``ARCH/random`` builds the architecture with
-    random weights drawn from ``seed``, for tests and timing; other identifiers ignore ``seed``.
+    ``hf-hub:NAME[@REVISION]`` downloads only safetensors weights, the configuration and the tokenizer's files.
+    ``ARCH/PRETRAINED`` downloads weights that open_clip lists. Neither downloads code. ``ARCH/FILE`` is the path of
+    weights that were trained as ARCH, as open_clip's training saves them. ``local-dir:PATH`` is a folder of open_clip,
+    or one that ``CLIPModel.save_pretrained`` of transformers wrote. ``ARCH/random`` builds the architecture with random
+    weights drawn from ``seed``, for tests and timing; other identifiers ignore ``seed``.
+
+    With ``texts`` False, a local folder of open_clip whose text tower cannot be built here, as its configuration is on
+    a hub that is not within reach, is loaded all the same: it encodes images, and refuses texts.
 
     Raises BackboneError if the name is unknown, if the weights were trained with QuickGELU and the architecture is
-    built without it (or the reverse), or if the weights cannot be downloaded or loaded.
+    built without it (or the reverse), if they do not fit, or if they cannot be downloaded or loaded.
     """
-    import open_clip
     from open_clip.transform import PreprocessCfg, image_transform_v2
 
     device = torch.device(device)
-    name, tag = _split(identifier)
-    origin: dict[str, str] = {}
     with warnings.catch_warnings():
         # timm and open_clip emit deprecation warnings about their own code; the user can do nothing about them.
         warnings.simplefilter("ignore")
         try:
-            if name.startswith("hf-hub:"):
-                folder, commit = fetch(name.removeprefix("hf-hub:"))
-                origin = {"repository": name.removeprefix("hf-hub:").partition("@")[0], "revision": commit}
-                name = f"local-dir:{folder}"
-            config = _model_config(name)
-            _refuse_code(config)
-            if name.startswith("local-dir:"):
-                _refuse_oversized(config, Path(name.removeprefix("local-dir:")))
-            if tag == "random":
-                with torch.random.fork_rng(devices=[]):
-                    torch.manual_seed(seed)
-                    model = open_clip.create_model(name, pretrained=None, pretrained_text=False)
-            else:
-                model = open_clip.create_model(name, pretrained=tag, pretrained_text=False, require_pretrained=True)
-            tokenizer = open_clip.get_tokenizer(name)
-            preprocess = dict(open_clip.get_model_preprocess_cfg(model))
-            transform = image_transform_v2(PreprocessCfg(**preprocess), is_train=False)
+            parts = _read(identifier, seed=seed, texts=texts)
+            transform = image_transform_v2(PreprocessCfg(**parts.preprocess), is_train=False)
             geometry = _Geometry(transform.transforms)
-            _refuse_wrong_preprocessing(preprocess, geometry)
+            _refuse_wrong_preprocessing(parts.preprocess, geometry)
         except BackboneError:
             raise
         except Exception as error:  # open_clip, timm and the hub raise many types; the user gets one clear message
             raise _load_failure(identifier, error) from error
-    if tag not in (None, "random") and (repository := _repository(name, tag)):
-        origin = {"repository": repository, "revision": cached_commit(repository)}
-    model = model.to(device).eval().requires_grad_(False)
     backbone = OpenClipBackbone(
         identifier=identifier,
-        origin=origin,
-        model=model,
-        tokenizer=tokenizer,
-        config=config,
-        preprocess=preprocess,
+        origin=parts.origin,
+        model=parts.model.to(device).eval().requires_grad_(False),
+        tokenizer=parts.tokenizer,
+        config=parts.config,
+        preprocess=parts.preprocess,
         geometry=geometry,
         device=device,
         precision=precision,
@@ -83,6 +89,89 @@ def load_backbone(
     return backbone
 
 
+def _read(identifier: str, *, seed: int, texts: bool) -> Parts:
+    """The parts of the backbone. Raises BackboneError, and errors of many types of the libraries."""
+    if identifier.startswith("hf-hub:"):
+        repository = identifier.removeprefix("hf-hub:")
+        folder, commit = fetch(repository)
+        parts = _from_folder(folder, identifier, texts=True)
+        return replace(parts, origin={"repository": repository.partition("@")[0], "revision": commit})
+    if identifier.startswith("local-dir:"):
+        folder = Path(identifier.removeprefix("local-dir:")).expanduser()
+        return _from_folder(folder, identifier, texts=texts)
+    name, tag = _split(identifier)
+    if tag.lower().endswith(WEIGHT_FILES):
+        return read_trained(name, Path(tag).expanduser())
+    return _from_open_clip(name, tag, seed)
+
+
+def _from_folder(folder: Path, identifier: str, *, texts: bool) -> Parts:
+    """The parts of a backbone in a folder of open_clip, or of transformers' CLIPModel."""
+    import open_clip
+
+    if not (folder / CONFIG).is_file():
+        if is_clip_folder(folder):
+            return read_clip_folder(folder)
+        raise BackboneError(not_open_clips(folder))
+    name = f"local-dir:{folder}"
+    config: dict[str, Any] = json.loads((folder / CONFIG).read_text(encoding="utf-8"))["model_cfg"]
+    _refuse_code(config)
+    kept = kept_in(folder, config)
+    _refuse_oversized(config, folder, tower_settings(kept) if kept else {})
+    try:
+        if is_transformers(config) and not kept:
+            require_tower(config, identifier)
+        described = {"text_cfg": described_by(kept, config)} if kept else {}
+        model = open_clip.create_model(name, pretrained_text=False, require_pretrained=True, **described)
+    except (TextTowerError, ImportError) as error:
+        if texts or not is_transformers(config):
+            raise
+        model = _without_text_tower(folder, name, tower_settings(kept) if kept else {}, str(error))
+    preprocess = dict(open_clip.get_model_preprocess_cfg(model))
+    try:
+        tokenizer = read_tokenizer(name, config, identifier)
+    except TextTowerError as error:
+        if texts:
+            raise
+        tokenizer = MissingTokenizer(folder, str(error))
+    return Parts(model=model, tokenizer=tokenizer, config=config, preprocess=preprocess, origin={})
+
+
+def _without_text_tower(folder: Path, name: str, settings: dict[str, Any], why: str) -> Any:
+    """The model in a folder with the weights of its text tower as they are stored. Raises errors of many types."""
+    import open_clip
+    from safetensors.torch import load_file
+
+    model = open_clip.create_model(name, load_weights=False, pretrained_text=False, text_cfg=STUB)
+    weights = load_file(folder / WEIGHTS)
+    texts = {key.removeprefix("text."): value for key, value in weights.items() if key.startswith("text.")}
+    model.text = StoredTower(texts, settings, why)
+    model.load_state_dict({key: value for key, value in weights.items() if not key.startswith("text.")})
+    return model
+
+
+def _from_open_clip(name: str, tag: str, seed: int) -> Parts:
+    """The parts of an architecture of open_clip with weights that it lists, or random ones."""
+    import open_clip
+
+    config = copy.deepcopy(dict(open_clip.get_model_config(name) or {}))
+    _refuse_code(config)
+    origin: dict[str, str] = {}
+    if tag == "random":
+        if is_transformers(config):
+            require_tower(config, f"{name}/{tag}")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = open_clip.create_model(name, pretrained=None, pretrained_text=False)
+    else:
+        model = open_clip.create_model(name, pretrained=tag, pretrained_text=False, require_pretrained=True)
+        if repository := _repository(name, tag):
+            origin = {"repository": repository, "revision": cached_commit(repository)}
+    preprocess = dict(open_clip.get_model_preprocess_cfg(model))
+    tokenizer = open_clip.get_tokenizer(name)
+    return Parts(model=model, tokenizer=tokenizer, config=config, preprocess=preprocess, origin=origin)
+
+
 def _refuse_code(config: dict[str, Any]) -> None:
     """Raises ValueError if this configuration would make transformers run code that is shipped with the tokenizer."""
     options = config["text_cfg"].get("tokenizer_kwargs", {})
@@ -90,16 +179,22 @@ def _refuse_code(config: dict[str, Any]) -> None:
         raise ValueError("its tokenizer_kwargs ask for code of its own to be run, by trust_remote_code; remove that")
 
 
-def _refuse_oversized(config: dict[str, Any], folder: Path) -> None:
+def _refuse_oversized(config: dict[str, Any], folder: Path, text_tower: dict[str, Any]) -> None:
     """Raises ValueError if the configuration describes a far larger model than the weight files can hold.
+
+    ``text_tower`` is the configuration of a text tower of transformers, or empty.
 
     Building such a model could exhaust the memory or take for ever. The estimate is only a lower bound; whether the
     weights really fit is checked when they are loaded.
     """
     files = [path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin", ".pth")]
     weight_bytes = sum(path.stat().st_size for path in files)
-    for name in ("vision_cfg", "text_cfg", "multimodal_cfg"):
-        tower = config.get(name) or {}
+    towers = {name: config.get(name) or {} for name in ("vision_cfg", "text_cfg", "multimodal_cfg")}
+    for name in ("num_hidden_layers", "num_layers", "num_decoder_layers", "encoder_layers", "decoder_layers"):
+        if name in text_tower:
+            width = text_tower.get("hidden_size", text_tower.get("d_model", 1))
+            towers[f"{TEXT_TOWER} ({name})"] = {**text_tower, "layers": text_tower[name], "width": width}
+    for name, tower in towers.items():
         layers, width, side = tower.get("layers", 1), tower.get("width", 1), tower.get("image_size", 1)
         blocks = sum(layers) if isinstance(layers, list) else layers
         patches = (max(side) if isinstance(side, list) else side) / (tower.get("patch_size") or 32)  # ResNets have none
@@ -153,26 +248,24 @@ def _centre(image: Image.Image) -> Image.Image:
     return image.crop((left, top, left + width, top + height))
 
 
-def _split(identifier: str) -> tuple[str, str | None]:
-    """The name for open_clip and the tag of its weights; the tag is None for ``hf-hub:`` and ``local-dir:``."""
+def _split(identifier: str) -> tuple[str, str]:
+    """An architecture that open_clip has, and the tag of its weights or the path of a file. Raises BackboneError."""
     import open_clip
 
-    if identifier.startswith("local-dir:"):
-        folder = Path(identifier.removeprefix("local-dir:")).expanduser()
-        if not (folder / CONFIG).is_file():
-            raise BackboneError(not_open_clips(folder))
-        return f"local-dir:{folder}", None
-    if identifier.startswith("hf-hub:"):
-        return identifier, None
-    name, _, tag = identifier.rpartition("/")
+    name, _, tag = identifier.partition("/")
     if name not in open_clip.list_models():
         raise BackboneError(explain_identifier(identifier, list_backbones()))
-    if tag == "random":
+    if tag.lower().endswith(WEIGHT_FILES):
+        if told := missing_file(name, tag):
+            raise BackboneError(told)
         return name, tag
     tags = open_clip.list_pretrained_tags_by_model(name)
-    if tag not in tags:
+    if tag not in (*tags, "random"):
+        if told := folder_of_files(name, tag):
+            raise BackboneError(told)
         raise BackboneError(unknown_name(f"pretrained weights for {name}", tag, [*tags, "random"]))
-    _refuse_wrong_activation(name, tag)
+    if tag != "random":
+        _refuse_wrong_activation(name, tag)
     return name, tag
 
 
@@ -204,17 +297,6 @@ def _load_failure(identifier: str, error: Exception) -> BackboneError:
         "machine that has one; or set HF_HOME to a cache that already holds the weights. `finealign doctor` shows "
         f"what is within reach. (open_clip said: {one_line(error)})"
     )
-
-
-def _model_config(name: str) -> dict[str, Any]:
-    import open_clip
-
-    if name.startswith("local-dir:"):
-        path = Path(name.removeprefix("local-dir:")) / CONFIG
-    else:
-        return copy.deepcopy(dict(open_clip.get_model_config(name)))
-    config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["model_cfg"]
-    return config
 
 
 def _repository(name: str, tag: str) -> str:

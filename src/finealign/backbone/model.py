@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 from torch.utils.checkpoint import checkpoint
 
+from finealign.backbone.text_tower import save_text_tower
 from finealign.backbone.towers import is_convolutional, is_normalisation, token_width, tokens_of, working_copy
 from finealign.errors import BackboneError
 from finealign.method.alignment import saliency_pooled
@@ -32,6 +33,18 @@ IMAGE_CHUNK, TEXT_CHUNK = 32, 256
 ACTIVATION_SHARE = 1 / 6
 
 
+@dataclass(frozen=True)
+class Parts:
+    """What a backbone is made of, as it was read from a hub, a folder or a file."""
+
+    model: Any  # open_clip's CLIP, CustomTextCLIP or CoCa
+    tokenizer: Any
+    config: dict[str, Any]  # open_clip's model_cfg
+    preprocess: dict[str, Any]  # open_clip's preprocess_cfg
+    # "repository" and "revision" of a model from a hub; "file" and "sha256" of one from files; empty for any other.
+    origin: dict[str, str]
+
+
 @dataclass
 class OpenClipBackbone:
     """An open_clip model with its tokenizer and preprocessing: one implementation of ``Backbone``.
@@ -40,11 +53,11 @@ class OpenClipBackbone:
     """
 
     identifier: str
-    origin: dict[str, str]  # "repository" and "revision" of a model from a hub; empty for any other
-    model: Any  # open_clip's CLIP, CustomTextCLIP or CoCa
+    origin: dict[str, str]  # these five as in Parts
+    model: Any
     tokenizer: Any
-    config: dict[str, Any]  # open_clip's model_cfg
-    preprocess: dict[str, Any]  # open_clip's preprocess_cfg
+    config: dict[str, Any]
+    preprocess: dict[str, Any]
     geometry: Callable[[Image.Image], Image.Image]
     device: torch.device
     precision: Precision
@@ -291,10 +304,12 @@ class OpenClipBackbone:
     def save(self, folder: Path) -> None:
         """Write the model as a folder that ``local-dir:`` loads: configuration, safetensors weights, tokenizer files.
 
+        A text tower of transformers is described in a folder of its own, so that no hub is needed to build it again.
         Raises OutputError if the weights cannot be written.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        settings = {"model_cfg": self.config, "preprocess_cfg": self.preprocess}
+        config = save_text_tower(self.model, self.config, folder)
+        settings = {"model_cfg": config, "preprocess_cfg": self.preprocess}
         (folder / CONFIG).write_text(json.dumps(settings, indent=1), encoding="utf-8")
         save_tensors(self.model.state_dict(), folder / WEIGHTS)
         # open_clip wraps a tokenizer of transformers, which has files of its own; its built-in one has none.

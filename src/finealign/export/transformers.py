@@ -1,7 +1,7 @@
 """transformers export of a CLIP: weights and processor, checked on the same pixels and on the same files."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from finealign.backbone.clip_folder import clip_vocabulary
+from finealign.backbone.clip_names import clip_weights
 from finealign.backbone.model import OpenClipBackbone
 from finealign.classifier import FineAlign
 from finealign.errors import ModelError, sentence
@@ -133,11 +135,7 @@ def write_processor(backbone: OpenClipBackbone, folder: Path) -> Any:
     """Write the image processor and the tokenizer into a folder, and return the tokenizer."""
     from transformers import CLIPImageProcessor, CLIPProcessor, CLIPTokenizer
 
-    special_tokens = {
-        backbone.tokenizer.sot_token_id: "<|startoftext|>",
-        backbone.tokenizer.eot_token_id: "<|endoftext|>",
-    }
-    vocabulary = {special_tokens.get(number, token): number for token, number in backbone.tokenizer.encoder.items()}
+    vocabulary = clip_vocabulary(backbone.tokenizer)
     merges: Any = [tuple(pair) for pair in backbone.tokenizer.bpe_ranks if len(pair) == 2]
     save_text(json.dumps(vocabulary, ensure_ascii=False), folder / "vocab.json")
     save_text("\n".join(["#version: 0.2", *map(" ".join, merges), ""]), folder / "merges.txt")
@@ -157,57 +155,6 @@ def write_processor(backbone: OpenClipBackbone, folder: Path) -> Any:
     processor_class: Any = CLIPProcessor
     processor_class(image_processor, tokenizer).save_pretrained(folder)
     return tokenizer
-
-
-PLACES = {  # transformers' name of each weight outside the blocks
-    "visual.class_embedding": "vision_model.embeddings.class_embedding",
-    "visual.conv1.weight": "vision_model.embeddings.patch_embedding.weight",
-    "visual.positional_embedding": "vision_model.embeddings.position_embedding.weight",
-    "visual.ln_pre.weight": "vision_model.pre_layrnorm.weight",  # spelled like this in transformers
-    "visual.ln_pre.bias": "vision_model.pre_layrnorm.bias",
-    "visual.ln_post.weight": "vision_model.post_layernorm.weight",
-    "visual.ln_post.bias": "vision_model.post_layernorm.bias",
-    "visual.proj": "visual_projection.weight",
-    "token_embedding.weight": "text_model.embeddings.token_embedding.weight",
-    "positional_embedding": "text_model.embeddings.position_embedding.weight",
-    "ln_final.weight": "text_model.final_layer_norm.weight",
-    "ln_final.bias": "text_model.final_layer_norm.bias",
-    "text_projection": "text_projection.weight",
-    "text_projection.weight": "text_projection.weight",
-    "logit_scale": "logit_scale",
-}
-TURNED = ("visual.proj", "text_projection")  # to be transposed: open_clip multiplies by them from the right
-PARTS = {  # transformers' name of each layer of a block
-    "ln_1": "layer_norm1",
-    "ln_2": "layer_norm2",
-    "mlp.c_fc": "mlp.fc1",
-    "mlp.c_proj": "mlp.fc2",
-    "attn.out_proj": "self_attn.out_proj",
-}
-
-
-def clip_weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """open_clip's weights of a CLIP under transformers' names.
-
-    Raises ModelError for a weight that transformers' CLIP does not have.
-    """
-    weights: dict[str, Tensor] = {}
-    for name, value in state.items():
-        tower, blocks, rest = name.partition("transformer.resblocks.")
-        number, _, part = rest.partition(".")
-        layer, _, kind = part.rpartition(".")
-        prefix = f"{'vision' if tower else 'text'}_model.encoder.layers.{number}"
-        if part.startswith("attn.in_proj_"):
-            for letter, piece in zip("qkv", value.chunk(3), strict=True):
-                weights[f"{prefix}.self_attn.{letter}_proj.{part.removeprefix('attn.in_proj_')}"] = piece
-        elif blocks and layer in PARTS:
-            weights[f"{prefix}.{PARTS[layer]}.{kind}"] = value
-        elif name in PLACES:
-            weights[PLACES[name]] = value.T if name in TURNED else value
-        else:
-            raise ModelError(f"transformers' CLIP has no place for the weight {name!r}. Wanted: --format open_clip.")
-    weights["logit_scale"] = weights["logit_scale"].reshape(())
-    return weights
 
 
 def write_weights(backbone: OpenClipBackbone, folder: Path) -> None:

@@ -120,7 +120,7 @@ def read_model(path: Path, *, device: torch.device, precision: Precision) -> Fit
             raise ModelError(f"{folder / name} is not the file that was saved: its checksum differs. Copy it again.")
     try:
         tensors = load_file(folder / TENSORS, device=str(device))
-        backbone = load_backbone(f"local-dir:{folder}", device=device, precision=precision)
+        backbone = load_backbone(f"local-dir:{folder}", device=device, precision=precision, texts=False)
         return _assembled(manifest, tensors, backbone)
     except BackboneError:
         raise
