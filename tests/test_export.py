@@ -336,6 +336,33 @@ def test_onnx__transparent_and_deep_images_are_read_as_by_finealign(
     assert np.array_equal(np.argmax(probabilities, axis=1), own.argmax(1))
 
 
+def test_onnx__heic_is_read_as_by_finealign(
+    adapted: FineAlign, exported: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heif = pytest.importorskip("pillow_heif", reason="needs the extra heic")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned
+    noise = np.random.default_rng(0).integers(0, 256, (40, 64, 3), dtype=np.uint8)
+    heif.from_pillow(Image.fromarray(noise)).save(tmp_path / "a.heic", exif=exif.tobytes())
+    heif.from_pillow(Image.new("RGB", (64, 48), (200, 40, 40))).save(tmp_path / "named.jpg")
+    paths = [str(tmp_path / "a.heic"), str(tmp_path / "named.jpg")]
+    found = exported("onnx")
+    _, probabilities = run(found.folder, WITHOUT_TORCH, *paths)
+    assert np.abs(np.array(probabilities) - adapted.predict_proba(paths, score=found.score)).max() < 0.01
+    (tmp_path / "pillow_heif.py").write_text("raise ImportError")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    done = subprocess.run(
+        [sys.executable, "-B", "usage.py", paths[1]],
+        cwd=found.folder,
+        capture_output=True,
+        text=True,
+        timeout=HANG,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stderr == f"{paths[1]}: a HEIC image, for which a package is missing: pip install pillow-heif.\n"
+
+
 def test_onnx__usage_prints_a_class_for_each_image(exported: Make, some_photos: Path) -> None:
     paths = paths_in(some_photos)[:2]
     done = subprocess.run(

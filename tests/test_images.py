@@ -676,9 +676,19 @@ def test_read_image__by_its_bytes_whatever_its_name(tmp_path: Path, kind: str, n
 def test_read_image__what_is_not_read_is_called_what_it_is(
     tmp_path: Path, data: bytes, said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("finealign.images.decoding._heif", lambda: None)
+    monkeypatch.setattr("finealign.images.decoding.heif_decoder", lambda: None)
     (tmp_path / "a.jpg").write_bytes(data)
     assert re.fullmatch(said, reason(tmp_path / "a.jpg"))
+
+
+def test_list_images__a_list_with_the_backslashes_of_windows(tmp_path: Path) -> None:
+    (tmp_path / "birds" / "wrens").mkdir(parents=True)
+    for name in ("birds/wrens/a.png", "birds/b.png", "odd\\name.png"):
+        Image.new("RGB", (4, 4)).save(tmp_path / name)
+    (tmp_path / "list.txt").write_text("birds\\wrens\\a.png\r\nbirds/b.png\r\nodd\\name.png\r\nno\\file.png\r\n")
+    below = ["birds/wrens/a.png", "birds/b.png", "odd\\name.png", "no\\file.png"]
+    assert list(list_images(tmp_path / "list.txt")) == [tmp_path / name for name in below]
+    assert list(list_images(tmp_path / "list.txt", exclude=["wrens"])) == [tmp_path / name for name in below[1:]]
 
 
 def test_read_image__heic_by_pillow_heif(tmp_path: Path) -> None:

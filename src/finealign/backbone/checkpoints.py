@@ -166,10 +166,13 @@ def _value(text: str) -> Any:
 # --- filling a model --------------------------------------------------------------------------------------------------
 
 
-def fill(model: nn.Module, weights: Mapping[str, Tensor], *, shown: str, architecture: str) -> None:
+def fill(
+    model: nn.Module, weights: Mapping[str, Tensor], *, shown: str, architecture: str, advice: str | None = None
+) -> None:
     """Copy the weights into the model. Raises BackboneError that names what does not fit.
 
-    ``shown`` is the file's or folder's name and ``architecture`` the model's, for the message.
+    ``shown`` is the file's or folder's name and ``architecture`` the model's, for the message. ``advice`` ends it; with
+    None it is which architecture to type.
     """
     own = model.state_dict()
     weights = _with_places(weights, own)
@@ -187,7 +190,7 @@ def fill(model: nn.Module, weights: Mapping[str, Tensor], *, shown: str, archite
         problems.append(f"{len(unknown)} of the file's {len(weights)} are not the model's ({_few(unknown)})")
     if problems:
         raise BackboneError(
-            f"The weights of {shown} are not those of {architecture}: {'; '.join(problems)}. {_advice(weights)}"
+            f"The weights of {shown} are not those of {architecture}: {'; '.join(problems)}. {advice or _advice(weights)}"
         )
     if bad := [name for name, value in weights.items() if value.is_floating_point() and not value.isfinite().all()]:
         raise BackboneError(f"{shown} holds values that are not finite, in {_few(bad)}. Use an earlier checkpoint.")
@@ -219,6 +222,8 @@ def _refuse_parts(weights: Mapping[str, Tensor], own: Mapping[str, Tensor], show
             f"{shown} holds weights under the names of transformers. Give the whole folder that save_pretrained wrote, "
             "with its config.json: local-dir:FOLDER."
         )
+    elif {f"visual.{name}" for name in weights} <= own.keys():
+        told = f"{shown} holds an image tower alone, without the text tower. Wanted: the whole model's weights."
     elif found == {True} and towers == {True, False} and not any(_is_text(name) for name in weights):
         told = (
             f"{shown} holds an image tower and no text tower, and classes are told apart by their texts. Wanted: the "
@@ -226,8 +231,6 @@ def _refuse_parts(weights: Mapping[str, Tensor], own: Mapping[str, Tensor], show
         )
     elif found == {False} and not any(_is_image(name) for name in weights):
         told = f"{shown} holds a text tower and no image tower. Wanted: the whole model's weights."
-    elif not found and {f"visual.{name}" for name in weights} & own.keys():
-        told = f"{shown} holds an image tower alone, without the text tower. Wanted: the whole model's weights."
     if told:
         raise BackboneError(told)
 

@@ -105,7 +105,9 @@ def read_clip_folder(folder: Path) -> Parts:
     _refuse_oversized(vision, text, weights, shown)
     tokenizer = _tokenizer(folder, config["text_cfg"])
     model = open_clip.CLIP(**config)
-    fill(model, open_clip_weights(weights), shown=shown, architecture=f"the CLIPModel that its {SETTINGS} describes")
+    described = f"the CLIPModel that its {SETTINGS} describes"
+    advice = f"Copy {SETTINGS} and the weights of one model, or save it again with save_pretrained."
+    fill(model, open_clip_weights(weights), shown=shown, architecture=described, advice=advice)
     return Parts(model=model, tokenizer=tokenizer, config=config, preprocess=preprocess, origin=file_origin(files))
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from finealign.backbone.build import build_model, preprocessing_for
 from finealign.backbone.clip_folder import is_clip_folder, read_clip_folder
 from finealign.backbone.hub import cached_commit, fetch
 from finealign.backbone.identifiers import explain_identifier, folder_of_files, missing_file, not_open_clips
@@ -114,20 +115,22 @@ def _from_folder(folder: Path, identifier: str, *, texts: bool) -> Parts:
             return read_clip_folder(folder)
         raise BackboneError(not_open_clips(folder))
     name = f"local-dir:{folder}"
-    config: dict[str, Any] = json.loads((folder / CONFIG).read_text(encoding="utf-8"))["model_cfg"]
+    described = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    config: dict[str, Any] = described["model_cfg"]
     _refuse_code(config)
     kept = kept_in(folder, config)
     _refuse_oversized(config, folder, tower_settings(kept) if kept else {})
     try:
-        if is_transformers(config) and not kept:
-            require_tower(config, identifier)
-        described = {"text_cfg": described_by(kept, config)} if kept else {}
-        model = open_clip.create_model(name, pretrained_text=False, require_pretrained=True, **described)
-    except (TextTowerError, ImportError) as error:
-        if texts or not is_transformers(config):
+        tower = {"text_cfg": described_by(kept, config)} if kept else {}
+        if is_transformers(config):
+            require_tower(config, identifier, kept)
+        model = open_clip.create_model(name, pretrained_text=False, require_pretrained=True, **tower)
+        preprocess = dict(open_clip.get_model_preprocess_cfg(model))
+    except TextTowerError as error:
+        if texts or "multimodal_cfg" in config:  # whose third tower is built to fit the text tower
             raise
-        model = _without_text_tower(folder, name, tower_settings(kept) if kept else {}, str(error))
-    preprocess = dict(open_clip.get_model_preprocess_cfg(model))
+        model = _without_text_tower(folder, config, tower_settings(kept) if kept else {}, str(error))
+        preprocess = preprocessing_for(model, described.get("preprocess_cfg") or {})
     try:
         tokenizer = read_tokenizer(name, config, identifier)
     except TextTowerError as error:
@@ -137,12 +140,11 @@ def _from_folder(folder: Path, identifier: str, *, texts: bool) -> Parts:
     return Parts(model=model, tokenizer=tokenizer, config=config, preprocess=preprocess, origin={})
 
 
-def _without_text_tower(folder: Path, name: str, settings: dict[str, Any], why: str) -> Any:
+def _without_text_tower(folder: Path, config: dict[str, Any], settings: dict[str, Any], why: str) -> Any:
     """The model in a folder with the weights of its text tower as they are stored. Raises errors of many types."""
-    import open_clip
     from safetensors.torch import load_file
 
-    model = open_clip.create_model(name, load_weights=False, pretrained_text=False, text_cfg=STUB)
+    model = build_model({**config, "text_cfg": STUB, "custom_text": True})
     weights = load_file(folder / WEIGHTS)
     texts = {key.removeprefix("text."): value for key, value in weights.items() if key.startswith("text.")}
     model.text = StoredTower(texts, settings, why)
@@ -168,7 +170,7 @@ def _from_open_clip(name: str, tag: str, seed: int) -> Parts:
         if repository := _repository(name, tag):
             origin = {"repository": repository, "revision": cached_commit(repository)}
     preprocess = dict(open_clip.get_model_preprocess_cfg(model))
-    tokenizer = open_clip.get_tokenizer(name)
+    tokenizer = read_tokenizer(name, config, f"{name}/{tag}")
     return Parts(model=model, tokenizer=tokenizer, config=config, preprocess=preprocess, origin=origin)
 
 

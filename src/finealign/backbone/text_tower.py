@@ -62,12 +62,15 @@ def tower_settings(place: Path) -> dict[str, Any]:
     return found
 
 
-def require_tower(config: Mapping[str, Any], identifier: str) -> None:
-    """Raises TextTowerError where the configuration of the text tower is not to be had from a hub or its cache."""
+def require_tower(config: Mapping[str, Any], identifier: str, kept: Path | None = None) -> None:
+    """Raises TextTowerError where transformers cannot read the configuration of the text tower.
+
+    ``kept`` is the folder that has it; None where it is on a hub, or in the cache of one.
+    """
     try:
         from transformers import AutoConfig
 
-        AutoConfig.from_pretrained(config["text_cfg"]["hf_model_name"], trust_remote_code=False)
+        AutoConfig.from_pretrained(kept or config["text_cfg"]["hf_model_name"], trust_remote_code=False)
     except Exception as error:  # transformers and the hub's client raise many types
         raise unavailable(identifier, config, error) from error
 
@@ -77,9 +80,10 @@ def unavailable(identifier: str, config: Mapping[str, Any], error: Exception) ->
     text = config["text_cfg"]
     part = "text tower" if is_transformers(config) else "tokenizer"
     name = text.get("hf_model_name") or text.get("hf_tokenizer_name")
+    reason = " ".join(str(error).split()).partition(". ")[0] or type(error).__name__  # what follows is advice of theirs
     return TextTowerError(
         f"{identifier} cannot encode texts here: its {part} is {str(name)!r:.200} of transformers, which is not to be "
-        f"had: {sentence(error)} Wanted: transformers (pip install 'finealign[export]') and a hub within reach; or a "
+        f"had: {sentence(reason)} Wanted: transformers (pip install 'finealign[export]') and a hub within reach; or a "
         f"folder that has the tokenizer's files and, for a text tower, its configuration as "
         f"{TEXT_TOWER}/{TOWER_CONFIG}, as models that finealign saves have them."
     )

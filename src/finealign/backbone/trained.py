@@ -13,14 +13,14 @@ from typing import Any
 
 from torch import Tensor
 
+from finealign.backbone.build import build_model, preprocessing_for
 from finealign.backbone.checkpoints import Checkpoint, file_origin, fill, read_checkpoint
 from finealign.backbone.model import Parts
 from finealign.backbone.text_tower import is_transformers, read_tokenizer, require_tower
 from finealign.errors import BackboneError, display_path
 
 PREPARED = ("mean", "std", "interpolation", "resize_mode")  # the settings of preprocess_cfg that weights go with
-POSITIONS = ("visual.positional_embedding", "visual.attnpool.positional_embedding", "visual.trunk.pos_embed")
-PATCHES = ("visual.conv1.weight", "visual.trunk.patch_embed.proj.weight")
+POSITIONS = ("visual.positional_embedding", "visual.attnpool.positional_embedding")
 RESNET_STRIDE = 32  # pixels of the image to a place of a ResNet's last grid
 
 
@@ -42,33 +42,16 @@ def read_trained(name: str, file: Path) -> Parts:
         config["quick_gelu"] = True
     if "logit_bias" in checkpoint.weights and config.get("init_logit_bias") is None:
         config["init_logit_bias"] = -10.0  # any number: it says that there is one, as in training with --siglip
-    preprocess = _preprocessing(name, checkpoint.settings)
-    model = _build(name, config, preprocess)
+    model = build_model(config)
     if _resized(config, model.state_dict(), checkpoint.weights):
-        model = _build(name, config, preprocess)
+        model = build_model(config)
     fill(model, checkpoint.weights, shown=shown, architecture=name)
     return Parts(
         model=model,
         tokenizer=read_tokenizer(name, config, f"{name}/{shown}"),
         config=config,
-        preprocess=dict(open_clip.get_model_preprocess_cfg(model)),
+        preprocess=preprocessing_for(model, _preprocessing(name, checkpoint.settings)),
         origin=file_origin([file]),
-    )
-
-
-def _build(name: str, config: Mapping[str, Any], preprocess: Mapping[str, Any]) -> Any:
-    """The model that ``config`` describes, which is that of ``name`` but for what a training can change."""
-    import open_clip
-
-    return open_clip.create_model(
-        name,
-        load_weights=False,
-        pretrained_text=False,
-        force_quick_gelu=bool(config.get("quick_gelu")),
-        force_image_size=config["vision_cfg"].get("image_size"),
-        force_context_length=config["text_cfg"].get("context_length"),
-        force_preprocess_cfg=dict(preprocess),
-        **({"init_logit_bias": config["init_logit_bias"]} if "init_logit_bias" in config else {}),
     )
 
 
@@ -93,9 +76,7 @@ def _resized(config: Mapping[str, Any], own: Mapping[str, Tensor], weights: Mapp
         side = image.get("image_size", 224)
         if name not in own or name not in weights or not isinstance(side, int):
             continue
-        patch = next(
-            (int(own[one].shape[-1]) for one in PATCHES if one in own and "attnpool" not in name), RESNET_STRIDE
-        )
+        patch = RESNET_STRIDE if "attnpool" in name else int(own["visual.conv1.weight"].shape[-1])
         places, found = (int(one[name].shape[-2]) for one in (own, weights))
         beside = places - (side // patch) ** 2  # places that are no patch, as the class token's
         grid = isqrt(max(0, found - beside))

@@ -17,7 +17,8 @@ CARD, PARITY, CLASSES, ANCHORS = "README.md", "parity.json", "classes.json", "an
 USAGE, READING, GRAPH = "usage.py", "reading.py", "model.onnx"
 USE = """\
 `python usage.py IMAGE...` prints the class of each image. `usage.classify(paths)` gives the scores and probabilities of
-all classes, in the order of `classes.json`. It needs {needs}, and no finealign.
+all classes, in the order of `classes.json`. It needs {needs} (for HEIC photos
+pillow-heif as well), and no finealign.
 
 {more}
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 from torch.nn.functional import normalize
 
+from finealign.backbone.text_tower import TEXT_TOWER
 from finealign.classifier import FineAlign
 from finealign.export.checks import (
     COSINE,
@@ -33,14 +34,22 @@ def write_open_clip(saved: FineAlign, kind: Score, folder: Path, aside: Path) ->
     backbone.save(folder)
     write_classes(saved, kind, folder)
     write_anchors(saved, folder)
-    write_usage(saved, "open_clip", folder)
+    tower = TEXT_TOWER if (folder / TEXT_TOWER).is_dir() else ""
+    write_usage(saved, "open_clip", folder, text_tower=tower)
     texts = prompts(saved.texts_)[:TEXTS]
+    expected = backbone.encode_sentences(texts).numpy()  # first, as it says so where the text tower is not to be had
     images = write_pictures(backbone.input_size, aside)
     outputs = run_usage(folder, aside, images, ENCODE, texts=texts)
     embeddings = normalize(torch.from_numpy(outputs["texts"]), dim=-1)
+    name = backbone.config["text_cfg"].get("hf_model_name")
+    note = (
+        f"The text tower is one of transformers ({name}). usage.py builds it from {TEXT_TOWER}/. open_clip's own "
+        "create_model asks a hub for its configuration, unless it is given text_cfg as in usage.py."
+    )
     return Checked(
         {
             "scores": Measure(largest(outputs["scores"], own_scores(saved, images, kind)), COSINE),
-            "text embeddings": Measure(largest(embeddings.numpy(), backbone.encode_sentences(texts).numpy()), COSINE),
-        }
+            "text embeddings": Measure(largest(embeddings.numpy(), expected), COSINE),
+        },
+        (note,) if tower else (),
     )

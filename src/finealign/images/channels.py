@@ -1,18 +1,21 @@
 """Images of more than 8 bits a channel, and transparent ones, as RGB of 8 bits a channel.
 
 Pillow keeps the high byte of such colours, reads TIFFs that store them in planes as noise, and opens others not at all.
-Exports carry a copy of this file, so that they read an image as finealign does: it imports numpy and Pillow alone.
+Exports carry a copy of this file, so that they read an image as finealign does: it imports numpy and Pillow alone,
+and pillow-heif where that is installed.
 """
 
 import io
+import re
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, BinaryIO, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, ImageFile, PngImagePlugin, TiffImagePlugin
+from PIL import ExifTags, Image, ImageFile, PngImagePlugin, TiffImagePlugin, UnidentifiedImageError
 
 White = float | Literal["auto"]  # the value that becomes 255
 Alpha = Literal["none", "straight", "premultiplied"]
@@ -39,6 +42,7 @@ _DTYPES = {  # by sample format and bits
     (3, 32): np.float32,
     (3, 64): np.float64,
 }
+_HEIF_BRAND = re.compile(rb"hei[cxms]|hev[cxms]|mif1|msf1")
 _PILLOWS_OWN = {(1, 16), (2, 16), (1, 32), (2, 32), (3, 32)}  # of one channel
 _WIDE_PNG = {"RGB;16B": ("RGB", "RGB;16L"), "RGBA;16B": ("RGBA", "RGBA;16L"), "LA;16B": ("RGBA", "RGBA")}
 
@@ -69,6 +73,36 @@ def eight_bits(values: NDArray[Any], white: White = "auto") -> NDArray[np.uint8]
         low, high = 0.0, 1.0
     scaled = (values.astype(np.float64) - low) * (255 / (high - low or 1))
     return scaled.round().astype(np.uint8)
+
+
+@cache
+def heif_decoder() -> Callable[..., ImageFile.ImageFile] | None:
+    """pillow-heif's decoder; None where the package is not installed."""
+    try:
+        from pillow_heif import HeifImageFile
+    except ImportError:
+        return None
+    decoder: Callable[..., ImageFile.ImageFile] = HeifImageFile
+    return decoder
+
+
+def opened(file: BinaryIO) -> ImageFile.ImageFile:
+    """The image in an open file, by its bytes, as exports open it: what Pillow reads, and HEIC.
+
+    Raises UnsupportedImageError for a HEIC image where its package is missing, and what Pillow raises.
+    """
+    try:
+        return Image.open(file)
+    except UnidentifiedImageError:
+        file.seek(0)
+        head = file.read(64)
+        file.seek(0)
+        if head[4:8] != b"ftyp" or not _HEIF_BRAND.search(head, 8):
+            raise
+    decoder = heif_decoder()
+    if decoder is None:
+        raise UnsupportedImageError("a HEIC image, for which a package is missing: pip install pillow-heif")
+    return decoder(file, "")
 
 
 def rgb_of(image: ImageFile.ImageFile, file: BinaryIO, white: White = "auto") -> Image.Image:

@@ -12,7 +12,6 @@ import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -33,7 +32,15 @@ from PIL import (
     WebPImagePlugin,
 )
 
-from finealign.images.channels import UnsupportedImageError, White, deep_tiff, is_read_by_pillow, refusal_of, rgb_of
+from finealign.images.channels import (
+    UnsupportedImageError,
+    White,
+    deep_tiff,
+    heif_decoder,
+    is_read_by_pillow,
+    refusal_of,
+    rgb_of,
+)
 from finealign.images.files import ImageReadError, open_regular, reason_of
 from finealign.images.formats import HEAD, format_of, why_refused
 from finealign.images.repairs import ended, without_text
@@ -131,18 +138,7 @@ def _decode(file: BinaryIO, max_pixels: int, white: White, before: Callable[[int
 
 
 def _decoder(name: str | None) -> Callable[..., ImageFile.ImageFile] | None:
-    return _heif() if name == "HEIF" else _DECODERS.get(name or "")
-
-
-@cache
-def _heif() -> Callable[..., ImageFile.ImageFile] | None:
-    """pillow-heif's decoder; None where the package is not installed."""
-    try:
-        from pillow_heif import HeifImageFile
-    except ImportError:
-        return None
-    decoder: Callable[..., ImageFile.ImageFile] = HeifImageFile
-    return decoder
+    return heif_decoder() if name == "HEIF" else _DECODERS.get(name or "")
 
 
 def _unsupported_tiff(file: BinaryIO) -> str:

@@ -16,7 +16,7 @@ from finealign.images.formats import HEAD, format_of, is_photo
 from finealign.images.left_out import IMAGE_SUFFIXES, LeftOut
 from finealign.images.paths import PathList
 from finealign.images.shards import SUFFIX, read_shard
-from finealign.images.tables import read_list, read_table
+from finealign.images.tables import read_list, read_table, with_slashes
 from finealign.types import ImagePath
 
 MAX_SHARDS = 100_000  # most that one pattern may stand for
@@ -51,7 +51,8 @@ def list_images(source: str | Path | Sequence[str | Path], *, exclude: Sequence[
     - a WebDataset shard, which is a ``.tar`` file: the images in it, in the order of the shard, each as the path of the
       shard followed by the image's name in it. Shards in a folder are listed in the same way, and so are those of a
       pattern with braces, such as ``"{000..099}.tar"``;
-    - a ``.txt`` file in UTF-8: one path per line; blank lines and lines that start with ``#`` are skipped;
+    - a ``.txt`` file in UTF-8: one path per line; blank lines and lines that start with ``#`` are skipped. The
+      backslashes of Windows are slashes where a file is there by that name alone, here and in a table;
     - a ``.csv`` file in UTF-8: the column ``path``; other columns are ignored;
     - a sequence of paths: the paths as given.
 
@@ -97,7 +98,8 @@ def list_images(source: str | Path | Sequence[str | Path], *, exclude: Sequence[
         paths = _of_shards([path], LeftOut(exclude))
     elif suffix == ".txt":
         lines = (line.strip() for line in io.StringIO(read_list(path), newline=None))
-        kept = not_excluded((line for line in lines if line and not line.startswith("#")), exclude)
+        named = (with_slashes(line, path.parent) for line in lines if line and not line.startswith("#"))
+        kept = not_excluded(named, exclude)
         paths = [path.parent / line for line in kept]
         if not paths:
             raise ImageInputError(f"{shown} lists no images{_but(exclude)}. Write one path a line.")

@@ -37,8 +37,8 @@ def read_table(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
     except TableError as error:
         raise ImageInputError(f"{shown}, line {error.line}: {error}. Check the quotes there.") from error
     for found in rows:
-        if "\\" in found.get("path", ""):
-            found["path"] = _with_slashes(found["path"], path.parent)
+        if "path" in found:
+            found["path"] = with_slashes(found["path"], path.parent)
     return rows
 
 
@@ -58,8 +58,10 @@ def _values(row: Sequence[str], line: int, table: Table, columns: Sequence[str],
     return values
 
 
-def _with_slashes(path: str, folder: Path) -> str:
-    """The path as Windows means it, where that is there and the path as written is not."""
+def with_slashes(path: str, folder: Path) -> str:
+    """The path, below ``folder``, as Windows means it, where that is there and the path as written is not."""
+    if "\\" not in path:
+        return path
     meant = path.replace("\\", "/")
     try:
         return meant if (folder / meant).exists() and not (folder / path).exists() else path
