@@ -189,8 +189,9 @@ def fill(
     if unknown:
         problems.append(f"{len(unknown)} of the file's {len(weights)} are not the model's ({_few(unknown)})")
     if problems:
+        what = "; ".join(problems)
         raise BackboneError(
-            f"The weights of {shown} are not those of {architecture}: {'; '.join(problems)}. {advice or _advice(weights)}"
+            f"The weights of {shown} are not those of {architecture}: {what}. {advice or _advice(weights)}"
         )
     if bad := [name for name, value in weights.items() if value.is_floating_point() and not value.isfinite().all()]:
         raise BackboneError(f"{shown} holds values that are not finite, in {_few(bad)}. Use an earlier checkpoint.")

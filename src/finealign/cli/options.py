@@ -54,4 +54,4 @@ Classes = Annotated[
     str, typer.Option(help="A file with one class name a line, JSON, YAML or CSV; or names with commas between.")
 ]
 Templates = Annotated[Path | None, typer.Option(help="A file with one template a line, {} for the name.")]
-BackboneName = Annotated[str | None, typer.Option(help="ARCH/PRETRAINED, hf-hub:NAME or local-dir:PATH.")]
+BackboneName = Annotated[str | None, typer.Option(help="ARCH/PRETRAINED, ARCH/FILE, hf-hub:NAME or local-dir:PATH.")]
