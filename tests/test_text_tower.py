@@ -1,10 +1,7 @@
 """Text towers of transformers: a saved model opens, predicts and is exported with the network off."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoConfig, PreTrainedTokenizerFast
 
-from conftest import CLASSES, HANG, VISION_TOWERS, open_clip_backbone, predictions, tiny_config, write_photos
+from conftest import CLASSES, VISION_TOWERS, open_clip_backbone, predictions, tiny_config, write_photos
 from finealign import FineAlign
 from finealign.backbone.load import load_backbone
 from finealign.errors import BackboneError, ConfigError, FinealignError
@@ -124,12 +121,6 @@ def test_saved__predicts_and_is_exported_without_a_hub(tmp_path: Path, photos: P
     assert "one of transformers" in found.notes[0]
     with pytest.raises(ConfigError, match=r"a CustomTextCLIP, with a text tower of another kind.*--format onnx"):
         export(loaded, tmp_path / "hf", format="hf")
-    # By the command, in a process of its own.
-    words = ["predict", str(folder), str(photos), "--out", str(tmp_path / "labels.csv")]
-    command = [sys.executable, "-m", "finealign", *words]
-    done = subprocess.run(command, env=os.environ, capture_output=True, text=True, timeout=HANG, check=False)
-    assert done.returncode == 0, done.stderr
-    assert len((tmp_path / "labels.csv").read_text().splitlines()) == 7
 
 
 @pytest.mark.filterwarnings("ignore::finealign.errors.CautionWarning")

@@ -303,7 +303,8 @@ def write_clip(folder: Path, *, text: dict[str, Any] | None = None, **vision: An
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
         config = CLIPConfig(text_config=words | (text or {}), vision_config=images, projection_dim=24)
-        model = CLIPModel(config).eval()
+        untyped: Any = CLIPModel(config)
+        model = untyped.eval()
         for parameter in model.parameters():
             parameter.data.add_(0.05 * torch.randn_like(parameter))
     model.save_pretrained(folder)
@@ -521,3 +522,17 @@ def test_clip_folder__a_bare_path_tells_what_to_type(tmp_path: Path) -> None:
     write_clip(tmp_path)
     with pytest.raises(BackboneError, match=rf"is a folder. Type local-dir:{tmp_path}"):
         load_backbone(str(tmp_path))
+
+
+def test_hub__a_repository_of_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    snapshot = tmp_path / "snapshots" / "abc"  # named after its commit, as the cache does
+    write_clip(snapshot)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(snapshot))
+    monkeypatch.setattr("huggingface_hub.list_repo_files", lambda *_, **__: ["pytorch_model.bin"])
+    found = load_backbone("hf-hub:org/clip@abc")
+    assert found.origin == {"repository": "org/clip", "revision": "abc"}
+    assert found.input_size == 48
+    torch.save(load_file(snapshot / "model.safetensors"), snapshot / "pytorch_model.bin")
+    (snapshot / "model.safetensors").unlink()
+    with pytest.raises(BackboneError, match=r"its weights as pytorch_model.bin alone.*not taken from a hub"):
+        load_backbone("hf-hub:org/clip")
