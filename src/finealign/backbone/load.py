@@ -255,7 +255,7 @@ def _split(identifier: str) -> tuple[str, str]:
     import open_clip
 
     name, _, tag = identifier.partition("/")
-    if name not in open_clip.list_models():
+    if not tag or name not in open_clip.list_models():
         raise BackboneError(explain_identifier(identifier, list_backbones()))
     if tag.lower().endswith(WEIGHT_FILES):
         if told := missing_file(name, tag):
