@@ -6,7 +6,6 @@ more is loaded, as it could run code.
 
 import ast
 import hashlib
-import pickle
 import re
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -69,9 +68,9 @@ def read_file(file: Path) -> Mapping[str, Any]:
             return load_file(file)
         # Mapped where the format allows, so that the optimiser's state, twice the size of the weights, is never read.
         held = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file) or None)
-    except pickle.UnpicklingError as error:
-        raise BackboneError(_unpicklable(shown, str(error))) from error
     except Exception as error:  # torch and safetensors raise many types for damaged files
+        if type(error).__name__ == "UnpicklingError":  # whose module nothing here imports
+            raise BackboneError(_unpicklable(shown, str(error))) from error
         if "TorchScript" in str(error):
             raise BackboneError(
                 f"{shown} is a TorchScript archive, which is a program, and programs are not run. Wanted: a file of "
