@@ -35,6 +35,8 @@ while True:
     os.chdir(told["folder"])
     os.environ.clear()
     os.environ.update(told["environment"])
+    more = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    sys.path[1:1] = [path for path in more if path and path not in sys.path]
     sys.argv = told["words"]
     asked.sendall(f"{os.getpid()}\\n".encode())
     status = 1
