@@ -255,7 +255,7 @@ def test_labels_for__is_the_number_that_gives_the_width() -> None:
         return 2 * math.sqrt(float(((sizes / 2000) ** 2 * spread / number * (1 - number / sizes)).sum()))
 
     assert reach(wanted) <= 0.05 < reach(wanted - 1)
-    assert labels_for(1.0, spread, sizes, shares, factor=2.0) == 1
+    assert labels_for(1.0, spread, sizes, shares, factor=2.0) == 2  # one of each stratum
     assert labels_for(1e-9, np.array([0.2, 0.05]), sizes, np.array([1.0, 0.0]), factor=2.0) is None
 
 
