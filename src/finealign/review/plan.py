@@ -81,7 +81,7 @@ class Population:
     choices: Ints  # (n, at most CHOICES)
 
 
-def absolute(path: str | Path) -> str:
+def absolute(path: str | os.PathLike[str]) -> str:
     """The path by which an image is known in plans and in files of labels."""
     return os.path.normpath(Path(display_path(path)).absolute())
 
