@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from playwright.sync_api import Browser
 
     from finealign import FineAlign
+    from finealign.review.session import Session
     from finealign.serve.forms import Limits
+    from finealign.serve.server import AppListener
 
 ARGUMENTS = [
     "--headless",
@@ -35,7 +37,27 @@ def running(model: "FineAlign", limits: "Limits | None" = None, host: str = "127
     from finealign.serve.forms import Limits
     from finealign.serve.server import Listener
 
-    server, listening = Listener(model, host, 0, limits or Limits(), **where), threading.Event()
+    with _served(Listener(model, host, 0, limits or Limits(), **where)) as address:
+        yield address
+
+
+@contextmanager
+def reviewing(session: "Session", port: int = 0) -> Iterator[str]:
+    """The address of the page of a review."""
+    from functools import partial
+
+    from finealign.serve.addresses import Addresses
+    from finealign.serve.forms import Limits
+    from finealign.serve.review import create_review
+    from finealign.serve.server import AppListener
+
+    with _served(AppListener(partial(create_review, session), "127.0.0.1", port, Limits(), Addresses())) as address:
+        yield address
+
+
+@contextmanager
+def _served(server: "AppListener") -> Iterator[str]:
+    listening = threading.Event()
     thread = threading.Thread(target=server.run, args=[lambda _: listening.set()])
     thread.start()
     try:

@@ -15,7 +15,7 @@ from torch import Tensor
 from finealign.backbone.base import Backbone, lacking
 from finealign.backbone.load import load_backbone
 from finealign.config import Config
-from finealign.errors import CautionWarning, ConfigError, ImageInputError, display_path
+from finealign.errors import CautionWarning, ConfigError, FinealignError, ImageInputError, display_path
 from finealign.estimator import Estimator, not_fitted
 from finealign.images.decoding import Pixels
 from finealign.images.held import Images, stream
@@ -31,9 +31,13 @@ from finealign.model.calibration import Calibration, calibrate, sample
 from finealign.model.card import is_card, model_card
 from finealign.model.fitted import FittedModel, check_class_prior, check_use, inference_settings, what_learned
 from finealign.model.folder import own_norms, read_model, write_model
-from finealign.model.inference import Predictor, tell_blank
+from finealign.model.inference import Predictor, readable, tell_blank
 from finealign.model.prepare import Prepared, check_settings, given_shares, prepare, with_names
 from finealign.model.refusal import DIGITS, NONE_OF_THESE, UNSURE, cutoff, least_confidence
+from finealign.review.figures import Measured, measure
+from finealign.review.labels import read_labels
+from finealign.review.plan import Plan, look_at, make_plan
+from finealign.review.sampling import Aim
 from finealign.runtime.atomic import save_text
 from finealign.runtime.devices import choose_device, choose_precision
 from finealign.runtime.distributed import Ranks
@@ -93,6 +97,7 @@ class FineAlign(Estimator):
     explained_: dict[float, float]
     calibration_: Calibration | None = None
     _sampled: tuple[list[ImagePath], ImageFeatures, ImageFeatures] | None = None  # images, and their features
+    _review: Plan | None = None  # of the last review_batch
 
     def __init__(
         self,
@@ -297,7 +302,7 @@ class FineAlign(Estimator):
         settings = config.model_dump()
         self.config_, self.paths_ = config, prepared.paths
         self.set_aside_, self.history_ = [], []
-        self.calibration_, self._sampled, self.explained_ = None, None, {}
+        self.calibration_, self._sampled, self._review, self.explained_ = None, None, None, {}
         told = prepared.unknown_words
         self.cautions_ = [Caution("unknown_words", told)] if told else []
         self._become(
@@ -492,6 +497,47 @@ class FineAlign(Estimator):
         self._require_fitted()
         paths = stream(images) if isinstance(images, Iterator) else find_images(images)
         return self._predictor.predictions(paths, score=score, with_start=with_start)
+
+    def review_batch(self, images: Images, n: int = 60, *, aim: Aim = "both", seed: int = 0) -> list[Path]:
+        """Choose ``n`` of the images to label by eye, so that these labels say much: see ``accuracy``.
+
+        The images are those to measure on, in the order in which they should be labelled. ``aim`` is what is to be
+        measured: the accuracies ("accuracy"), their difference ("difference") or "both"; "random" draws every image
+        alike. Which are chosen depends on the models, the images and ``seed`` alone.
+
+        An image in memory is called as in predictions, such as ``image 3``, and labelled by that name. Raises
+        ImageInputError if no image can be read, and ConfigError for an ``n`` below 1 or
+        another ``aim``.
+        """
+        self._require_fitted()
+        predictor = Predictor(self._model.using("adapted"), self.ranks)
+        self.set_aside_ = []
+        outcomes = predictor.predictions(find_images(images), score=None, with_start=True)
+        seen = look_at(readable(outcomes, self.set_aside_), classes=len(self.texts_.classes))
+        self._review = make_plan(seen, self.texts_.classes, aim=aim, budget=n, seed=seed)
+        return [Path(item.path) for item in self._review.measuring[:n]]
+
+    def accuracy(self, labels: Mapping[str, str] | str | Path) -> Measured:
+        """What labels of the images of the last ``review_batch`` say: accuracy of both models and the difference.
+
+        ``labels`` are class names by path, or a CSV with the columns path and label; "none of these" counts as a
+        mistake of both models, and images with "cannot tell" are left out. The figures are of all images that
+        ``review_batch`` was given, with 95 % intervals that stay valid whenever one stops to label. Labels count in
+        the order of the batch: where more than three images of it have none, those behind them do not count.
+
+        Raises FinealignError if there was no ``review_batch``, and ImageInputError for a label that is no class, or
+        where no image of the batch is labelled.
+        """
+        self._require_fitted()
+        if self._review is None:
+            raise FinealignError("No images were chosen to measure by. Call review_batch(images, n), and label those.")
+        found = read_labels(labels, self.texts_.classes)
+        if not any(item.path in found for item in self._review.measuring):
+            raise ImageInputError(
+                f"None of the {len(found)} labelled images is one of the batch, whose first is "
+                f"'{self._review.measuring[0].path}'. Label those that review_batch returned."
+            )
+        return measure(self._review, found)
 
     def features(
         self, images: Images, *, at_start: bool = False, crops: bool = True

@@ -1,9 +1,13 @@
 """The command line, one module per command. Heavy imports are inside the commands, so that --help answers at once."""
 
-from finealign.cli import adapt, describe, predict, evaluate, report, serve, export, demo, benchmark, lists, doctor  # isort: skip
+# isort: off
+from finealign.cli import adapt, describe, predict, evaluate, review, report, serve, export
+from finealign.cli import demo, benchmark, lists, doctor
+
+# isort: on
 from finealign.cli.app import app, main
 
 __all__ = ["VERBS", "app", "main"]
 
 # A command registers itself when its module is imported, so the order of the import above is that of the help.
-VERBS = (adapt, describe, predict, evaluate, report, serve, export, demo, benchmark, lists, doctor)
+VERBS = (adapt, describe, predict, evaluate, review, report, serve, export, demo, benchmark, lists, doctor)

@@ -1,4 +1,4 @@
-"""One process at a time writes a run folder: a lock file in it names the process, and is void when that has ended."""
+"""One process at a time writes a run folder or a file of labels: its lock names it, and is void when it has ended."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 
 from finealign.errors import OutputError
-from finealign.run.contract import LOCK, TAKING_OVER
+from finealign.run.contract import LOCK
 
 SAME_START = 60.0  # seconds by which two readings of when a process began may differ, as where clocks are set
 PATIENCE = 10.0  # seconds after which taking over is itself taken for broken off
@@ -23,7 +23,7 @@ _held_here: set[Path] = set()  # by this process
 def refuse_held(folder: Path) -> None:
     """Raise OutputError, which names the holder, if another process writes this run folder. Nothing is written."""
     if (holder := _holder(folder / LOCK)) is not None:
-        raise OutputError(_in_use(folder, holder))
+        raise OutputError(_in_use(folder / LOCK, folder, holder))
 
 
 @contextmanager
@@ -33,16 +33,30 @@ def held(folder: Path) -> Iterator[None]:
     The lock of a process that has ended is taken over. Raises OutputError if another process holds it, or if the folder
     cannot be written; a folder that was made for nothing is removed.
     """
+    with _held(folder / LOCK, folder):
+        yield
+
+
+@contextmanager
+def held_file(path: Path) -> Iterator[None]:
+    """Within the context this process alone writes the file, whose lock lies beside it; otherwise as ``held``."""
+    with _held(path.with_name(f"{path.name}.lock"), path):
+        yield
+
+
+@contextmanager
+def _held(path: Path, what: Path) -> Iterator[None]:
+    """Hold the lock ``path`` of a folder or a file, ``what``."""
+    folder = path.parent
     made = not folder.exists()
-    path = folder / LOCK
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _take(path)
+        _take(path, what)
     except OSError as error:
         if made:
             with suppress(OSError):
                 folder.rmdir()
-        raise OutputError(f"{path} cannot be written: {error}. Choose another folder with --out.") from error
+        raise OutputError(f"{path} cannot be written: {error}. Choose {_other(path, what)}.") from error
     _held_here.add(path.absolute())
     try:
         yield
@@ -55,14 +69,14 @@ def held(folder: Path) -> Iterator[None]:
                 folder.rmdir()
 
 
-def _take(path: Path) -> None:
+def _take(path: Path, what: Path) -> None:
     """Create the lock file, which fails for all processes but one. Raises OutputError, or OSError."""
     for _ in range(TRIES):
         try:
             descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
         except FileExistsError:
             if (holder := _holder(path)) is not None:
-                raise OutputError(_in_use(path.parent, holder)) from None
+                raise OutputError(_in_use(path, what, holder)) from None
             _remove_void(path)
             continue
         try:
@@ -72,12 +86,12 @@ def _take(path: Path) -> None:
             path.unlink(missing_ok=True)
             raise
         return
-    raise OutputError(f"{path.parent} is being taken over by other processes at once. Try again.")
+    raise OutputError(f"{what} is being taken over by other processes at once. Try again.")
 
 
 def _remove_void(path: Path) -> None:
     """Remove the lock of a process that has ended. One process at a time, or one would remove the lock of the next."""
-    turn = path.with_name(TAKING_OVER)
+    turn = path.with_name(f"{path.name}.part")
     try:
         os.close(os.open(turn, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644))
     except FileExistsError:
@@ -126,10 +140,14 @@ def _holder(path: Path) -> dict[str, Any] | None:
     return holder if abs(began - holder["began"]) < SAME_START else None  # else another process has its number now
 
 
-def _in_use(folder: Path, holder: dict[str, Any]) -> str:
+def _in_use(path: Path, what: Path, holder: dict[str, Any]) -> str:
+    other = _other(path, what)
     if not holder["pid"]:
-        return f"{folder} is being written by another process that has just begun. Choose another folder with --out."
+        return f"{what} is being written by another process that has just begun. Choose {other}."
     where = "" if holder["host"] == socket.gethostname() else f" on {holder['host']}"
-    told = f"{folder} is being written by process {holder['pid']}{where}. Wait until it has ended, or choose"
-    gone = f" If that process is gone, delete {folder / LOCK}." if where else ""
-    return f"{told} another folder with --out.{gone}"
+    told = f"{what} is being written by process {holder['pid']}{where}. Wait until it has ended, or choose {other}."
+    return f"{told} If that process is gone, delete {path}." if where else told
+
+
+def _other(path: Path, what: Path) -> str:
+    return "another folder with --out" if path.parent == what else "another file with --out"

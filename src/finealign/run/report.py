@@ -30,6 +30,7 @@ from finealign.run.contract import (
     SET_ASIDE,
 )
 from finealign.run.folder import read_metrics
+from finealign.run.review import read_review
 from finealign.runtime.atomic import save_text
 from finealign.runtime.render import base_style, fill
 
@@ -125,6 +126,7 @@ def render(folder: Path, *, measured: bool = True) -> str:
             "aside": list(_rows(folder / SET_ASIDE)),
             "settings": _read(folder / CONFIG),
             "evaluation": evaluation,
+            "review": _reviewed(folder) if measured else None,
             "measured": None if evaluation is None else _measured(evaluation, classes),
             "shown": {"classes": CLASSES_SHOWN, "aside": ASIDE_SHOWN},
             "name": display_path(folder.resolve().name),
@@ -276,6 +278,12 @@ def _measured(evaluation: dict[str, Any], classes: Sequence[str]) -> dict[str, A
     if len(classes) <= CONFUSION_SHOWN:
         matrices = {name: _matrix(cells, len(classes)) for name, cells in evaluation["confusion"].items()}
     return {"per_class": rows, "calibration": calibration(curves, name="calibration"), "matrices": matrices}
+
+
+def _reviewed(folder: Path) -> dict[str, Any] | None:
+    """What a review of the run measured so far; None where none was begun."""
+    begun = read_review(folder)
+    return None if begun is None else {**begun.figures().as_json(), "aim": begun.plan.aim}
 
 
 def _matrix(cells: Sequence[Sequence[int]], classes: int) -> list[list[dict[str, float]]]:

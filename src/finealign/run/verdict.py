@@ -244,10 +244,12 @@ def judge(evidence: dict[str, float], *, images: int) -> Verdict:
 
 def _advice(call: Call, evidence: dict[str, float]) -> str:
     if call == "helped":
-        return "Use the adapted model; a few dozen labelled images and `finealign evaluate` would measure by how much."
+        return (
+            "Use the adapted model; `finealign review` measures by how much, on some dozens of images labelled by eye."
+        )
     few = evidence["images_a_class"] < np.log(10)
     if call == "unclear":
         more = "More images a class would tell, and help" if few else "More descriptions of each class may help"
-        return f"Measure on some labelled images with `finealign evaluate` before you rely on it. {more}."
+        return f"Measure before you rely on it: label some dozens by eye with `finealign review`. {more}."
     cause = "there are few images a class: add some" if few else "check class names and descriptions against the images"
     return f"Do not use the adapted model as it is: {cause}, or lower training.anchor_learning_rate."

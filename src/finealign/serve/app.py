@@ -99,8 +99,7 @@ def create_app(
         lifespan=running,
         responses=_documented(EVERYWHERE),
     )
-    app.add_exception_handler(StarletteHTTPException, partial(_http_error, addresses.root))
-    app.add_exception_handler(RequestValidationError, _invalid)
+    tell_errors(app, addresses.root)
 
     @app.post("/predict", responses=_documented(OF_PREDICT), openapi_extra=_UPLOAD)
     async def predict(
@@ -142,6 +141,15 @@ def create_app(
     return app
 
 
+def tell_errors(app: FastAPI, root: str = "") -> None:
+    """Have the application answer errors with JSON: a sentence and a word, as ``guard.refusal`` does.
+
+    ``root`` is the path that a proxy has the application under.
+    """
+    app.add_exception_handler(StarletteHTTPException, partial(_http_error, root))
+    app.add_exception_handler(RequestValidationError, _invalid)
+
+
 def _add_pages(app: FastAPI, batches: Batches, about: About, root: str) -> None:
     """Add the routes beside POST /predict: health, model description, page and assets."""
 
@@ -168,8 +176,8 @@ def _add_pages(app: FastAPI, batches: Batches, about: About, root: str) -> None:
     app.add_api_route("/healthz", healthz, methods=["HEAD"], include_in_schema=False)
     for name, media_type in ASSETS.items():
         content = (files("finealign.serve") / "page" / name).read_bytes()
-        app.add_api_route(f"/{name}", _asset(content, media_type), include_in_schema=False)
-    app.add_api_route("/base.css", _asset(base_style().encode(), "text/css"), include_in_schema=False)
+        app.add_api_route(f"/{name}", asset(content, media_type), include_in_schema=False)
+    app.add_api_route("/base.css", asset(base_style().encode(), "text/css"), include_in_schema=False)
 
 
 def _about(model: FineAlign, limits: Limits, refused_from: float | None) -> About:
@@ -200,7 +208,9 @@ def _page(about: About, root: str) -> str:
     )
 
 
-def _asset(content: bytes, media_type: str) -> Callable[[], Awaitable[Response]]:
+def asset(content: bytes, media_type: str) -> Callable[[], Awaitable[Response]]:
+    """A route's function that answers with this content."""
+
     async def give() -> Response:
         return Response(content, media_type=media_type)
 

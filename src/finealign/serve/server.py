@@ -13,15 +13,18 @@ from functools import partial
 from typing import Any
 
 import uvicorn
+from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from finealign.classifier import FineAlign
 from finealign.errors import FinealignError
 from finealign.model.refusal import cutoff
+from finealign.review.session import Session
 from finealign.serve.addresses import Addresses
 from finealign.serve.app import create_app
 from finealign.serve.forms import Limits
 from finealign.serve.guard import LOG, LOOPBACK, is_loopback
+from finealign.serve.review import create_review
 from finealign.types import Reject
 
 MAX_PORT = 65_535
@@ -68,30 +71,35 @@ def serve(
         server.run(on_listening)
 
 
-class Listener:
+def serve_review(
+    session: Session,
+    host: str = "127.0.0.1",
+    port: int = 8010,
+    *,
+    allow_hosts: Sequence[str] = (),
+    on_listening: Callable[[str], None] = lambda address: None,
+) -> None:
+    """Serve the page of a review until SIGTERM or Ctrl-C, otherwise as ``serve``. Raises FinealignError."""
+    addresses = Addresses.from_options(allow_hosts)
+    server = AppListener(partial(create_review, session), host, port, Limits(), addresses)
+    with _logging():
+        server.run(on_listening)
+
+
+class AppListener:
     """A server that listens on its address but does not answer yet. ``address`` is the URL to open on this machine.
 
-    The arguments are those of ``serve``, which raises what this raises.
+    ``create`` makes the application from ``hosts`` and ``addresses``, which are as for ``create_app``. Raises
+    FinealignError when the address cannot be used.
     """
 
     def __init__(
-        self,
-        model: FineAlign,
-        host: str,
-        port: int,
-        limits: Limits,
-        allow_hosts: Sequence[str] = (),
-        *,
-        allow_origins: Sequence[str] = (),
-        root_path: str = "",
-        reject: Reject | None = None,
+        self, create: Callable[..., FastAPI], host: str, port: int, limits: Limits, addresses: Addresses
     ) -> None:
-        cutoff(model.model_, reject)  # before the address is taken
-        addresses = Addresses.from_options(allow_hosts, root_path, allow_origins)
         self._bound = _bind(host, port)
         ip, bound_port = self._bound.getsockname()[:2]
         hosts = LOOPBACK | {host.lower(), ip} if is_loopback(ip) else None
-        app = create_app(model, limits, hosts=hosts, addresses=addresses, reject=reject)
+        app = create(hosts=hosts, addresses=addresses)
         self.address = f"http://{_shown(host, ip)}:{bound_port}"
         self._server = _Server(
             uvicorn.Config(
@@ -117,6 +125,29 @@ class Listener:
     def stop(self) -> None:
         """Make ``run`` finish the requests in progress and return. Can be called from any thread."""
         self._server.should_exit = True
+
+
+class Listener(AppListener):
+    """The server that classifies images with a model, as an ``AppListener``.
+
+    The arguments are those of ``serve``, which raises what this raises.
+    """
+
+    def __init__(
+        self,
+        model: FineAlign,
+        host: str,
+        port: int,
+        limits: Limits,
+        allow_hosts: Sequence[str] = (),
+        *,
+        allow_origins: Sequence[str] = (),
+        root_path: str = "",
+        reject: Reject | None = None,
+    ) -> None:
+        cutoff(model.model_, reject)  # before the address is taken
+        addresses = Addresses.from_options(allow_hosts, root_path, allow_origins)
+        super().__init__(partial(create_app, model, limits, reject=reject), host, port, limits, addresses)
 
 
 class _Server(uvicorn.Server):
