@@ -3,7 +3,20 @@
 RUN, CONFIG, METRICS = "run.json", "config.yaml", "metrics.jsonl"
 PREDICTIONS, SET_ASIDE, MODEL, CHECKPOINTS = "predictions.csv", "set_aside.csv", "model", "checkpoints"
 EXAMPLES, EVALUATION, REPORT = "examples", "evaluation.json", "report.html"
-CONTENTS = (RUN, CONFIG, METRICS, PREDICTIONS, SET_ASIDE, EXAMPLES, MODEL, CHECKPOINTS, EVALUATION, REPORT)
+LEARNED_FROM = "learned_from.csv"  # only where labels were given: those that were learned from
+CONTENTS = (
+    RUN,
+    CONFIG,
+    METRICS,
+    PREDICTIONS,
+    SET_ASIDE,
+    EXAMPLES,
+    MODEL,
+    CHECKPOINTS,
+    EVALUATION,
+    REPORT,
+    LEARNED_FROM,
+)
 
 EXAMPLES_LIST = "examples.json"  # in the folder EXAMPLES, beside the pictures it lists
 
