@@ -6,9 +6,10 @@ from typing import Any
 
 import numpy as np
 
+from finealign.model.known_labels import CANNOT_TELL
 from finealign.model.refusal import NONE_OF_THESE
 from finealign.review.intervals import AT_PLAN, Estimate, estimate, labels_for, looks, variance, width_factor
-from finealign.review.plan import CANNOT_TELL, Item, Plan
+from finealign.review.plan import Item, Plan
 from finealign.review.sampling import Floats, Ints
 
 GAPS = 3  # images that other windows may still have; which they are depends on no label

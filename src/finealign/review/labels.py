@@ -8,8 +8,9 @@ from pathlib import Path
 
 from finealign.errors import ImageInputError, OutputError, first_few
 from finealign.images.tables import read_table
+from finealign.model.known_labels import CANNOT_TELL
 from finealign.model.refusal import NONE_OF_THESE
-from finealign.review.plan import CANNOT_TELL, Why, absolute
+from finealign.review.plan import Why, absolute
 from finealign.runtime.atomic import row_writer, save_text
 from finealign.runtime.textfile import TextFileError, read_text
 from finealign.texts.names import Matcher

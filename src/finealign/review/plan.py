@@ -9,11 +9,11 @@ from typing import Any, Literal
 import numpy as np
 
 from finealign.errors import ConfigError, ImageInputError, display_path, unknown_name
+from finealign.model.known_labels import CANNOT_TELL
 from finealign.model.refusal import NONE_OF_THESE
 from finealign.review.sampling import AIMS, Aim, Floats, Ints, draw
 from finealign.types import Prediction
 
-CANNOT_TELL = "cannot tell"  # the answer where a person cannot name the class
 CHOICES = 9  # classes that are offered by a key
 MOST_PLANNED = 5000  # images that a plan lists at most; a folder may hold millions
 FORMAT = 1

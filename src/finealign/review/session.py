@@ -5,10 +5,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from finealign.errors import FinealignError
+from finealign.model.known_labels import CANNOT_TELL
 from finealign.model.refusal import NONE_OF_THESE
 from finealign.review.figures import Measured, measure
 from finealign.review.labels import LabelFile
-from finealign.review.plan import CANNOT_TELL, Item, Plan
+from finealign.review.plan import Item, Plan
 
 KEPT_FOR = 600.0  # seconds for which an image waits for the window that it was given to
 

@@ -16,8 +16,9 @@ from finealign import __version__
 from finealign.errors import OutputError
 from finealign.images.decoding import read_image
 from finealign.images.files import ImageReadError
+from finealign.model.known_labels import CANNOT_TELL
 from finealign.model.refusal import NONE_OF_THESE
-from finealign.review.plan import CANNOT_TELL, Item
+from finealign.review.plan import Item
 from finealign.review.session import AnswerError, Session
 from finealign.runtime.render import base_style
 from finealign.serve.addresses import Addresses
