@@ -141,9 +141,9 @@ def test_resolve__a_method_that_takes_no_steps_sees_all_images() -> None:
 def test_drawn__an_even_sample_in_order_that_the_seed_decides() -> None:
     paths = PathList(f"{number:03d}" for number in range(100))
     assert drawn(paths, "all", seed=0) is paths is drawn(paths, 100, seed=0)
-    samples = [[int(path.name) for path in drawn(paths, 30, seed=seed)] for seed in range(200)]
+    samples = [[int(str(path)) for path in drawn(paths, 30, seed=seed)] for seed in range(200)]
     assert all(len(set(sample)) == 30 and sample == sorted(sample) for sample in samples)
-    assert samples[0] == [int(path.name) for path in drawn(paths, 30, seed=0)] != samples[1]
+    assert samples[0] == [int(str(path)) for path in drawn(paths, 30, seed=0)] != samples[1]
     times = np.bincount(np.concatenate(samples), minlength=100)
     assert abs(times - 60).max() < 5 * 6.5  # a binomial's standard deviation is 6.5
     assert abs(times[:50].sum() - 3000) < 200
