@@ -63,10 +63,10 @@ class EncodedSet:
     strong: str = STRONG_VIEW
     seed: int = 0
 
-    def start_epoch(self, epoch: int) -> bool:
+    def start_epoch(self, epoch: int, images: Tensor | None = None) -> bool:
         return epoch == 0
 
-    def renew(self, epoch: int) -> bool:
+    def renew(self, epoch: int, images: Tensor | None = None) -> bool:
         return False
 
     def label_features(self, batch: Tensor, epoch: int) -> ImageFeatures:

@@ -1,128 +1,125 @@
-"""Time and memory of a run against the number of images: both on one plot.
+"""Time and memory of a run against the number of images, end to end: from the command to `predictions.csv`.
 
-    python benchmarks/scaling.py --out runs/scaling [--sizes 1000,4000,16000]
+    python benchmarks/scaling.py --out runs/scaling [--sizes 2000,8000] [--backbone local-dir:MODEL]
+    python benchmarks/scaling.py --out runs/scaling --against OTHER-CHECKOUT --sizes 2000
 
-The demo's model adapts to its birds, the same 1,000 files over and over, for two epochs with one label pass, and then
-predicts them all by crops; each size in a process of its own. Memory is what no file stands behind (RssAnon), its
-highest of samples ten times a second: pages of the mapped files are the system's to take back. Linux only.
+JPEGs of 500 x 375 pixels are drawn, ten classes of coloured grain; they tell about time and memory and nothing about
+accuracy. `finealign adapt` runs on each size in a process of its own, with an empty cache. Memory is what no file
+stands behind (RssAnon), its highest of samples ten times a second: pages of the mapped files are the system's to take
+back. With `--against` the same runs by the package in another checkout, in turn with this one, and the ratio of the
+seconds of `adapt` is told, and of those that its processors worked, which other work on the machine disturbs less.
+Where a run adapts to a sample, `finealign predict` on the whole folder is measured as well, and told apart.
+Linux only.
 """
 
 import argparse
 import json
+import os
+import resource
 import subprocess
 import sys
 import tempfile
-import threading
 import time
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
-from step import resident
+import numpy as np
+from PIL import Image
 
-from finealign.runtime.devices import keep_freed_memory
-
-
-class Peak:
-    """The highest memory while it is watched, in GB."""
-
-    def __init__(self) -> None:
-        self.highest = 0.0
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._watch)
-
-    def _watch(self) -> None:
-        while not self._over.wait(0.1):
-            self.highest = max(self.highest, resident())
-
-    def __enter__(self) -> "Peak":
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._over.set()
-        self._thread.join()
+HERE = Path(__file__).resolve().parents[1]
+SIZE = (500, 375)
+CLASSES = [f"kind {number}" for number in range(10)]
 
 
-def one(size: int, images: Path) -> dict[str, float]:
-    """Adapt to and predict ``size`` images in this process."""
-    from finealign import FineAlign
-    from finealign.config import make_config
-    from finealign.demo.model import demo_model
-    from finealign.demo.species import SPECIES, describe
-    from finealign.images.listing import list_images
+def draw(folder: Path, images: int) -> Path:
+    """A folder with this many JPEGs."""
+    rng = np.random.default_rng(0)
+    folder.mkdir(parents=True)
+    for number in range(images):
+        hue = np.array([number % 10 * 25, 128, 255 - number % 10 * 25])
+        grain = rng.integers(-60, 60, (60, 80, 3)) + hue
+        coarse = Image.fromarray(grain.clip(0, 255).astype(np.uint8))
+        coarse.resize(SIZE, Image.Resampling.BICUBIC).save(folder / f"{number:06d}.jpg", quality=90)
+    return folder
 
-    found = list_images(images)
-    paths = [found[number % len(found)] for number in range(size)]
-    settings = {
-        "backbone": demo_model(),
-        "data": {"cache": "temporary"},
-        "training": {"epochs": 2},
-        "views": {"refresh_epochs": 2},
-    }
-    classes = [name for name, _ in SPECIES]
-    descriptions = {name: describe(index) for index, name in enumerate(classes)}
-    model = FineAlign(classes, descriptions=descriptions, config=make_config(settings))
-    backbone = model.load_backbone(make_config(settings))
-    start = resident()
-    with Peak() as peak:
-        began = time.perf_counter()
-        model.fit(paths, backbone=backbone)
-        fitted = time.perf_counter()
-        for _ in model.iter_predictions(iter(paths)):
-            pass
-        done = time.perf_counter()
+
+def anonymous(process: int) -> float:
+    """The memory of a process that no file stands behind, in GB; 0 where it has ended."""
+    with suppress(OSError, StopIteration):
+        lines = Path(f"/proc/{process}/status").read_text(encoding="ascii").splitlines()
+        return int(next(line for line in lines if line.startswith("RssAnon")).split()[1]) / 1e6
+    return 0.0
+
+
+def run(checkout: Path, arguments: list[str], cache: Path) -> tuple[float, float, float, dict[str, Any]]:
+    """The seconds of a command, those its processors worked, the highest memory in GB, and what it said as JSON."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    where = {"PYTHONPATH": str(checkout / "src"), "XDG_CACHE_HOME": str(cache)}
+    with tempfile.TemporaryFile("w+") as said:
+        began, peak = time.perf_counter(), 0.0
+        process = subprocess.Popen([sys.executable, "-m", "finealign", *arguments], stdout=said, env=os.environ | where)
+        while process.poll() is None:
+            peak = max(peak, anonymous(process.pid))
+            time.sleep(0.1)
+        seconds = time.perf_counter() - began
+        if process.returncode:
+            raise SystemExit(f"{checkout}: finealign {' '.join(arguments)} ended with {process.returncode}")
+        said.seek(0)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        worked = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+        return seconds, worked, peak, json.load(said)
+
+
+def measure(checkout: Path, photos: Path, images: int, known: argparse.Namespace) -> dict[str, Any]:
+    """One run of `adapt`, and one of `predict` where that is left to be done."""
+    with tempfile.TemporaryDirectory() as scratch:
+        out, classes = Path(scratch) / "run", Path(scratch) / "classes.txt"
+        classes.write_text("\n".join(CLASSES), encoding="utf-8")
+        settings = [part for setting in known.set or () for part in ("--set", setting)]
+        words = ["adapt", str(photos), "--classes", str(classes), "--backbone", known.backbone, "--out", str(out)]
+        seconds, worked, peak, said = run(checkout, [*words, "--json", *settings], Path(scratch) / "cache")
+        labelled, rest = said["images"], 0.0
+        if labelled < images:
+            everything = ["predict", str(out), str(photos), "--out", str(Path(scratch) / "all.csv"), "--json"]
+            rest, _, higher, _ = run(checkout, everything, Path(scratch) / "cache")
+            peak = max(peak, higher)
     return {
-        "images": size,
-        "adapt_seconds": round(fitted - began, 2),
-        "predict_seconds": round(done - fitted, 2),
-        "start_gb": round(start, 3),
-        "peak_gb": round(peak.highest, 3),
+        "checkout": checkout.name,
+        "images": images,
+        "adapted_to": labelled,
+        "adapt_seconds": round(seconds, 1),
+        "adapt_cpu_seconds": round(worked, 1),
+        "predict_seconds": round(rest, 1),
+        "peak_gb": round(peak, 2),
     }
-
-
-def picture(rows: list[dict[str, float]], path: Path) -> None:
-    """Seconds on the left, memory on the right, against the number of images."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    time_axis = figure.subplots()
-    sizes = [row["images"] for row in rows]
-    time_axis.plot(sizes, [row["adapt_seconds"] for row in rows], "o-", color="#1f6fb4", label="adapt, seconds")
-    time_axis.plot(sizes, [row["predict_seconds"] for row in rows], "s-", color="#58a55c", label="predict, seconds")
-    time_axis.set(xlabel="images", ylabel="seconds", xlim=(0, None), ylim=(0, None))
-    time_axis.spines[["top"]].set_visible(False)
-    memory_axis = time_axis.twinx()
-    memory_axis.plot(sizes, [row["peak_gb"] for row in rows], "^--", color="#c0562f", label="memory, GB")
-    memory_axis.set(ylabel="GB", ylim=(0, 2 * max(row["peak_gb"] for row in rows)))
-    memory_axis.spines[["top"]].set_visible(False)
-    figure.legend(loc="outside upper center", ncols=3, frameon=False)
-    figure.savefig(path, dpi=120)
 
 
 def main() -> None:
+    from finealign.demo.model import demo_model
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--sizes", default="1000,4000,16000")
-    parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--world", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--sizes", default="2000,8000", help="numbers of images")
+    parser.add_argument("--backbone", default=demo_model())
+    parser.add_argument("--against", type=Path, help="another checkout, measured in turn with this one")
+    parser.add_argument("--set", action="append", help="section.key=value, for adapt")
     known = parser.parse_args()
-    if known.one:
-        keep_freed_memory()
-        print(json.dumps(one(known.one, known.world)))
-        return
-    from finealign.demo.world import make_world
-
     known.out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as folder:
-        world = make_world(Path(folder) / "world", seed=0, unlabelled=1000, test=24).unlabelled
-        rows = []
-        for size in known.sizes.split(","):
-            again = [sys.executable, __file__, "--out", str(known.out), "--one", size, "--world", str(world)]
-            done = subprocess.run(again, check=True, capture_output=True, text=True)
-            rows.append(json.loads(done.stdout))
-            print(json.dumps(rows[-1]), flush=True)
-    (known.out / "scaling.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
-    picture(rows, known.out / "scaling.png")
-    print(known.out / "scaling.png")
+    rows = []
+    for images in map(int, known.sizes.split(",")):
+        with tempfile.TemporaryDirectory() as folder:
+            photos = draw(Path(folder) / "photos", images)
+            checkouts = [HERE, known.against.resolve()] if known.against else [HERE]
+            pair = [measure(checkout, photos, images, known) for checkout in checkouts]
+        if known.against:
+            ours, theirs = pair
+            pair[0]["times_as_fast"] = round(theirs["adapt_seconds"] / ours["adapt_seconds"], 2)
+            pair[0]["times_as_fast_by_cpu"] = round(theirs["adapt_cpu_seconds"] / ours["adapt_cpu_seconds"], 2)
+        for row in pair:
+            print(json.dumps(row), flush=True)
+        rows += pair
+        (known.out / "scaling.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":

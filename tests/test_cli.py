@@ -215,8 +215,8 @@ def test_adapt__a_process_of_its_own_prints_one_object_and_no_bar(made: Made, tm
 
 def test_adapt__says_what_it_did(made: Made) -> None:
     assert set(made.said) == {
-        "out", "method", "backbone", "classes", "images", "left_out", "blank", "set_aside", "epochs", "seconds",
-        "stopped",
+        "out", "method", "backbone", "classes", "images", "listed", "left_out", "blank", "set_aside", "epochs",
+        "seconds", "stopped",
         "verdict", "kept", "why_kept", "report", "report_problem", "strangers",
     }  # fmt: skip
     assert (made.said["out"], made.said["classes"], made.said["images"]) == (str(made.run), CLASSES, 24)
@@ -578,6 +578,7 @@ def test_adapt__dry_run_writes_nothing(made: Made, tmp_path: Path, monkeypatch: 
     assert set(found) == {
         "out",
         "images",
+        "listed",
         "left_out",
         "classes",
         "descriptions",
@@ -954,7 +955,8 @@ def test_doctor__offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "none"))
     found = only_json(command("doctor", "--json"))
     assert set(found) == {
-        "versions", "device", "device_name", "threads", "precision", "cpu", "cpu_bf16", "hub", "cache",
+        "versions", "device", "device_name", "threads", "cores", "shared_memory", "precision", "cpu", "cpu_bf16", "hub",
+        "cache",
     }  # fmt: skip
     assert found["versions"]["torch"] == torch.__version__.partition("+")[0]
     assert found["precision"] in ("fp32", "bf16")

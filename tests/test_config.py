@@ -82,7 +82,7 @@ views_values = st.fixed_dictionaries(
         "crop_high": st.floats(0.5, 1),
         "strong_low": share,
         "randaugment": st.sampled_from(["rand", "rand-m9-mstd0.5-inc1", "rand-n3-m5-p0.3"]),
-        "refresh_epochs": st.integers(0, 9) | st.just("auto"),
+        "refresh_epochs": st.integers(0, 9) | st.floats(0.01, 0.99) | st.just("auto"),
     }
 )
 data_values = st.fixed_dictionaries(
@@ -103,6 +103,8 @@ training_values = st.fixed_dictionaries(
         "epochs": count | st.just("auto"),
         "steps": count,
         "max_epochs": count,
+        "max_images": count | st.sampled_from(["auto", "all"]),
+        "block_images": count,
         "batch_size": count,
         "learning_rate": rate,
         "anchor_learning_rate": rate,
@@ -556,6 +558,7 @@ def test_resolve__leaves_no_auto(images: int) -> None:
         "data.working_size",
         "views.refresh_epochs",
         "training.epochs",
+        "training.max_images",
         "training.anchor_learning_rate",
         "training.anchor_steps",
     ]
@@ -580,6 +583,7 @@ def test_resolve__explicit_values_stay(refresh: int, epochs: int) -> None:
             "epochs": epochs,
             "steps": 3,
             "max_epochs": 2,
+            "max_images": "all",
             "batch_size": 5,
             "anchor_learning_rate": 0.5,
             "anchor_steps": 7 if refresh else 0,
@@ -594,7 +598,7 @@ def test_resolve__touches_the_autos_alone_and_not_the_original() -> None:
     config, before = all_auto(batch_size=9), all_auto(batch_size=9).model_dump()
     after = resolve(config, images=100, classes=10, input_size=32).model_dump()
     assert config.model_dump() == before
-    places = [("data", "working_size"), ("views", "refresh_epochs"), ("training", "epochs")]
+    places = [("data", "working_size"), ("views", "refresh_epochs"), ("training", "epochs"), ("training", "max_images")]
     for section, key in [*places, ("training", "anchor_learning_rate"), ("training", "anchor_steps")]:
         assert before[section].pop(key) == "auto"
         assert after[section].pop(key) != "auto"

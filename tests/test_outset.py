@@ -40,10 +40,10 @@ class Folder:
     labels: Tensor  # (n,), -1 for strangers
     asked: set[str]
 
-    def start_epoch(self, epoch: int) -> bool:
+    def start_epoch(self, epoch: int, images: Tensor | None = None) -> bool:
         return epoch == 0
 
-    def renew(self, epoch: int) -> bool:
+    def renew(self, epoch: int, images: Tensor | None = None) -> bool:
         return False
 
     def label_features(self, batch: Tensor, epoch: int) -> ImageFeatures:

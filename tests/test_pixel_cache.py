@@ -24,6 +24,7 @@ from finealign.images import pixel_cache
 from finealign.images.decoding import read_pixels
 from finealign.images.files import ImageReadError
 from finealign.images.pixel_cache import INDEX, PIXELS, StoredPixels, store_pixels
+from finealign.runtime.cores import usable_cores
 from finealign.types import SetAside
 
 SIDE, MAX_PIXELS, PLENTY = 8, 10_000, 10**9
@@ -233,7 +234,7 @@ def test_store_pixels__holds_a_handful_of_images(tmp_path: Path, cache: Path, de
     for folder in (cache, None):
         store(paths, folder, max_bytes=50 * EACH, on_progress=lambda done: held.append(decoder.alive()))
     assert len(held) == 200
-    assert max(held) <= 2 * min(8, os.cpu_count() or 1) + 1  # what is read ahead, and the one at hand
+    assert max(held) <= 2 * min(8, usable_cores()) + 1  # what is read ahead, and the one at hand
 
 
 # --- a second run -----------------------------------------------------------------------------------------------------

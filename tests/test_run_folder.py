@@ -77,8 +77,9 @@ def learned(folder: Path) -> list[str]:
 
 
 def checkpoints(folder: Path) -> list[str]:
-    """What the folder of checkpoints holds, without the suffix of whole files."""
-    return sorted(path.name.removesuffix(".safetensors") for path in (folder / "checkpoints").glob("*"))
+    """What the folder of checkpoints holds, without the suffix of whole files and notes of how far they are filled."""
+    names = (path.name.removesuffix(".safetensors") for path in (folder / "checkpoints").glob("*"))
+    return sorted(name for name in names if not name.startswith("done-"))
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
@@ -116,7 +117,8 @@ def run(finished: Path, tmp_path: Path) -> Path:
 def test_adapt_into__leaves_the_contract(finished: Path) -> None:
     assert {path.name for path in finished.iterdir()} == CONTRACT
     assert {path.suffix for path in (finished / "model").iterdir()} == {".json", ".md", ".safetensors"}
-    assert checkpoints(finished) == ["epoch-0003-step-0003", "epoch-0004", "features-0003", "features-0004"]
+    features = ["features-0000", "features-0003", "features-0004"]  # of the start, and the last two
+    assert checkpoints(finished) == ["epoch-0003-step-0003", "epoch-0004", *features]
     assert not list(finished.rglob("*.part"))
 
 
@@ -125,6 +127,7 @@ def test_adapt_into__run_json_says_what_was_done(finished: Path, tiny_backbone: 
     fixed = {
         "status": "complete",
         "images": 24,
+        "listed": 24,
         "left_out": "",
         "blank": "",
         "set_aside": 0,
@@ -241,8 +244,8 @@ def test_adapt_into__its_summary_is_plain_json(album: Path, tiny_backbone: Tiny,
         "epochs": 1,
     }
     assert set(found) == {
-        "out", "method", "backbone", "classes", "images", "left_out", "blank", "set_aside", "epochs", "seconds",
-        "stopped",
+        "out", "method", "backbone", "classes", "images", "listed", "left_out", "blank", "set_aside", "epochs",
+        "seconds", "stopped",
         "verdict",
         "kept", "why_kept", "report", "report_problem", "strangers",
     }  # fmt: skip
@@ -415,7 +418,8 @@ class _Ear:
 
 
 # What lies among the checkpoints after two epochs, and the files of features there are once the third has begun.
-TWO, THIRD = ["epoch-0001", "epoch-0002", "features-0000", "features-0001"], ["features-0001", "features-0002"]
+TWO = ["epoch-0001", "epoch-0002", "features-0000", "features-0001"]
+THIRD = ["features-0000", "features-0001", "features-0002"]
 
 
 def interrupt(folder: Path, album: Path, config: Config, stage: str, call: str, count: int) -> dict[str, Any]:
@@ -446,7 +450,7 @@ def interrupt(folder: Path, album: Path, config: Config, stage: str, call: str, 
             "advance",
             5,
             4,
-            ["epoch-0003-step-0003", "epoch-0004", "features-0003", "features-0004"],
+            ["epoch-0003-step-0003", "epoch-0004", "features-0000", "features-0003", "features-0004"],
             id="while predicting",
         ),
     ],

@@ -26,8 +26,9 @@ from finealign.training import features as encoding
 from finealign.training import loop as training
 from finealign.training.checkpoints import read_last_checkpoint
 from finealign.training.features import EncodingPlan, FeatureBank
-from finealign.training.loop import _batches, adapt, settle_anchors
+from finealign.training.loop import adapt, settle_anchors
 from finealign.training.memmap import read_memmap
+from finealign.training.schedule import shuffled
 from finealign.training.state import EpochRecord, State, begin
 from finealign.types import Gaze, Loss
 
@@ -267,7 +268,7 @@ def test_adapt__names_the_images_of_the_batch_that_was_not_finite_and_keeps_what
     assert calls == number
     epoch, place = divmod(number - 1, 3)
     listed = sorted(photos.rglob("*.png"), key=lambda path: path.relative_to(photos).as_posix())
-    batch = _batches(24, 3, seed=0, epoch=epoch)[place]
+    batch = shuffled(24, 3, seed=0, epoch=epoch)[place]
     assert caught.value.images == [str(listed[image]) for image in batch.tolist()]
     assert caught.value.images[0] in str(caught.value)
     found = read_last_checkpoint(folder)
@@ -415,11 +416,9 @@ def test_adapt__views_are_made_by_as_many_processes_as_asked(
     assert set(seen) == {expected}
 
 
-@pytest.mark.parametrize(("cores", "expected"), [(None, 1), (1, 1), (2, 1), (4, 3), (9, 8), (64, 8)])
-def test_choose_workers__leave_a_core_to_the_model(
-    monkeypatch: pytest.MonkeyPatch, cores: int | None, expected: int
-) -> None:
-    monkeypatch.setattr("os.cpu_count", lambda: cores)
+@pytest.mark.parametrize(("cores", "expected"), [(1, 1), (2, 1), (4, 3), (9, 8), (64, 8)])
+def test_choose_workers__leave_a_core_to_the_model(monkeypatch: pytest.MonkeyPatch, cores: int, expected: int) -> None:
+    monkeypatch.setattr("finealign.runtime.devices.usable_cores", lambda: cores)
     assert choose_workers("auto", torch.device("cuda")) == expected
     assert choose_workers("auto", torch.device("cpu")) == 0
     assert choose_workers(5, torch.device("cpu")) == choose_workers(5, torch.device("cuda")) == 5
@@ -523,12 +522,12 @@ def test_adapt__kept_for_one_epoch_or_not_at_all_is_the_same_where_no_encoder_le
     [
         (0, 3, []),
         (1, 1, ["features-0000"]),
-        (1, 5, ["features-0003", "features-0004"]),
-        (2, 5, ["features-0002", "features-0004"]),
+        (1, 5, ["features-0000", "features-0003", "features-0004"]),
+        (2, 5, ["features-0000", "features-0002", "features-0004"]),
         (9, 3, ["features-0000"]),
     ],
 )
-def test_adapt__keeps_the_last_two_files_of_features(
+def test_adapt__keeps_the_first_and_the_last_two_files_of_features(
     photos: Path, tiny_backbone: Tiny, tmp_path: Path, refresh: int, epochs: int, expected: list[str]
 ) -> None:
     settings: dict[str, Any] = {"views__refresh_epochs": refresh, "training__epochs": epochs}
@@ -774,9 +773,9 @@ def test_adapt__last_label_pass_is_for_the_anchors_last_steps(
     passes: list[int] = []
     encode = FeatureBank.label_pass
 
-    def watched(self: FeatureBank, epoch: int) -> None:
+    def watched(self: FeatureBank, epoch: int, images: torch.Tensor | None = None, **how: Any) -> None:
         passes.append(epoch)
-        encode(self, epoch)
+        encode(self, epoch, images, **how)
 
     monkeypatch.setattr(FeatureBank, "label_pass", watched)
 
@@ -809,9 +808,9 @@ def test_adapt__the_reconstruction_takes_no_step_but_one_a_batch(
     label_passes, belonging = [], []
     encode, take = FeatureBank.label_pass, training.step
 
-    def watched_pass(self: FeatureBank, epoch: int) -> None:
+    def watched_pass(self: FeatureBank, epoch: int, images: torch.Tensor | None = None, **how: Any) -> None:
         label_passes.append(epoch)
-        encode(self, epoch)
+        encode(self, epoch, images, **how)
 
     def watched_step(state: State, *rest: Any) -> Any:
         belonging.append(rest[-1])
@@ -887,8 +886,8 @@ def test_adapt__peers_resumed_are_bit_for_bit_the_uninterrupted(
 
 
 @pytest.mark.parametrize(("images", "count"), [(1, 1), (7, 3), (64, 1), (65, 2), (100, 7)])
-def test_batches__each_image_once_and_no_runt(images: int, count: int) -> None:
-    batches = _batches(images, count, seed=3, epoch=5)
+def test_shuffled__each_image_once_and_no_runt(images: int, count: int) -> None:
+    batches = shuffled(images, count, seed=3, epoch=5)
     assert sorted(torch.cat(batches).tolist()) == list(range(images))
     sizes = [len(batch) for batch in batches]
     assert len(sizes) == count

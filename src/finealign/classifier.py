@@ -28,7 +28,7 @@ from finealign.method.base import Method, SelfTrainingMethod
 from finealign.method.registry import copy_method, create_method, name_of
 from finealign.method.strangers import StrangerModel
 from finealign.method.strangers import fit as fit_strangers
-from finealign.model.calibration import Calibration, calibrate, sample
+from finealign.model.calibration import Calibration, calibrate, sample, sampled
 from finealign.model.card import is_card, model_card
 from finealign.model.fitted import FittedModel, check_class_prior, check_use, inference_settings, what_learned
 from finealign.model.folder import own_norms, read_model, write_model
@@ -46,6 +46,7 @@ from finealign.runtime.distributed import Ranks
 from finealign.runtime.progress import Progress
 from finealign.texts.prompts import make_texts
 from finealign.training.cautions import Caution, cautions
+from finealign.training.features import Seen
 from finealign.training.loop import Learner, adapt
 from finealign.training.outset import Stock
 from finealign.training.state import EpochRecord
@@ -102,6 +103,7 @@ class FineAlign(Estimator):
     labels_: dict[str, Any] | None = None
     _sampled: tuple[list[ImagePath], ImageFeatures, ImageFeatures] | None = None  # images, and their features
     _review: Plan | None = None  # of the last review_batch
+    _seen: Seen | None = None  # features of the images adapted to that the fit has encoded anyway
 
     def __init__(
         self,
@@ -259,7 +261,7 @@ class FineAlign(Estimator):
                 )
         else:
             prepared = self.prepare(images, labels=labels, backbone=backbone, progress=progress)
-            if left_out := left_out_of(prepared.paths):
+            if left_out := left_out_of(prepared.listed):
                 progress.caution(left_out)
         if prepared.labels and prepared.labels.not_used and self._ranks.first:
             progress.caution(prepared.labels.not_used)
@@ -277,6 +279,8 @@ class FineAlign(Estimator):
                 self._learn_strangers()
                 if self.config_.prediction.calibrate:
                     self._calibrate(prepared.labels)
+        if checkpoints is None:
+            self._seen = None  # its files are gone, but their space is only free when nothing refers to them
         return self
 
     def _learn_strangers(self) -> None:
@@ -327,7 +331,7 @@ class FineAlign(Estimator):
         self.calibration_, self._sampled, self._review, self.explained_ = None, None, None, {}
         told = prepared.unknown_words
         self.cautions_ = [Caution("unknown_words", told)] if told else []
-        self.labels_ = None
+        self.labels_, self._seen = None, None
         self._become(
             FittedModel(
                 inference=inference_settings(config),
@@ -386,6 +390,7 @@ class FineAlign(Estimator):
                 on_epoch=on_epoch,
                 on_stock=lambda stock: self._keep_stock(stock, progress),
                 on_resume=self._recall_stock,
+                on_seen=self._keep_seen,
                 name_of=lambda image: display_path(self.paths_[image]),
                 ranks=self._ranks,
             )
@@ -405,6 +410,9 @@ class FineAlign(Estimator):
         self._become(replace(self._model, learned_from=tuple(sorted({labels.digests[path] for path in read}))))
         return labels.of(self.paths_)
 
+    def _keep_seen(self, seen: Seen) -> None:
+        self._seen = seen
+
     def _keep_stock(self, stock: Stock, progress: Progress) -> dict[str, Any]:
         """Keep what was decided by, and say what speaks against training on these images, before it begins.
 
@@ -419,6 +427,7 @@ class FineAlign(Estimator):
             classes=texts.classes,
             descriptions=texts.descriptions,
             groups=stock.groups,
+            images=len(self.paths_),
         )
         if given_shares(self.config_, texts.classes) is not None:  # who gives the shares knows which are large or none
             found = [caution for caution in found if caution.kind not in ("absent", "dominant")]
@@ -443,10 +452,38 @@ class FineAlign(Estimator):
         self._require_fitted()
         paths = sample(images, seed=self._model.inference.seed)
         if self._sampled is None or self._sampled[0] != paths:
-            before = start or self.features(paths, at_start=True)[0]
-            after, _ = self.features(paths, crops=self.score_ != "global")
+            known = self._seen_of(images)
+            before = start or (known[0] if known else self.features(paths, at_start=True)[0])
+            after = known[1] if known else self.features(paths, crops=self.score_ != "global")[0]
             self._sampled = paths, before, after
         return self._sampled[1:]
+
+    def _seen_of(self, images: Sequence[ImagePath]) -> tuple[ImageFeatures, ImageFeatures] | None:
+        """What ``sampled_features`` returns for these images, from features that ``fit`` has encoded, if it has."""
+        if self._seen is None or images is not self.paths_:
+            return None
+        rows = torch.tensor(sampled(len(images), seed=self._model.inference.seed))
+        device = self._model.backbone.device
+        start, final = (
+            ImageFeatures(weak=part.weak[rows].to(device), crops=part.crops[rows].to(device))
+            for part in (self._seen.start, self._seen.final)
+        )
+        return start, final if self.score_ != "global" else replace(final, crops=final.crops[:, :0])
+
+    def predictions_of_adapted(self) -> Iterator[Prediction | SetAside]:
+        """Yield the prediction of each image adapted to, with those of the start, or why there is none.
+
+        Where ``fit`` was given a folder for checkpoints and has encoded these images by the model as it is in the end,
+        they are not encoded again.
+        """
+        self._require_fitted()
+        yield from list(self.set_aside_)
+        if self._seen is None:
+            yield from self._predictor.predictions(self.paths_, with_start=True)
+            return
+        yield from self._predictor.predictions_of(
+            self.paths_, features=self._seen.final, start=self._seen.start, blanks=self._seen.blanks
+        )
 
     # --- predicting ---------------------------------------------------------------------------------------------------
 

@@ -99,9 +99,10 @@ class ViewSettings(Settings):
     randaugment: Annotated[str, Field(pattern=r"^rand(-(m|n|p|mstd|mmax|inc|t|w)\d+(\.\d+)?)*$")] = Field(
         "rand-m9-mstd0.5-inc1", description="timm RandAugment policy of the strong view"
     )
-    refresh_epochs: Annotated[int, Field(ge=0)] | Auto = Field(
+    refresh_epochs: Annotated[int, Field(ge=0)] | Annotated[float, Field(gt=0, lt=1)] | Auto = Field(
         "auto",
-        description=f"epochs a crop feature is reused; 0: encoded at every step; auto: {LABEL_PASSES} refreshes a run",
+        description="epochs a crop feature is reused; below 1 an epoch goes by blocks, each encoded just before it is "
+        f"trained on; 0: encoded at every step; auto: {LABEL_PASSES} refreshes a run",
     )
 
 
@@ -126,6 +127,14 @@ class TrainingSettings(Settings):
     learn: Literal["norms+anchors", "norms", "anchors"] = Field("norms+anchors", description="what learns")
     epochs: Positive | Auto = Field("auto", description="passes over the images; auto: enough for `steps`")
     steps: Positive = Field(80, description="optimiser steps aimed at when epochs is auto")
+    max_images: Positive | Literal["auto", "all"] = Field(
+        "auto",
+        description="most images to adapt to, drawn evenly with the seed where there are more; where epochs is auto "
+        "these are also no more than `steps` can read; all: all, whatever `steps` says; auto: no other bound",
+    )
+    block_images: Positive = Field(
+        8192, description="most images whose features are kept at a time; more are read, and labelled, in blocks"
+    )
     max_epochs: Positive = Field(60, description="bound on the epochs when they are auto")
     batch_size: Positive = Field(64, description="images a step")
     learning_rate: Annotated[float, Field(gt=0)] = Field(2e-4, description="of the normalisation parameters")
@@ -285,18 +294,28 @@ def write_config(config: Config, path: Path) -> None:
     save_text(text, path)
 
 
-def resolve(config: Config, *, images: int, classes: int, input_size: int) -> Config:
+def resolve(config: Config, *, images: int, classes: int, input_size: int, by_steps: bool = True) -> Config:
     """Replace every "auto" in the data, views and training sections that does not depend on the machine.
 
-    ``images`` and ``classes`` are their numbers; ``input_size`` is the backbone's input side in pixels. The device, the
-    precision and the number of workers may stay "auto", as they are chosen for the machine that runs, and the white
-    value, as each image has its own.
+    ``images`` and ``classes`` are their numbers; ``input_size`` is the backbone's input side in pixels. ``by_steps`` is
+    false for a method that takes no steps. The device, the precision and the number of workers may stay "auto", as they
+    are chosen for the machine that runs, and the white value, as each image has its own.
     """
     training, views, data = config.training, config.views, config.data
+    most, enough = training.max_images, training.steps * training.batch_size
+    if most != "all" and by_steps and training.epochs == "auto" and images > enough:
+        most = enough if most == "auto" else min(most, enough)
+    most = "all" if most == "auto" else most
+    images = images if most == "all" else min(images, most)
     steps_per_epoch = math.ceil(images / training.batch_size)
     auto_epochs = min(training.max_epochs, max(1, round(training.steps / steps_per_epoch)))
     epochs = auto_epochs if training.epochs == "auto" else training.epochs
-    refresh = max(1, math.ceil(epochs / LABEL_PASSES)) if views.refresh_epochs == "auto" else views.refresh_epochs
+    refresh = views.refresh_epochs
+    if refresh == "auto":
+        refresh = max(1, math.ceil(epochs / LABEL_PASSES))
+        # Labels of an epoch that is enough for all steps would else be those of the encoder as it was at the start.
+        if training.epochs == "auto" and epochs == 1 < training.max_epochs and training.encoder == "full":
+            refresh = 1 / LABEL_PASSES
     anchor_rate = training.anchor_learning_rate
     if anchor_rate == "auto":
         anchor_rate = ANCHOR_RATE * min(1.0, images / classes / IMAGES_A_CLASS)
@@ -311,7 +330,12 @@ def resolve(config: Config, *, images: int, classes: int, input_size: int) -> Co
             "data": data.model_copy(update={"working_size": working_size}),
             "views": views.model_copy(update={"refresh_epochs": refresh}),
             "training": training.model_copy(
-                update={"epochs": epochs, "anchor_learning_rate": anchor_rate, "anchor_steps": anchor_steps}
+                update={
+                    "epochs": epochs,
+                    "max_images": most,
+                    "anchor_learning_rate": anchor_rate,
+                    "anchor_steps": anchor_steps,
+                }
             ),
         }
     )

@@ -122,13 +122,19 @@ def adapt(
         ranks.leave()
 
 
+def _of_listed(plan: dict[str, Any]) -> str:
+    """How many images there are where those adapted to are a sample; empty where they are all."""
+    return f" of {plan['listed']}" if plan["listed"] > plan["images"] else ""
+
+
 def _show_plan(plan: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print_json(plan)
         return
     typer.echo(
-        f"{plan['images']} images, {len(plan['classes'])} classes, {plan['descriptions']} descriptions, "
-        f"{plan['epochs']} epochs of {plan['steps_an_epoch']} steps. Would write {plan['out']}. Settings:\n"
+        f"{plan['images']} images{_of_listed(plan)}, {len(plan['classes'])} classes, "
+        f"{plan['descriptions']} descriptions, {plan['epochs']} epochs of {plan['steps_an_epoch']} steps. "
+        f"Would write {plan['out']}. Settings:\n"
     )
     typer.echo(plan["settings"].rstrip())
     if plan.get("labels"):
@@ -159,6 +165,12 @@ def _show_summary(summary: dict[str, Any], as_json: bool) -> None:
     if summary["verdict"]:
         verdict_lines(summary["verdict"], summary["kept"], summary["why_kept"], screen)
     folder = escape(summary["out"])
+    if summary["listed"] > summary["images"] + len(summary["set_aside"]):
+        screen.print(
+            f"These were drawn from {summary['listed']} images; finealign predict {folder} IMAGES labels all.",
+            soft_wrap=True,
+            highlight=False,
+        )
     if summary["strangers"] and summary["strangers"]["likely"]:
         screen.print(
             f"[yellow]{summary['strangers']['likely']} of {summary['images']} images seem to show none of the "

@@ -43,7 +43,9 @@ def doctor(
         for name, value in facts["versions"].items():
             table.add_row(name, value)
         bf16 = [name for name, supported in facts["cpu_bf16"].items() if supported]
-        table.add_row("device", f"{facts['device']} ({facts['device_name']}, {facts['threads']} threads)")
+        told = f"{facts['device_name']}, {facts['threads']} threads, {facts['cores']} usable cores"
+        table.add_row("device", f"{facts['device']} ({told})")
+        table.add_row("shared memory", _shared_memory(facts["shared_memory"]))
         table.add_row("precision", f"{facts['precision']} (bf16 on the CPU: {', '.join(bf16) or 'not supported'})")
         hub, cache = facts["hub"], facts["cache"]
         reach = {True: "within reach", False: "not within reach", None: "unknown"}[hub["reachable"]]
@@ -100,3 +102,16 @@ def _verify(backbone: str | None, against: Path | None, record: Path | None, as_
 def _weights(found: "Cosines", wanted: "Cosines | None") -> str:
     same = wanted is not None and found.checksum == wanted.checksum
     return "The weights are the same." if same else "The weights are not the same file."
+
+
+def _shared_memory(facts: dict[str, Any]) -> str:
+    """How much memory processes share, what worker processes need of it, and what to do where that is too little."""
+    if facts["size"] is None:
+        return f"no {facts['folder']}"
+    told = f"{facts['folder']}: {facts['free'] / 1e9:.2f} of {facts['size'] / 1e9:.2f} GB free"
+    if not facts["workers"]:
+        return f"{told}; not needed, as one thread makes the views here (data.workers)"
+    told += f", {facts['needed'] / 1e9:.2f} needed by {facts['workers']} workers with eight crops at 224 pixels"
+    if facts["free"] >= facts["needed"]:
+        return told
+    return f"{told}: give the container more (docker run --shm-size), or set data.workers lower, 0 for a thread"

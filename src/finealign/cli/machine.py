@@ -8,10 +8,15 @@ from urllib.parse import urlparse
 
 import torch
 
+from finealign.config import ViewSettings
+from finealign.images.prefetch import AHEAD
 from finealign.run.folder import versions
-from finealign.runtime.devices import CPU_BF16_CHECKS, choose_device, choose_precision
+from finealign.runtime.cores import SHARED_MEMORY, shared_memory, usable_cores
+from finealign.runtime.devices import CPU_BF16_CHECKS, choose_device, choose_precision, choose_workers
+from finealign.training.features import RENDER_CHUNK
 
 HUB_TIMEOUT = 3.0  # seconds
+SIDE = 224  # pixels of an input side
 
 
 def examine() -> dict[str, Any]:
@@ -22,6 +27,8 @@ def examine() -> dict[str, Any]:
         "device": device.type,
         "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
         "threads": torch.get_num_threads(),
+        "cores": usable_cores(),
+        "shared_memory": shared(choose_workers("auto", device)),
         "precision": choose_precision("auto", device),
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "cpu_bf16": {  # the checks are private functions of torch, which a version may lack
@@ -31,6 +38,16 @@ def examine() -> dict[str, Any]:
         "hub": hub(),
         "cache": cached_models(),
     }
+
+
+def shared(workers: int) -> dict[str, Any]:
+    """The memory that processes share and what worker processes need of it, in bytes; None where there is none.
+
+    The need is that of chunks of a label pass, of eight crops at 224 pixels, of which each worker has two in hand.
+    """
+    size, free = shared_memory() or (None, None)
+    needed = workers * AHEAD * RENDER_CHUNK * (1 + ViewSettings().crops) * 3 * SIDE**2
+    return {"folder": str(SHARED_MEMORY), "size": size, "free": free, "workers": workers, "needed": needed}
 
 
 def hub() -> dict[str, Any]:

@@ -125,6 +125,11 @@ def rgb_of(image: ImageFile.ImageFile, file: BinaryIO, white: White = "auto") ->
     return rgb if turn is None else rgb.transpose(turn)
 
 
+def lies_on_its_side(image: Image.Image) -> bool:
+    """Whether an opened image is upright by its EXIF after a turn that exchanges width and height."""
+    return orientation(image) in (5, 6, 7, 8)
+
+
 def orientation(image: Image.Image) -> Any:
     """The EXIF orientation of an image, a key of ``UPRIGHT``, or 1."""
     # Not ImageOps.exif_transpose: it also rewrites the EXIF, which fails for some images whose orientation is valid.

@@ -38,6 +38,7 @@ from finealign.images.channels import (
     deep_tiff,
     heif_decoder,
     is_read_by_pillow,
+    lies_on_its_side,
     refusal_of,
     rgb_of,
 )
@@ -49,6 +50,10 @@ from finealign.types import ImagePath
 MAX_PIXELS = 200_000_000
 MAX_SIDE = 100_000  # Pillow takes minutes to decode rows of millions of pixels, and minutes again to resize them
 MAX_SCANS = 100  # of one JPEG: the decoder goes over the whole image again for each
+# How many times as large as it is needed a JPEG is decoded at least. Its decoder halves sides at next to no cost, but
+# less well than the resizing that follows, whose result then hardly depends on it.
+LARGER = 2
+FULL_SIZE = "full_size"  # key of an image's ``info``: (width, height) that it would have had, if it was decoded smaller
 
 Pixels = NDArray[np.uint8]  # (H, W, 3)
 _DECODERS: dict[str, Callable[..., ImageFile.ImageFile]] = {
@@ -66,12 +71,17 @@ _SCAN = b"\xff\xda"  # a JPEG's marker for the start of a scan
 _SEGMENT = re.compile(rb"\xff([^\x00\x01\xd0-\xd7\xff])")  # a JPEG's marker that has a length behind it, or its end
 
 
-def read_image(path: ImagePath, *, max_pixels: int = MAX_PIXELS, white_value: White = "auto") -> Image.Image:
+def read_image(
+    path: ImagePath, *, max_pixels: int = MAX_PIXELS, white_value: White = "auto", shorter_side: int | None = None
+) -> Image.Image:
     """Read the image at ``path``: RGB, 8 bits per channel, upright by its EXIF, first frame, transparency on white.
 
     More than 8 bits per channel are scaled by ``eight_bits``: ``white_value`` becomes 255. With "auto", 16 bits of
     which an image fills only the lowest 10, 12 or 14 keep the highest 8 of those. The result carries no metadata, so
     that no later step can rotate it again.
+
+    With ``shorter_side`` an image may be decoded smaller than it is, but to at least LARGER times that, which
+    ``to_photo`` reduces; its full size is then in its ``info``.
 
     Raises:
         ImageReadError: the file is not a complete image, is of a kind that is not supported, has more than
@@ -79,7 +89,7 @@ def read_image(path: ImagePath, *, max_pixels: int = MAX_PIXELS, white_value: Wh
             The message is the reason alone.
     """
     with open_regular(path) as file:
-        return decode_image(file, max_pixels=max_pixels, white_value=white_value)
+        return decode_image(file, max_pixels=max_pixels, white_value=white_value, shorter_side=shorter_side)
 
 
 def decode_image(
@@ -87,6 +97,7 @@ def decode_image(
     *,
     max_pixels: int = MAX_PIXELS,
     white_value: White = "auto",
+    shorter_side: int | None = None,
     before: Callable[[int], None] = lambda pixels: None,
 ) -> Image.Image:
     """Decode the image in an open, seekable file as ``read_image`` does. Raises ImageReadError as it does.
@@ -95,7 +106,7 @@ def decode_image(
     """
 
     def decode(data: BinaryIO) -> Image.Image:
-        return _decode(data, max_pixels, white_value, before)
+        return _decode(data, max_pixels, white_value, shorter_side, before)
 
     with _quiet_pillow:
         try:
@@ -114,7 +125,9 @@ def decode_image(
             raise ImageReadError(_unsupported_tiff(file) or reason_of(exc)) from exc
 
 
-def _decode(file: BinaryIO, max_pixels: int, white: White, before: Callable[[int], None]) -> Image.Image:
+def _decode(
+    file: BinaryIO, max_pixels: int, white: White, shorter_side: int | None, before: Callable[[int], None]
+) -> Image.Image:
     file.seek(0)
     name = format_of(file.read(HEAD))
     decoder = _decoder(name)
@@ -134,7 +147,14 @@ def _decode(file: BinaryIO, max_pixels: int, white: White, before: Callable[[int
     if name == "JPEG2000":
         _refuse_unended(file)
     before(width * height)
-    return image.rgb(white) if not isinstance(image, ImageFile.ImageFile) else rgb_of(image, file, white)
+    if not isinstance(image, ImageFile.ImageFile):
+        return image.rgb(white)
+    if name == "JPEG" and shorter_side is not None:
+        image.draft(None, (LARGER * shorter_side, LARGER * shorter_side))  # None: colours as they are
+    rgb = rgb_of(image, file, white)
+    if image.size != (width, height):
+        rgb.info[FULL_SIZE] = (height, width) if lies_on_its_side(image) else (width, height)
+    return rgb
 
 
 def _decoder(name: str | None) -> Callable[..., ImageFile.ImageFile] | None:
@@ -198,7 +218,8 @@ def read_photo(
 
     Raises ImageReadError as ``read_image`` does.
     """
-    return to_photo(read_image(path, max_pixels=max_pixels, white_value=white_value), shorter_side=shorter_side)
+    image = read_image(path, max_pixels=max_pixels, white_value=white_value, shorter_side=shorter_side)
+    return to_photo(image, shorter_side=shorter_side)
 
 
 def to_photo(image: Image.Image, *, shorter_side: int | None) -> Photo:
@@ -207,9 +228,9 @@ def to_photo(image: Image.Image, *, shorter_side: int | None) -> Photo:
     An image whose shorter side exceeds ``shorter_side`` pixels is reduced to that, keeping its aspect ratio. Images are
     never enlarged. With None the size is not changed.
     """
-    width, height = image.size
-    if shorter_side is not None and min(image.size) > shorter_side:
-        scale = shorter_side / min(image.size)
+    width, height = image.info.get(FULL_SIZE, image.size)
+    if shorter_side is not None and min(width, height) > shorter_side:
+        scale = shorter_side / min(width, height)
         reduced = (round(width * scale), round(height * scale))
         image = image.resize(reduced, Image.Resampling.BICUBIC, reducing_gap=3.0)
     return Photo(np.array(image), width, height)  # a copy, because torch warns about read-only arrays

@@ -33,7 +33,7 @@ from finealign.images.prefetch import in_order
 from finealign.runtime.atomic import save_text
 from finealign.types import ImagePath, SetAside
 
-FORMAT = 3  # part of the key; to be raised when images are decoded differently, so that old entries are not used
+FORMAT = 4  # part of the key; to be raised when images are decoded differently, so that old entries are not used
 PIXELS, INDEX = "pixels.u8", "index.json"
 
 _ENTRY = re.compile(r"[0-9a-f]{64}")

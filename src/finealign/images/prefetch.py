@@ -9,6 +9,7 @@ from typing import Any, Generic, TypeVar
 
 from finealign.errors import display_path
 from finealign.images.files import ImageReadError
+from finealign.runtime.cores import usable_cores
 from finealign.types import SetAside
 
 _Path = TypeVar("_Path", bound=os.PathLike[str])
@@ -20,8 +21,8 @@ def in_order(
 ) -> Generator[tuple[_Path, _T | SetAside], None, None]:
     """Yield each path with the result of ``read``, or with a SetAside where it raised ImageReadError, in order.
 
-    ``read`` runs ahead on ``threads`` threads (default: one per core, at most 8), and at most ``held`` results are
-    pending (default: two per thread). A caller that stops early must close the generator, or the threads go on.
+    ``read`` runs ahead on ``threads`` threads (default: one per usable core, at most 8), and at most ``held`` results
+    are pending (default: two per thread). A caller that stops early must close the generator, or the threads go on.
 
     Raises:
         Exception: whatever ``read`` raises other than ImageReadError.
@@ -33,7 +34,7 @@ def in_order(
         except ImageReadError as error:
             return SetAside(display_path(path), str(error))
 
-    threads = min(8, os.cpu_count() or 1) if threads is None else threads
+    threads = min(8, usable_cores()) if threads is None else threads
     held = 2 * threads if held is None else held
     pending: deque[tuple[_Path, Future[_T | SetAside]]] = deque()
     with ThreadPoolExecutor(threads) as pool:
@@ -51,6 +52,7 @@ def in_order(
                 future.cancel()
 
 
+AHEAD = 2  # results that each worker process has in hand
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -77,7 +79,12 @@ def _by_processes(
     dataset: Any = _Work(work, items)
     # batch_size=None: each item is a whole batch already.
     loader = DataLoader(
-        dataset, batch_size=None, num_workers=workers, pin_memory=pinned, worker_init_fn=_leave_signals_to_the_parent
+        dataset,
+        batch_size=None,
+        num_workers=workers,
+        prefetch_factor=AHEAD,
+        pin_memory=pinned,
+        worker_init_fn=_leave_signals_to_the_parent,
     )
     for result in loader:
         if isinstance(result, Exception):

@@ -18,10 +18,12 @@ from torch.nn.functional import interpolate
 
 from finealign.config import ViewSettings
 from finealign.images.decoding import Pixels
-from finealign.types import Box
+from finealign.types import Blank, Box
 
 STRONG, CROP = 0, 1  # numbers of the views in ``draw``; crop i of N is view CROP + i
 PREDICTION_EPOCH = 2**31  # no training epoch has this number
+PREDICTED_AS = 0  # the image whose draws every image to classify has, so that its place in a list does not matter
+DARK, SPECKS = 16, 0.005  # of 255, and the share of values that may be brighter in an image that is all but black
 ASPECT = (3 / 4, 4 / 3)  # width over height of the strong view's crop, as in Inception-style training
 # timm's RandAugment draws from the process-wide generators, so only one thread at a time may use them.
 _GLOBAL_RANDOM = threading.Lock()
@@ -61,6 +63,13 @@ def strong_box(generator: np.random.Generator, height: int, width: int, *, low: 
     side = min(height, width)
     left, top = (width - side) // 2, (height - side) // 2
     return left, top, left + side, top + side
+
+
+def blank_of(view: Tensor) -> Blank | None:
+    """Whether an image (3, S, S) uint8 is all black or all white, but for ``SPECKS`` of it; None for neither."""
+    if (view > DARK).float().mean() < SPECKS:
+        return "black"
+    return "white" if (view < 255 - DARK).float().mean() < SPECKS else None
 
 
 class Views:

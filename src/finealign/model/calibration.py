@@ -60,10 +60,14 @@ class Calibration:
 
 def sample(images: Sequence[Item], *, seed: int) -> list[Item]:
     """All images, or SAMPLE of them drawn with the seed, in the order given."""
-    if len(images) <= SAMPLE:
-        return list(images)
-    chosen = np.random.default_rng(seed).choice(len(images), SAMPLE, replace=False)
-    return [images[i] for i in sorted(chosen)]
+    return [images[i] for i in sampled(len(images), seed=seed)]
+
+
+def sampled(images: int, *, seed: int) -> list[int]:
+    """The positions of the images that ``sample`` takes of so many."""
+    if images <= SAMPLE:
+        return list(range(images))
+    return sorted(np.random.default_rng(seed).choice(images, SAMPLE, replace=False).tolist())
 
 
 def calibrate(
@@ -263,10 +267,10 @@ class _Kept:
     features: ImageFeatures
     seed: int
 
-    def start_epoch(self, epoch: int) -> bool:
+    def start_epoch(self, epoch: int, images: Tensor | None = None) -> bool:
         return epoch == 0
 
-    def renew(self, epoch: int) -> bool:
+    def renew(self, epoch: int, images: Tensor | None = None) -> bool:
         return False
 
     def label_features(self, batch: Tensor, epoch: int) -> ImageFeatures:

@@ -22,7 +22,7 @@ from finealign.errors import ImageInputError, display_path
 from finealign.images.decoding import Photo, decode_image, read_photo, to_photo
 from finealign.images.files import ImageReadError
 from finealign.images.prefetch import in_order
-from finealign.images.views import PREDICTION_EPOCH, Views
+from finealign.images.views import PREDICTED_AS, PREDICTION_EPOCH, Views, blank_of
 from finealign.method.registry import choose_score
 from finealign.model.fitted import FittedModel
 from finealign.runtime.distributed import Ranks
@@ -35,7 +35,6 @@ Outcome = tuple[
 ]  # an image, why it cannot be read (None if it can), and if it is blank
 Rows = NDArray[np.float32]  # (n, C)
 
-DARK, SPECKS = 16, 0.005  # of 255, and the share of values that may be brighter in an image that is all but black
 PREDICTION_CHUNK = 32  # images decoded and encoded together
 
 
@@ -81,7 +80,10 @@ class Predictor:
         an image of more than ``max_pixels`` pixels.
         """
         white = self.model.inference.white_value
-        return self.to_photo(decode_image(file, max_pixels=max_pixels, white_value=white, before=before))
+        side = self.model.inference.working_size
+        return self.to_photo(
+            decode_image(file, max_pixels=max_pixels, white_value=white, shorter_side=side, before=before)
+        )
 
     def to_photo(self, image: Image.Image) -> Photo:
         """Reduce a decoded RGB image to the model's working size."""
@@ -95,12 +97,12 @@ class Predictor:
         weak = self.views.weak(photo.pixels)
         if not crops:
             return weak, weak.new_empty(0, *weak.shape)
-        return weak, self.views.crops(photo.pixels, epoch=PREDICTION_EPOCH, image=0)
+        return weak, self.views.crops(photo.pixels, epoch=PREDICTION_EPOCH, image=PREDICTED_AS)
 
     def crop_boxes(self, photo: Photo) -> tuple[Box, ...]:
         """Return the boxes of the crops that ``render`` makes, in pixels of the original image, upright by its EXIF."""
         height, width = photo.pixels.shape[:2]
-        boxes = self.views.crop_boxes(height, width, epoch=PREDICTION_EPOCH, image=0)
+        boxes = self.views.crop_boxes(height, width, epoch=PREDICTION_EPOCH, image=PREDICTED_AS)
         if (width, height) == (photo.width, photo.height):
             return tuple(boxes)
         across, down = photo.width / width, photo.height / height
@@ -151,6 +153,32 @@ class Predictor:
                 predicted = self._predicted(read, features[0], chosen, at_start=at_start)
                 for path, reason, _ in outcomes:
                     yield next(predicted) if reason is None else SetAside(display_path(path), reason)
+
+    def predictions_of(
+        self,
+        paths: Sequence[ImagePath],
+        *,
+        features: ImageFeatures,
+        start: ImageFeatures,
+        blanks: Sequence[Blank | None],
+        score: Score | None = None,
+    ) -> Iterator[Prediction]:
+        """Yield the predictions of n images, with those of the start, from features that are known.
+
+        ``features`` are those of the adapted model and ``start`` those of the start: of whole images (n, D) and, where
+        the score needs them, of the crops that ``render`` makes (n, N, D). ``blanks`` has what ``blank_of`` says of
+        each. Raises ConfigError as ``predictions`` does.
+        """
+        chosen, device = self.choose_score(score), self.model.backbone.device
+        known = start if self.model.adapted is not None else features
+        for begin in range(0, len(paths), PREDICTION_CHUNK):
+            rows = slice(begin, begin + PREDICTION_CHUNK)
+            own, first = (
+                ImageFeatures(weak=part.weak[rows].to(device), crops=part.crops[rows].to(device))
+                for part in (known, start)
+            )
+            images = list(zip(paths[rows], blanks[rows], strict=True))
+            yield from self._predicted(images, own, chosen, at_start=first)
 
     def _none(self, features: ImageFeatures) -> Sequence[float | None]:
         """How likely each image shows none of the classes; None for each if the model cannot say."""
@@ -308,13 +336,6 @@ class Look:
 
     crops: bool
     at_start: bool = False
-
-
-def blank_of(view: Tensor) -> Blank | None:
-    """Whether an image (3, S, S) uint8 is all black or all white, but for ``SPECKS`` of it; None for neither."""
-    if (view > DARK).float().mean() < SPECKS:
-        return "black"
-    return "white" if (view < 255 - DARK).float().mean() < SPECKS else None
 
 
 def tell_blank(count: int, first: str) -> str:

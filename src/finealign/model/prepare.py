@@ -1,19 +1,24 @@
 """Prepare a fit: check the settings and encode the texts, once."""
 
+import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from finealign.backbone.base import Backbone
 from finealign.config import DEFAULT_BACKBONE, Config, MethodSettings, make_config, resolve
 from finealign.errors import CautionWarning, ConfigError, first_few
+from finealign.images.paths import chosen
 from finealign.method.base import MethodOptions
-from finealign.method.registry import choose_score, method_options, method_settings, refuse_clash
+from finealign.method.registry import choose_score, find_method, method_options, method_settings, refuse_clash
 from finealign.model.known_labels import KnownLabels
 from finealign.texts.shares import class_shares
 from finealign.types import ImagePath, TextFeatures, Texts
 
+_DRAWN = 5  # with the seed, seeds the generator that draws the images; other numbers are in training/schedule.py
 MULTILINGUAL = "xlm-roberta-base-ViT-B-32/laion5b_s13b_b90k"
 
 
@@ -25,6 +30,7 @@ class Prepared:
     text_features: TextFeatures
     config: Config  # resolved for these images, classes and backbone
     paths: Sequence[ImagePath]  # of the images to adapt to; none has been opened yet
+    listed: Sequence[ImagePath]  # of all images that were found, of which ``paths`` may be a sample
     backbone: Backbone
     unknown_words: str = ""  # what to tell of class names that the tokenizer has no words for
     labels: KnownLabels | None = None  # of some of the images; None where none is known
@@ -39,19 +45,42 @@ def prepare(
     text_features: TextFeatures | None = None,
     labels: KnownLabels | None = None,
 ) -> Prepared:
-    """Encode the texts, unless ``text_features`` are given, and resolve the settings. Raises BackboneError."""
+    """Encode the texts, unless ``text_features`` are given, resolve the settings, and draw the images to adapt to.
+
+    Raises BackboneError.
+    """
     if text_features is None:
         text_features = backbone.encode_texts(texts)
-    resolved = resolve(config, images=max(1, len(paths)), classes=len(texts.classes), input_size=backbone.input_size)
+    resolved = resolve(
+        config,
+        images=max(1, len(paths)),
+        classes=len(texts.classes),
+        input_size=backbone.input_size,
+        by_steps=find_method(config.method.name).trains,
+    )
     return Prepared(
         texts=texts,
         text_features=text_features,
         config=resolved,
-        paths=paths,
+        paths=drawn(paths, resolved.training.max_images, seed=resolved.seed, known=labels.classes if labels else ()),
+        listed=paths,
         backbone=backbone,
         unknown_words=unknown_words(texts, backbone),
         labels=labels,
     )
+
+
+def drawn(paths: Sequence[ImagePath], most: int | str, *, seed: int, known: Container[str] = ()) -> Sequence[ImagePath]:
+    """The images, or ``most`` of them where there are more, in their order. Any set of as many is equally likely.
+
+    Images whose paths are in ``known``, which have a label, are always among them, at most ``most``.
+    """
+    if isinstance(most, str) or len(paths) <= most:
+        return paths
+    order = np.random.default_rng((seed, _DRAWN)).permutation(len(paths)).tolist()
+    if known:
+        order.sort(key=lambda place: os.fspath(paths[place]) not in known)
+    return chosen(paths, sorted(order[:most]))
 
 
 def unknown_words(texts: Texts, backbone: Backbone) -> str:

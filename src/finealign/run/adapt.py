@@ -65,7 +65,8 @@ class RunSummary:
 
     folder: Path
     method: str
-    images: int  # images that could be read
+    images: int  # images adapted to, those that could be read
+    listed: int  # images found, of which those adapted to may be a sample
     set_aside: tuple[SetAside, ...]
     left_out: str  # what else was in the folder of images, as a sentence
     blank: str  # which images are all but black or white, as a sentence
@@ -89,6 +90,7 @@ class RunSummary:
             "backbone": self.model.model_.inference.backbone,
             "classes": list(self.model.texts_.classes),
             "images": self.images,
+            "listed": self.listed,
             "set_aside": [asdict(row) for row in self.set_aside],
             "left_out": self.left_out,
             "blank": self.blank,
@@ -200,7 +202,8 @@ class _Run:
             "status": "running",
             "identity": identity,
             "images": len(self.prepared.paths),
-            "left_out": left_out_of(self.prepared.paths),
+            "listed": len(self.prepared.listed),
+            "left_out": left_out_of(self.prepared.listed),
             "classes": list(self.prepared.texts.classes),
             "seed": config.seed,
             "backbone": config.backbone,
@@ -242,7 +245,7 @@ class _Run:
         self.why_kept = why_unjudged(self.model)
         if self.why_kept:
             return
-        self.verdict = judge_model(self.model, self.prepared.paths, progress=self.progress)
+        self.verdict = judge_model(self.model, self.model.paths_, progress=self.progress)
         if keep_adapted:
             self.why_kept = "that was asked for, whatever the verdict"
         else:
@@ -284,7 +287,7 @@ class _Run:
         """Write the predictions of the model in use and of the start, and the example images of the report."""
         watch = Watch()
         with self.progress.stage("predicting", len(self.prepared.paths)) as stage:
-            outcomes = self.model.iter_predictions(self.prepared.paths, with_start=True)
+            outcomes = self.model.predictions_of_adapted()
             predictions = watch.over(
                 readable(outcomes, self.set_aside, self.progress.between(stage, self.ranks)),
             )
@@ -324,7 +327,8 @@ class _Run:
             method=self.prepared.config.method.name,
             images=len(self.prepared.paths) - len(self.set_aside),
             set_aside=tuple(self.set_aside),
-            left_out=left_out_of(self.prepared.paths),
+            listed=len(self.prepared.listed),
+            left_out=left_out_of(self.prepared.listed),
             blank=self.blank,
             epochs=epochs,
             seconds=seconds,
@@ -395,7 +399,8 @@ def plan(folder: Path, prepared: Prepared, *, resume: bool = False, overwrite: b
     return {
         "out": str(folder),
         "images": images,
-        "left_out": left_out_of(prepared.paths),
+        "listed": len(prepared.listed),
+        "left_out": left_out_of(prepared.listed),
         "classes": list(texts.classes),
         "descriptions": sum(len(group) for group in texts.descriptions),
         **({"labels": told_labels(prepared.labels, prepared.paths, texts.classes)} if prepared.labels else {}),

@@ -1,12 +1,12 @@
 """Choose the device, the precision and the number of workers by what accelerate and the machine report."""
 
 import ctypes
-import os
 from typing import Literal
 
 import torch
 
 from finealign.errors import ConfigError
+from finealign.runtime.cores import usable_cores
 from finealign.runtime.distributed import process_state
 from finealign.types import Precision, WantedPrecision
 
@@ -92,8 +92,8 @@ def choose_workers(wanted: int | Literal["auto"], device: torch.device) -> int:
     """The number of processes that make views; 0 means a thread.
 
     For ``auto`` it is 0 on a CPU, where the model uses every core and one thread makes views fast enough, and one less
-    than the number of cores, from 1 to 8, for other devices.
+    than the number of cores that this process may use, from 1 to 8, for other devices.
     """
     if wanted != "auto":
         return wanted
-    return 0 if device.type == "cpu" else min(8, max(1, (os.cpu_count() or 1) - 1))
+    return 0 if device.type == "cpu" else min(8, max(1, usable_cores() - 1))

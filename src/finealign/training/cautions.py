@@ -50,6 +50,7 @@ def cautions(
     classes: Sequence[str],
     descriptions: Sequence[Sequence[str]],
     groups: Ints | None = None,
+    images: int | None = None,
 ) -> list[Caution]:
     """What the user should know before training on n images of C classes; at most one caution of each kind.
 
@@ -61,6 +62,7 @@ def cautions(
         classes: C names.
         descriptions: of each class.
         groups: (n,) what ``copies(weak)`` returned, if it was called before.
+        images: how many images will be trained on, of which these are an even sample; by default n.
 
     Raises:
         ValueError: the arrays do not fit together, or there is no image.
@@ -76,7 +78,7 @@ def cautions(
             f"texts, {len(classes)} classes and {len(descriptions)} descriptions do not fit together"
         )
     found = [
-        few_images(count, num_classes),
+        few_images(count if images is None else images, num_classes),
         absent(probabilities, shares, classes),
         dominant(probabilities, shares, classes),
         many_copies(copies(weak) if groups is None else groups, num_classes),

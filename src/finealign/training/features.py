@@ -4,25 +4,28 @@ Label features are those of the weak views and of the crops, by which images are
 encodes a share of the images, and all ranks get the features of all of them.
 """
 
+import hashlib
+import json
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from finealign.backbone.base import Backbone
-from finealign.errors import ModelError, OutputError
+from finealign.errors import ModelError, OutputError, StoppedError, display_path
 from finealign.images.decoding import Pixels
 from finealign.images.prefetch import prefetch
-from finealign.images.views import Views, cut_and_resize
+from finealign.images.views import PREDICTED_AS, PREDICTION_EPOCH, Views, blank_of, cut_and_resize
 from finealign.runtime.atomic import make_folder
 from finealign.runtime.distributed import Ranks
 from finealign.runtime.progress import Progress
-from finealign.training.memmap import MemmapTensors, read_memmap
-from finealign.types import Box, Gaze, ImageFeatures
+from finealign.training.memmap import MemmapTensors, finished_memmap, forget, read_memmap
+from finealign.types import Blank, Box, Gaze, ImageFeatures
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -30,22 +33,34 @@ Result = TypeVar("Result")
 Uncut = tuple[Tensor, list[Box]]  # an image (3, H, W) uint8 and the boxes of its crops
 
 RENDER_CHUNK = 32  # images per chunk of a label pass; their views are in memory together
+MARK_SECONDS = 10.0  # between two notes of how far a label pass is, behind which a killed run does not fall back
+
+
+_BLANKS: tuple[Blank | None, ...] = (None, "black", "white")
+
+
+def _name_of_pass(epoch: int) -> str:
+    return f"features-{epoch:04d}.safetensors"
 
 
 class ImageSource(Protocol):
-    """Provides the features of images for training. A batch is a tensor (B,) int64 of positions in the data set."""
+    """Provides the features of images for training. A batch is a tensor (B,) int64 of positions in the data set.
 
-    def start_epoch(self, epoch: int) -> bool:
+    Epochs are counted as ``Schedule`` counts rounds. ``images`` are the positions of the images whose label features
+    are wanted, in ascending order; None for all images.
+    """
+
+    def start_epoch(self, epoch: int, images: Tensor | None = None) -> bool:
         """Encode the kept label features anew if that is due. Returns whether new ones were encoded and kept."""
 
-    def renew(self, epoch: int) -> bool:
+    def renew(self, epoch: int, images: Tensor | None = None) -> bool:
         """Encode the kept label features anew, due or not. Returns whether any are kept that this can change."""
 
     def label_features(self, batch: Tensor, epoch: int) -> ImageFeatures:
-        """Return the weak and crop features of a batch, without gradient."""
+        """Return the weak and crop features of a batch, without gradient. Kept ones must be kept for the batch."""
 
     def whole_images(self, epoch: int) -> Tensor:
-        """Return the weak features of all images, (n, D): the kept ones, or else encoded now."""
+        """Return the weak features of the n images that features are kept of, (n, D), or else of all, encoded now."""
 
     def strong_features(self, epoch: int, batches: Sequence[Tensor]) -> Iterator[Tensor]:
         """Yield the features (B, D) of the strong views of each batch, with gradient where the encoder learns."""
@@ -55,11 +70,21 @@ class ImageSource(Protocol):
 class EncodingPlan:
     """How the images of a run are encoded, and for how long their label features are kept."""
 
-    refresh: int  # epochs that weak and crop features are kept for; 0: they are encoded at every step
+    refresh: int  # rounds that weak and crop features are kept for; 0: they are encoded at every step
     crops: bool  # whether the method needs crop features
+    frozen: bool = False  # whether the encoder does not learn, so that features do not grow old
     workers: int = 0  # processes that make views; 0: one thread
     weakly: Gaze | None = None  # prompts and pooling for weak views; None: the tower alone
     strongly: Gaze | None = None  # prompts and pooling for strong views; None: the tower alone
+
+
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """Features of all n images that a run has encoded anyway, memory-mapped."""
+
+    start: ImageFeatures  # by the encoder before it learned
+    final: ImageFeatures  # by the encoder as it is in the end, with the crops that predictions look at
+    blanks: Sequence[Blank | None]  # (n,)
 
 
 class FeatureBank:
@@ -89,44 +114,89 @@ class FeatureBank:
         self.cut_late = backbone.device.type == "cuda"  # a GPU cuts crops in next to no time
         self.bank: dict[str, Tensor] = {}  # "weak" (n, D) and "crops" (n, N, D), memory-mapped
         self.bank_file = ""  # the name of the file that ``bank`` is mapped from
+        self.banked: Tensor | None = None  # (n,) positions of the images in ``bank``, ascending; None: all images
+        self._start_key = self._fingerprint(0, range(len(images)))  # the encoder has not learned yet
 
-    def start_epoch(self, epoch: int) -> bool:
+    def start_epoch(self, epoch: int, images: Tensor | None = None) -> bool:
         """Run a label pass every ``refresh`` epochs, or if no features are kept yet. Returns whether it ran."""
         due = self.plan.refresh > 0 and (not self.bank or epoch % self.plan.refresh == 0)
         if due:
-            self.label_pass(epoch)
+            self.label_pass(epoch, images)
         return due
 
-    def renew(self, epoch: int) -> bool:
-        """Run a label pass if the plan keeps features. Returns whether it does."""
-        if self.plan.refresh:
-            self.label_pass(epoch)
-        return self.plan.refresh > 0
+    def renew(self, epoch: int, images: Tensor | None = None) -> bool:
+        """Run a label pass if the plan keeps features that grow old. Returns whether it does."""
+        grows_old = self.plan.refresh > 0 and not self.plan.frozen
+        if grows_old:
+            self.label_pass(epoch, images, last=True)
+        return grows_old
 
-    def label_pass(self, epoch: int) -> None:
-        """Encode the weak view and the crops of every image with the backbone as it is now, and keep the features.
+    def label_pass(self, epoch: int, images: Tensor | None = None, *, last: bool = False) -> None:
+        """Encode weak view and crops of these images, all if None, with the backbone as it is now; keep the features.
 
-        Raises OutputError or StoppedError.
+        The ``last`` pass of a run cuts the crops that predictions look at, and notes which images are blank. What an
+        earlier process has encoded of the same pass, and was killed or stopped, is not encoded again. Raises
+        OutputError or StoppedError.
         """
-        name = f"features-{epoch:04d}.safetensors"
-        count = len(self.images)
-        with self.progress.stage("label pass", count) as stage:
-            parts = (
-                {"weak": part.weak, "crops": part.crops}
-                for part in self._encode(range(count), epoch, crops=self.plan.crops)
-            )
-            self.bank = keep(self.folder / name, count, parts, self.ranks, self.progress.between(stage, self.ranks))
-        self.bank_file = name
-        files = sorted(self.folder.glob("features-*.safetensors"), key=lambda path: int(path.stem.partition("-")[2]))
-        # The last two checkpoints need the last two files at most.
-        for old in files[:-2] if self.ranks.first else ():
-            with suppress(OSError):  # a file too many does no harm
-                old.unlink()
+        name = _name_of_pass(epoch)
+        positions = range(len(self.images)) if images is None else images.tolist()
+        key = self._fingerprint(epoch, positions)
+        drawn = PREDICTION_EPOCH if last else epoch
+        with self.progress.stage("label pass", len(positions)) as stage:
 
-    def take_up(self, name: str) -> None:
-        """Use the features that an earlier process kept in the file ``name``. Raises ModelError if it is not valid."""
+            def parts(done: int) -> Iterator[dict[str, Tensor]]:
+                if done:
+                    stage.advance(done)
+                yield from self._encode(positions[done:], drawn, crops=self.plan.crops, blanks=last)
+
+            after_part = self.progress.between(stage, self.ranks)
+            self.bank = keep(self.folder / name, len(positions), parts, self.ranks, after_part, key=key)
+        self.bank_file, self.banked = name, images
+        files = sorted(self.folder.glob("features-*.safetensors"), key=lambda path: int(path.stem.partition("-")[2]))
+        # The last two checkpoints need the last two files at most; that of the start is for the end of the run.
+        for old in files[:-2] if self.ranks.first else ():
+            if old.name != _name_of_pass(0):
+                forget(old)
+
+    def seen(self, rounds: int) -> "Seen | None":
+        """The features of all images by the start and by the encoder as it is now, after ``rounds`` rounds.
+
+        None where the first or the last label pass was none over all images by these, or is no longer there.
+        """
+        keys = {0: self._start_key, rounds: self._fingerprint(rounds, range(len(self.images)))}
+        first, last = (
+            finished_memmap(self.folder / _name_of_pass(epoch), self.ranks.texts(key)[0]) or {}
+            for epoch, key in keys.items()
+        )
+        # Every rank has to answer alike, as they would encode together what is not there.
+        if self.ranks.any(not first or "blank" not in last):
+            return None
+        return Seen(
+            start=ImageFeatures(weak=first["weak"], crops=first["crops"]),
+            final=ImageFeatures(weak=last["weak"], crops=last["crops"]),
+            blanks=[_BLANKS[int(number)] for number in last["blank"]],
+        )
+
+    def _fingerprint(self, epoch: int, positions: Sequence[int]) -> str:
+        """What the features of a label pass depend on, as a checksum: images, views, and the encoder as it is now."""
+        backbone, paths = self.backbone, getattr(self.images, "paths", ())
+        told = [backbone.identifier, backbone.precision, str(backbone.device), repr(self.plan.weakly), self.plan.crops]
+        told += [self.views.seed, self.views.size, repr(self.views.settings), len(self.images), epoch]
+        digest = hashlib.sha256(json.dumps(told).encode())
+        digest.update(np.array(positions, dtype=np.int64).tobytes())
+        for position in positions if paths else ():
+            digest.update(display_path(paths[position]).encode() + b"\n")
+        for name, parameter in sorted(backbone.norm_parameters().items()):
+            digest.update(name.encode() + parameter.detach().float().cpu().numpy().tobytes())
+        return digest.hexdigest()
+
+    def take_up(self, name: str, images: Tensor | None = None) -> None:
+        """Use the features of ``images`` (None: of all) that an earlier process kept in the file ``name``.
+
+        Raises ModelError if it is not valid.
+        """
         try:
-            self.bank, self.bank_file = read_memmap(self.folder / name), name
+            self.bank, self.bank_file, self.banked = read_memmap(self.folder / name), name, images
         except (OSError, ValueError, KeyError) as error:
             raise ModelError(
                 f"{self.folder / name}, which the checkpoint beside it needs, cannot be read: {error}. "
@@ -136,29 +206,31 @@ class FeatureBank:
     def label_features(self, batch: Tensor, epoch: int) -> ImageFeatures:
         """Return the weak and crop features of a batch: the kept ones, or else encoded now, without gradient."""
         if self.bank:
-            return ImageFeatures(weak=self._on_device("weak", batch), crops=self._on_device("crops", batch))
+            rows = batch if self.banked is None else torch.searchsorted(self.banked, batch)
+            return ImageFeatures(weak=self._rows("weak", rows), crops=self._rows("crops", rows))
         parts = list(self._encode(batch.tolist(), epoch, crops=self.plan.crops))
         return ImageFeatures(
-            weak=torch.cat([part.weak for part in parts]), crops=torch.cat([part.crops for part in parts])
+            weak=torch.cat([part["weak"] for part in parts]), crops=torch.cat([part["crops"] for part in parts])
         )
 
     def whole_images(self, epoch: int) -> Tensor:
-        """Return the weak features of all images, (n, D): the kept ones, or else encoded now."""
+        """Return the kept weak features, (n, D), or where none are kept those of all images, encoded now."""
         if self.bank:
-            return self._on_device("weak", torch.arange(len(self.images)))
+            return self._rows("weak", torch.arange(len(self.bank["weak"])))
         parts = []
         with self.progress.stage("encoding all images", len(self.images)) as stage:
             after_part = self.progress.between(stage, self.ranks)
             for part in self._encode(range(len(self.images)), epoch, crops=False):
-                parts.append(part.weak)
-                after_part(len(part.weak))
+                parts.append(part["weak"])
+                after_part(len(part["weak"]))
         return torch.cat(parts)
 
-    def _on_device(self, name: str, batch: Tensor) -> Tensor:
-        rows = self.bank[name][batch]
+    def _rows(self, name: str, rows: Tensor) -> Tensor:
+        """These rows of the bank, on the backbone's device."""
+        found = self.bank[name][rows]
         if self.backbone.device.type == "cuda":
-            rows = rows.pin_memory()  # only copies from pinned memory can run in the background
-        return rows.to(self.backbone.device, non_blocking=True)
+            found = found.pin_memory()  # only copies from pinned memory can run in the background
+        return found.to(self.backbone.device, non_blocking=True)
 
     def strong_features(self, epoch: int, batches: Sequence[Tensor]) -> Iterator[Tensor]:
         """Yield the features (B, D) of the strong views of each batch, with gradient where the encoder learns."""
@@ -174,8 +246,13 @@ class FeatureBank:
     def _prefetch(self, work: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]:
         return prefetch(work, items, workers=self.plan.workers, pinned=self.backbone.device.type == "cuda")
 
-    def _encode(self, indices: Sequence[int], epoch: int, *, crops: bool) -> Iterator[ImageFeatures]:
+    def _encode(
+        self, indices: Sequence[int], epoch: int, *, crops: bool, blanks: bool = False
+    ) -> Iterator[dict[str, Tensor]]:
         """Encode the weak views and, with ``crops``, the crops of these images, one part after the other.
+
+        A part has "weak" (B, D) and "crops" (B, N, D) or (B, 0, D), and with ``blanks`` "blank" (B,): numbers in
+        ``_BLANKS``.
 
         Only the views of the current part and of the next one are in memory. Each rank encodes whole chunks, the same
         as a single process would, so the features do not depend on the number of ranks.
@@ -192,7 +269,11 @@ class FeatureBank:
             crop_features = self.backbone.embed(pixels) if crops else weak.new_zeros(0, weak.shape[1])
             crop_features = crop_features.reshape(len(weak), -1, weak.shape[1])
             sizes = [len(chunk) for chunk in round_chunks] + [0] * (count - len(round_chunks))
-            yield ImageFeatures(weak=self.ranks.gather(weak, sizes), crops=self.ranks.gather(crop_features, sizes))
+            part = {"weak": weak, "crops": crop_features}
+            if blanks:
+                numbers = [float(_BLANKS.index(blank_of(view))) for view in weak_views]
+                part["blank"] = torch.tensor(numbers, device=weak.device)
+            yield {name: self.ranks.gather(value, sizes) for name, value in part.items()}
 
     def _cut(self, uncut: "list[Uncut]") -> Tensor:
         """The crops of these images, cut on the backbone's device: (B * N, 3, S, S)."""
@@ -235,10 +316,15 @@ class _LabelViews:
             return weak, weak[:0]
         if self.cut_late:
             return weak, [(torch.from_numpy(pixels).permute(2, 0, 1), self._boxes(i, pixels)) for i, pixels in decoded]
-        return weak, torch.cat([self.views.crops(pixels, epoch=self.epoch, image=i) for i, pixels in decoded])
+        cut = [self.views.crops(pixels, epoch=self.epoch, image=self._drawn_as(i)) for i, pixels in decoded]
+        return weak, torch.cat(cut)
 
     def _boxes(self, image: int, pixels: Pixels) -> list[Box]:
-        return self.views.crop_boxes(*pixels.shape[:2], epoch=self.epoch, image=image)
+        return self.views.crop_boxes(*pixels.shape[:2], epoch=self.epoch, image=self._drawn_as(image))
+
+    def _drawn_as(self, image: int) -> int:
+        """The image that the crops of this one are drawn for."""
+        return PREDICTED_AS if self.epoch == PREDICTION_EPOCH else image
 
 
 class FrozenBank:
@@ -256,19 +342,20 @@ class FrozenBank:
         # Checkpoints do not name this file: a resumed run encodes the strong views again, and gets the same features.
         path, count = images.folder / "strong.safetensors", len(positions) * strong_views
         with images.progress.stage("strong views", count) as stage, torch.no_grad():
-            parts = (
-                {"strong": features}
-                for epoch in range(strong_views)
-                for features in images.strong_features(epoch, torch.split(positions, RENDER_CHUNK))
-            )
+
+            def parts(done: int) -> Iterator[dict[str, Tensor]]:
+                for epoch in range(strong_views):
+                    for features in images.strong_features(epoch, torch.split(positions, RENDER_CHUNK)):
+                        yield {"strong": features}
+
             strong = keep(path, count, parts, images.ranks, images.progress.between(stage, images.ranks))["strong"]
         self.strong = strong.reshape(strong_views, len(positions), -1)  # memory-mapped
 
-    def start_epoch(self, epoch: int) -> bool:
+    def start_epoch(self, epoch: int, images: Tensor | None = None) -> bool:
         """Return whether this is the first epoch, whose label features were encoded before it."""
         return epoch == 0
 
-    def renew(self, epoch: int) -> bool:
+    def renew(self, epoch: int, images: Tensor | None = None) -> bool:
         """Return False: a frozen encoder would give the same features again."""
         return False
 
@@ -287,27 +374,46 @@ class FrozenBank:
 
 
 def keep(
-    path: Path, rows: int, parts: Iterator[Mapping[str, Tensor]], ranks: Ranks, after_part: Callable[[int], None]
+    path: Path,
+    rows: int,
+    parts: Callable[[int], Iterator[Mapping[str, Tensor]]],
+    ranks: Ranks,
+    after_part: Callable[[int], None],
+    *,
+    key: str = "",
 ) -> dict[str, Tensor]:
     """Write tensors of ``rows`` rows, which come part by part, into one file, and return them memory-mapped by name.
 
+    ``parts`` gives the parts from a row on: from the first, or, where a process that was to write the same file with
+    the same ``key`` has ended before it was complete, from the first that is not there. Without a key all are written.
     Every rank passes the same parts. The first rank writes the file, and the others map it. ``after_part`` is called
     with the number of rows of each part. Raises OutputError if the file cannot be written, or if another rank's machine
     cannot read it, and ValueError if the parts do not add up to ``rows``.
     """
-    file: MemmapTensors | None = None
-    done = 0
-    for part in parts:
-        size = len(next(iter(part.values())))
-        if ranks.first:
-            if file is None:
-                file = MemmapTensors(path, {name: (rows, *value.shape[1:]) for name, value in part.items()})
-            for name, value in part.items():
-                file.tensors[name][done : done + size] = value
-        done += size
-        after_part(size)
+    file = MemmapTensors.resumed(path, key) if key and ranks.first else None
+    done = int(ranks.texts(str(file.done if file else 0))[0])
+    marked = time.monotonic()
+    try:
+        for part in parts(done):
+            size = len(next(iter(part.values())))
+            if ranks.first:
+                if file is None:
+                    file = MemmapTensors(path, {name: (rows, *value.shape[1:]) for name, value in part.items()})
+                for name, value in part.items():
+                    file.tensors[name][done : done + size] = value
+            done += size
+            if file and key and time.monotonic() - marked > MARK_SECONDS:
+                file.mark(done, key)
+                marked = time.monotonic()
+            after_part(size)
+    except StoppedError:
+        if file and key:
+            file.mark(done, key)
+        raise
     if done != rows:
         raise ValueError(f"{done} rows came, {rows} were announced")
+    if file and key:
+        file.mark(done, key)
     tensors = file.finish() if file else {}
     ranks.wait()  # until the file is complete
     if ranks.first:

@@ -24,14 +24,15 @@ from finealign.method.few_labels import with_known
 from finealign.runtime.devices import choose_workers
 from finealign.runtime.distributed import Ranks
 from finealign.runtime.progress import Progress
-from finealign.training.features import EncodingPlan, FeatureBank, FrozenBank, ImageSource
-from finealign.training.outset import Stock, take_stock
+from finealign.training.features import EncodingPlan, FeatureBank, FrozenBank, ImageSource, Seen
+from finealign.training.outset import Stock, take_stock, tell_strangers
+from finealign.training.schedule import Schedule, schedule_of
 from finealign.training.state import EpochRecord, State, begin
 from finealign.types import ImageFeatures, Loss, PseudoLabels
 
-# Numbers that, with (seed, epoch), seed two random generators: one shuffles an epoch, one draws for the steps of the
-# anchors alone. Those of the views are in images/views.py.
-_ORDER, _SETTLING = 2, 3
+# With (seed, epoch), seeds the generator that draws for the steps of the anchors alone. The one that shuffles an epoch
+# is in ``schedule``, those of the views are in images/views.py.
+_SETTLING = 3
 MOST_WHOLE = 0.5  # odds at most of the whole image in place of a crop in the steps of the anchors alone
 # Steps between two checks for values that are not finite and for a request to stop. A check makes a GPU wait; on a CPU
 # it costs nothing.
@@ -59,6 +60,7 @@ def adapt(
     on_epoch: Callable[[EpochRecord], None] = lambda record: None,
     on_stock: Callable[[Stock], dict[str, Any]] | None = None,
     on_resume: Callable[[dict[str, Any]], None] = lambda outset: None,
+    on_seen: Callable[[Seen], None] = lambda seen: None,
     name_of: Callable[[int], str] = lambda image: f"number {image}",
     ranks: Ranks | None = None,
 ) -> list[EpochRecord]:
@@ -69,40 +71,43 @@ def adapt(
     ``checkpoints`` is a folder. Training continues from the last valid checkpoint in it, and writes one after each
     epoch, every ``training.checkpoint_minutes``, and when it is asked to stop. ``on_epoch`` is called with the record
     of each epoch as the epoch ends, ``on_stock`` with what is seen of the images before the first step: what it
-    returns is kept in checkpoints, and ``on_resume`` is called with it by a run that continues. ``name_of`` gives the
-    name of an image from its position. ``ranks`` share the encoding, and all get the same result. A method that does
-    not train only processes the features of all images, in ``survey``, and no record is returned.
+    returns is kept in checkpoints, and ``on_resume`` is called with it by a run that continues. ``on_seen`` is called
+    at the end with the features of these images that the run has encoded and that predictions can be made from, if it
+    has. ``name_of`` gives the name of an image from its position. ``ranks`` share the encoding, and all get the same
+    result. A method that does not train only processes the features of all images, in ``survey``, and no record is
+    returned.
 
     Raises StoppedError when asked to stop, and NotFiniteError, which names the images of the batch, if the loss or a
     parameter is no longer finite; the last checkpoint before it is kept. Raises ValueError if the configuration is not
     resolved.
     """
     backbone, method, config = learner.backbone, learner.method, learner.config
-    epochs = config.training.epochs
-    if epochs == "auto":
-        raise ValueError("adapt() needs a resolved configuration")
+    schedule = schedule_of(config, len(images))
     ranks = ranks or Ranks()
     with _folder_of_all(checkpoints, ranks) as folder:
-        plan = _encoding_plan(learner)
+        plan = _encoding_plan(learner, schedule)
         source = FeatureBank(images, learner.views, backbone, plan, folder=folder, progress=progress, ranks=ranks)
         if not method.trains:
             _survey(method, source.whole_images(0), known)
             return []
         state = begin(backbone, method, config, images=len(images), known=known, ranks=ranks)
         if checkpoints:
-            state.restore(checkpoints, source)
+            state.restore(checkpoints, source, schedule)
             if state.outset:
                 on_resume(state.outset)
-        frozen = config.training.encoder == "frozen" and state.epoch < epochs
-        encoded = FrozenBank(source, strong_views=config.training.strong_views) if frozen else source
-        keeper = _Keeper(state, source, checkpoints, progress, config)
+        # In a single epoch of blocks no view is needed twice.
+        kept = plan.frozen and schedule.blocks == 1 and state.epoch < schedule.rounds
+        strong_views = min(config.training.strong_views, schedule.epochs)  # an epoch looks at one of each image
+        encoded = FrozenBank(source, strong_views=strong_views) if kept else source
+        keeper = _Keeper(state, source, checkpoints, progress, schedule, config.training.checkpoint_minutes)
         records = []
         for record in run_epochs(
             state,
             encoded,
             config,
-            range(state.epoch, epochs),
+            range(state.epoch, schedule.rounds),
             progress,
+            schedule=schedule,
             after_step=keeper.after_step,
             before_last_pass=keeper.save,
             on_stock=on_stock,
@@ -111,6 +116,10 @@ def adapt(
             records.append(record)
             on_epoch(record)
             keeper.save(record)
+        # The start looks at whole images alone, and a method with prompts of its own at other ones than label passes.
+        seen = None if plan.weakly or plan.strongly else source.seen(schedule.rounds)
+        if seen:
+            on_seen(seen)
         ranks.wait()  # before the first rank deletes a temporary folder that the others still read
         return records
 
@@ -126,14 +135,15 @@ def _folder_of_all(checkpoints: Path | None, ranks: Ranks) -> Iterator[Path]:
         yield Path(ranks.texts(temporary)[0])
 
 
-def _encoding_plan(learner: Learner) -> EncodingPlan:
+def _encoding_plan(learner: Learner, schedule: Schedule) -> EncodingPlan:
     method, config = learner.method, learner.config
     refresh = config.views.refresh_epochs
     if refresh == "auto":
         raise ValueError("adapt() needs a resolved configuration")
     return EncodingPlan(
-        refresh=refresh,
+        refresh=math.ceil(refresh) if schedule.blocks == 1 else 1,
         crops=method.uses_crops,
+        frozen=config.training.encoder == "frozen",
         workers=choose_workers(config.data.workers, learner.backbone.device),
         weakly=method.weak_gaze,
         strongly=method.gaze,
@@ -144,10 +154,16 @@ class _Keeper:
     """Writes checkpoints: when told to, every ``checkpoint_minutes``, and when the run is asked to stop."""
 
     def __init__(
-        self, state: State, source: FeatureBank, folder: Path | None, progress: Progress, config: Config
+        self,
+        state: State,
+        source: FeatureBank,
+        folder: Path | None,
+        progress: Progress,
+        schedule: Schedule,
+        minutes: float,
     ) -> None:
         self.state, self.source, self.folder, self.progress = state, source, folder, progress
-        self.config = config
+        self.schedule, self.minutes = schedule, minutes
         self.saved = time.monotonic()
 
     def save(self, record: EpochRecord | None = None) -> None:
@@ -158,12 +174,13 @@ class _Keeper:
 
     def after_step(self) -> None:
         """Save if it is time to, or if any rank was asked to stop; then raises StoppedError, on all ranks."""
-        training, state = self.config.training, self.state
+        state = self.state
         stopping = state.ranks.any(self.progress.asked_to_stop)
-        if stopping or time.monotonic() - self.saved > 60 * training.checkpoint_minutes:
+        if stopping or time.monotonic() - self.saved > 60 * self.minutes:
             self.save()
         if stopping:
-            raise StoppedError(f"Stopped after step {state.step} of epoch {state.epoch + 1} of {training.epochs}.")
+            place = f"{self.schedule.word} {state.epoch + 1} of {self.schedule.rounds}"
+            raise StoppedError(f"Stopped after step {state.step} of {place}.")
 
 
 def run_epochs(
@@ -173,6 +190,7 @@ def run_epochs(
     epochs: range,
     progress: Progress,
     *,
+    schedule: Schedule | None = None,
     after_step: Callable[[], None] = lambda: None,
     before_last_pass: Callable[[], None] = lambda: None,
     on_stock: Callable[[Stock], dict[str, Any]] | None = None,
@@ -180,30 +198,29 @@ def run_epochs(
 ) -> Iterator[EpochRecord]:
     """Run these epochs and yield the record of each as it ends. ``state`` changes in place.
 
-    The learning rates follow a schedule over ``epochs.stop`` epochs. The first of them may have begun earlier:
-    ``state.step`` of its steps are done. ``after_step`` is called after a check that all values are finite, which on a
-    GPU is not after every step. ``before_last_pass`` is called after the last step, before the last label pass and the
-    anchors' last steps. ``on_stock`` is passed to ``take_stock``. ``name_of`` gives the name of an image from its
-    position. Raises NotFiniteError.
+    Epochs are the rounds of the ``schedule``, by default of ``epochs.stop`` epochs without blocks. The first of them
+    may have begun earlier: ``state.step`` of its steps are done. ``after_step`` is called after a check that all values
+    are finite, which on a GPU is not after every step. ``before_last_pass`` is called after the last step, before the
+    last label pass and the anchors' last steps. ``on_stock`` is passed to ``take_stock``. ``name_of`` gives the name of
+    an image from its position. Raises NotFiniteError.
     """
     training, images = config.training, len(state.labels)
-    batches_an_epoch = math.ceil(images / training.batch_size)
+    schedule = schedule or Schedule(images, epochs.stop, training.batch_size, config.seed)
 
     def set_rates(epoch: int, step: int) -> float:
-        share_done = (epoch * batches_an_epoch + step) / (epochs.stop * batches_an_epoch)
-        _set_learning_rates(state.optimizer, share_done, final=training.final_learning_rate)
+        _set_learning_rates(state.optimizer, schedule.share_done(epoch, step), final=training.final_learning_rate)
         return float(state.optimizer.param_groups[0]["lr"])
 
-    with progress.stage("adapting", len(epochs) * images) as stage:
+    with progress.stage("adapting", sum(map(schedule.images_in, epochs))) as stage:
         for epoch in epochs:
             began = time.perf_counter()
             state.ranks.follow(state.tensors().values())  # rounding may have made the ranks differ
             if not state.step:
-                _refresh_labels(state, source, config, epoch, name_of, on_stock)
-            batches = _batches(images, batches_an_epoch, seed=config.seed, epoch=epoch)
+                _refresh_labels(state, source, config, schedule, name_of, on_stock)
+            batches = schedule.batches(epoch)
             images_left = sum(map(len, batches[state.step :]))
             if state.step:
-                stage.advance(images - images_left)
+                stage.advance(schedule.images_in(epoch) - images_left)
             for batch in _steps(state, source, batches, partial(set_rates, epoch)):
                 stage.advance(len(batch))
                 unchecked = _due(state, len(batches))
@@ -215,10 +232,12 @@ def run_epochs(
             last = epoch + 1 == epochs.stop and training.last_label_pass and _settles(state.method, config)
             if last:
                 before_last_pass()
-            if last and source.renew(epoch + 1):
-                settle_anchors(state, source, config, epoch + 1, name_of=name_of)
+            labelled = schedule.labelled(epoch + 1)
+            if last and source.renew(epoch + 1, labelled):
+                settle_anchors(state, source, config, epoch + 1, images=labelled, name_of=name_of)
             record = state.finish_epoch(rate, images_left, began)
-            stage.note(f"epoch {epoch + 1}/{epochs.stop} loss {record.loss:.3f} changed {record.changed:.1%}")
+            told = f"loss {record.loss:.3f} changed {record.changed:.1%}"
+            stage.note(f"{schedule.word} {epoch + 1}/{epochs.stop} {told}")
             yield record
 
 
@@ -226,21 +245,25 @@ def _refresh_labels(
     state: State,
     source: ImageSource,
     config: Config,
-    epoch: int,
+    schedule: Schedule,
     name_of: Callable[[int], str],
     on_stock: Callable[[Stock], dict[str, Any]] | None,
 ) -> None:
     """Before the first step of an epoch: encode label features anew if due, call ``survey``, settle the anchors.
 
-    Before the first epoch also ``take_stock``.
+    Before the first epoch also ``take_stock``, before others ``tell_strangers`` if stock was not taken of their images.
     """
-    fresh = source.start_epoch(epoch)
+    epoch = state.epoch
+    images = schedule.labelled(epoch)
+    fresh = source.start_epoch(epoch, images)
     if not epoch:
-        take_stock(state, source, config, on_stock=on_stock)
+        take_stock(state, source, config, images=images, on_stock=on_stock)
+    elif images is not None and schedule.labelled(0) is not None:
+        tell_strangers(state, source, config, images)
     if state.method.surveys:
         _survey(state.method, source.whole_images(epoch), state.known)
     if fresh:
-        settle_anchors(state, source, config, epoch, name_of=name_of)
+        settle_anchors(state, source, config, epoch, images=images, name_of=name_of)
 
 
 def _survey(method: Method, weak: Tensor, known: Tensor | None) -> None:
@@ -277,9 +300,12 @@ def settle_anchors(
     config: Config,
     epoch: int,
     *,
+    images: Tensor | None = None,
     name_of: Callable[[int], str] = lambda image: f"number {image}",
 ) -> None:
     """Train the anchors alone, on kept crop features. No image is encoded, so this costs next to nothing.
+
+    ``images`` (n,) are the positions of those to take, of which features are kept; None for all.
 
     In place of an image's strong view, each step takes one of its crops, or the whole image with odds of what it counts
     for in labels, at most even ones. This is ours and not part of the paper. Does nothing if the method or the settings
@@ -288,15 +314,15 @@ def settle_anchors(
     training = config.training
     if not _settles(state.method, config) or training.anchor_steps == "auto":
         return
-    images = len(state.labels)
-    batch_count = max(1, round(images / training.anchor_batch_size))
+    images = torch.arange(len(state.labels)) if images is None else images
+    batch_count = max(1, round(len(images) / training.anchor_batch_size))
     rng = np.random.default_rng((config.seed, epoch, _SETTLING))
     odds = min(MOST_WHOLE, float(state.method.share_of_whole()))
     step_batches, losses = [], []
     for number in range(training.anchor_steps):
         if number % batch_count == 0:
-            batches = _shuffled(images, batch_count, rng)
-        batch = batches[number % batch_count]
+            batches = np.array_split(rng.permutation(len(images)), batch_count)
+        batch = images[torch.from_numpy(batches[number % batch_count])]
         features = source.label_features(batch, epoch)
         chosen = torch.from_numpy(rng.integers(features.crops.shape[1], size=len(batch))).to(features.crops.device)
         whole = torch.from_numpy(rng.random(len(batch)) < odds).to(features.crops.device)
@@ -344,12 +370,3 @@ def _set_learning_rates(optimizer: torch.optim.Optimizer, share_done: float, *, 
     """
     for group in optimizer.param_groups:
         group["lr"] = final + (group["start"] - final) * (1 + math.cos(math.pi * share_done)) / 2
-
-
-def _batches(images: int, count: int, *, seed: int, epoch: int) -> list[Tensor]:
-    """All images, shuffled into ``count`` batches whose sizes differ by at most one, so no batch is much smaller."""
-    return _shuffled(images, count, np.random.default_rng((seed, epoch, _ORDER)))
-
-
-def _shuffled(images: int, count: int, rng: np.random.Generator) -> list[Tensor]:
-    return [torch.from_numpy(part) for part in np.array_split(rng.permutation(images), count)]

@@ -40,9 +40,16 @@ class Stock:
 
 @torch.no_grad()
 def take_stock(
-    state: State, source: ImageSource, config: Config, *, on_stock: Callable[[Stock], dict[str, Any]] | None = None
+    state: State,
+    source: ImageSource,
+    config: Config,
+    *,
+    images: Tensor | None = None,
+    on_stock: Callable[[Stock], dict[str, Any]] | None = None,
 ) -> None:
     """Set how far images belong to the classes, the share that each class is expected to have, and the trust in crops.
+
+    ``images`` (n,) are the positions of those to look at, which stand for all; None for all.
 
     ``training.strangers`` off lets all images belong. Of a ``SelfTrainingMethod``, the estimated shares become the
     class prior where ``method.class_prior`` is auto, and the share of the whole image in the score is decided where
@@ -59,25 +66,25 @@ def take_stock(
     needed = estimates or trusts or state.known is not None
     if not needed and config.training.strangers == "off" and on_stock is None:
         return
-    weak, mean_crops = _features(source, len(state.labels))
+    images = torch.arange(len(state.labels)) if images is None else images
+    weak, mean_crops = _features(source, images, 0)
     anchors = normalize(method.classifier().mean(1), dim=1).to(weak.device)
     if config.training.strangers == "auto":
         doubts = p_none(fit(weak, mean_crops, anchors), weak, mean_crops)
-        state.belonging = (1 - doubts).clamp_min(LEAST_BELONGING).cpu()
-    if state.known is not None:
-        state.belonging = belonging_as_known(state.belonging, state.known, LEAST_BELONGING)
+        state.belonging[images] = (1 - doubts).clamp_min(LEAST_BELONGING).cpu()
+    known = None if state.known is None else state.known[images]
+    if known is not None:
+        state.belonging[images] = belonging_as_known(state.belonging[images], known, LEAST_BELONGING)
     groups = copies(weak.float().cpu().numpy())
-    counts = state.belonging / torch.from_numpy(np.bincount(groups)[groups])
-    shares = estimated_shares(
-        weak, mean_crops, anchors, logit_scale=method.logit_scale, weights=counts, known=state.known
-    )
+    counts = state.belonging[images] / torch.from_numpy(np.bincount(groups)[groups])
+    shares = estimated_shares(weak, mean_crops, anchors, logit_scale=method.logit_scale, weights=counts, known=known)
     if learner and estimates:
         learner.expect(even_or(shares, float(counts.sum())).to(learner.class_prior), estimated=True)
     explained = {} if mean_crops is None else explained_by_share(weak, mean_crops, anchors, weights=counts)
     if learner and trusts and explained:
         learner.trust_whole(chosen_share(explained, float(counts.sum())))
-    if learner and state.known is not None:
-        begin_at_labels(learner, weak, mean_crops, state.known)
+    if learner and known is not None:
+        begin_at_labels(learner, weak, mean_crops, known)
     state.ranks.follow([state.belonging, *state.tensors().values()])  # rounding may have made the ranks differ
     if on_stock is not None:
         probabilities = method.probabilities(weak @ anchors.T)
@@ -96,9 +103,26 @@ def begin_at_labels(method: SelfTrainingMethod, weak: Tensor, mean_crops: Tensor
     method.begin_at(begun)
 
 
-def _features(source: ImageSource, images: int) -> tuple[Tensor, Tensor | None]:
-    """The weak features of all images (n, D), and the mean of each image's crops (n, D); None without crops."""
-    parts = [source.label_features(chunk, 0) for chunk in torch.split(torch.arange(images), CHUNK)]
+@torch.no_grad()
+def tell_strangers(state: State, source: ImageSource, config: Config, images: Tensor) -> None:
+    """Set how far these further images belong to the classes: (n,) positions, of which features are kept.
+
+    Does what ``take_stock`` did for the first ones, by the encoder and the classifier as they are now.
+    """
+    method = state.method
+    if method.has_classifier and config.training.strangers == "auto":
+        weak, mean_crops = _features(source, images, state.epoch)
+        anchors = normalize(method.classifier().mean(1), dim=1).to(weak.device)
+        doubts = p_none(fit(weak, mean_crops, anchors), weak, mean_crops)
+        state.belonging[images] = (1 - doubts).clamp_min(LEAST_BELONGING).cpu()
+    if state.known is not None:
+        state.belonging[images] = belonging_as_known(state.belonging[images], state.known[images], LEAST_BELONGING)
+    state.ranks.follow([state.belonging])
+
+
+def _features(source: ImageSource, images: Tensor, epoch: int) -> tuple[Tensor, Tensor | None]:
+    """The weak features of these images (n, D), and the mean of each one's crops (n, D); None without crops."""
+    parts = [source.label_features(chunk, epoch) for chunk in torch.split(images, CHUNK)]
     weak = torch.cat([part.weak for part in parts])
     if not parts[0].crops.shape[1]:
         return weak, None

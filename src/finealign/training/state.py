@@ -18,6 +18,7 @@ from finealign.runtime.atomic import require_folder
 from finealign.runtime.distributed import Ranks
 from finealign.training.checkpoints import Checkpoint, read_last_checkpoint, write_checkpoint
 from finealign.training.features import FeatureBank
+from finealign.training.schedule import Schedule
 from finealign.types import Loss, PseudoLabels
 
 NAMES_SHOWN = 8  # images of a batch that an error message names
@@ -25,14 +26,14 @@ NAMES_SHOWN = 8  # images of a batch that an error message names
 
 @dataclass(frozen=True)
 class EpochRecord:
-    """Measurements of one epoch, made without ground truth."""
+    """Measurements of one epoch, or of one block of it (see ``Schedule``), made without ground truth."""
 
     epoch: int  # counted from 1
     loss: float
     parts: dict[str, float]  # the named parts of the loss
     mean_weight: float  # mean self-training weight
-    changed: float  # share of pseudo-labels that differ from those of the epoch before; 1 in the first epoch
-    class_share: list[float]  # share of images labelled as each class
+    changed: float  # share of pseudo-labels that differ from the image's one before; 1 where none had one, as at first
+    class_share: list[float]  # share of its images labelled as each class
     learning_rate: float  # at the end: of the normalisation parameters, or of the anchors if those alone learn
     seconds: float  # duration; for an epoch that was stopped and resumed, the time since it was resumed
     images_per_second: float
@@ -82,7 +83,7 @@ class State:
     norms: dict[str, nn.Parameter]  # the backbone's parameters that learn, by name
     method: Method
     optimizer: torch.optim.AdamW
-    labels: Tensor  # (images,) int64, the pseudo-labels of the epoch before; -1 before the first epoch
+    labels: Tensor  # (images,) int64, the last pseudo-labels of finished epochs; -1 for an image that has had none
     meter: "EpochMeter"  # of the current epoch
     ranks: Ranks
     belonging: Tensor  # (images,) in (0, 1], how far each image belongs to the classes; 1 before ``take_stock``
@@ -141,9 +142,10 @@ class State:
         ``learning_rate`` is the one to record, ``images`` the number of images processed since ``began``, a value of
         ``time.perf_counter``.
         """
-        labels = self.meter.labels()
-        record = self.meter.record(self.epoch + 1, labels, self.labels, learning_rate, images, began)
-        self.labels, self.epoch, self.step = labels, self.epoch + 1, 0
+        order, found = torch.cat(self.meter.batches), torch.cat(self.meter.found).cpu()
+        record = self.meter.record(self.epoch + 1, found, self.labels[order], learning_rate, images, began)
+        self.labels = self.labels.scatter(0, order, found)
+        self.epoch, self.step = self.epoch + 1, 0
         self.meter = EpochMeter(classes=self.method.num_classes)
         return record
 
@@ -160,7 +162,7 @@ class State:
         }
         write_checkpoint(folder, Checkpoint(self.epoch, tensors, values, step=self.step))
 
-    def restore(self, folder: Path, source: FeatureBank) -> None:
+    def restore(self, folder: Path, source: FeatureBank, schedule: Schedule) -> None:
         """Continue from the last checkpoint in the folder, if there is one. Raises ModelError if none is valid."""
         checkpoint = read_last_checkpoint(folder)
         if checkpoint is None:
@@ -186,7 +188,7 @@ class State:
         # Where a label pass is due at once, the kept features are not needed.
         pass_due = not checkpoint.step and source.plan.refresh and checkpoint.epoch % source.plan.refresh == 0
         if checkpoint.values.get("features") and not pass_due:
-            source.take_up(checkpoint.values["features"])
+            source.take_up(checkpoint.values["features"], schedule.labelled(checkpoint.epoch))
 
 
 class EpochMeter:
@@ -226,25 +228,21 @@ class EpochMeter:
             if name.startswith("parts.")
         }
 
-    def labels(self) -> Tensor:
-        """Return the pseudo-label of every image, by position: (images,) int64 on the CPU."""
-        order = torch.cat(self.batches)
-        return torch.empty_like(order).scatter_(0, order, torch.cat(self.found).cpu())
-
     def record(
         self, epoch: int, labels: Tensor, before: Tensor, learning_rate: float, images: int, began: float
     ) -> EpochRecord:
-        """Return the record of the epoch. ``labels`` and ``before`` are its labels and those of the epoch before.
+        """Return the record of the epoch. ``labels`` and ``before`` are its images' labels, and those they had before.
 
         ``images`` is the number of images processed since ``began``, a value of ``time.perf_counter``.
         """
         seconds = time.perf_counter() - began
+        labelled = before >= 0
         return EpochRecord(
             epoch=epoch,
             loss=float(torch.stack(self.losses).mean()),
             parts={name: float(torch.stack(values).mean()) for name, values in self.parts.items()},
             mean_weight=float(torch.cat(self.weights).mean()),
-            changed=float((labels != before).float().mean()),
+            changed=float((labels != before)[labelled].float().mean()) if bool(labelled.any()) else 1.0,
             class_share=(torch.bincount(labels, minlength=self.classes) / len(labels)).tolist(),
             learning_rate=learning_rate,
             seconds=seconds,
