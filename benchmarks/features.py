@@ -178,10 +178,13 @@ def configured(encoded: Encoded, settings: Settings, seed: int) -> Config:
     return resolve(make_config(values), images=len(encoded.weak), classes=encoded.texts.num_classes, input_size=1)
 
 
-def trained(encoded: Encoded, settings: Settings, seed: int, *, shares: Tensor | None = None) -> tuple[Method, int]:
+def trained(
+    encoded: Encoded, settings: Settings, seed: int, *, shares: Tensor | None = None, known: Tensor | None = None
+) -> tuple[Method, int]:
     """A method that has learned from the encoded set, and how many crops of an image it looks at.
 
-    ``shares`` (C,) is the class prior, in place of the one in the settings.
+    ``shares`` (C,) is the class prior, in place of the one in the settings. ``known`` (n,) are the known labels, as
+    ``method.few_labels`` has them.
     """
     config, strong = configured(encoded, settings, seed), settings.get("strong", STRONG_VIEW)
     crops, epochs = config.views.crops, config.training.epochs
@@ -190,9 +193,9 @@ def trained(encoded: Encoded, settings: Settings, seed: int, *, shares: Tensor |
     if shares is not None and isinstance(method, SelfTrainingMethod):
         method.expect(shares)
     if method.trains:
-        state = begin(NoBackbone(), method, config, images=len(encoded.weak))  # type: ignore[arg-type]
+        state = begin(NoBackbone(), method, config, images=len(encoded.weak), known=known)  # type: ignore[arg-type]
         for _ in run_epochs(state, EncodedSet(encoded, crops, strong, seed), config, range(epochs), Progress()):
             pass
     elif method.surveys:
-        method.survey(encoded.weak)
+        method.survey(encoded.weak) if known is None else method.survey(encoded.weak, known)
     return method.requires_grad_(False), crops

@@ -25,6 +25,7 @@ PURE_MATHS = [
     "method.alignment",
     "method.class_prior",
     "method.crop_trust",
+    "method.few_labels",
     "method.joint",
     "method.losses",
     "method.mixture",

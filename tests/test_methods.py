@@ -1025,8 +1025,12 @@ def test_methods__see_features_and_pseudo_labels_alone(name: str) -> None:
     assert made == [("texts", TextFeatures), ("logit_scale", float)]
     settings = method_options(MethodSettings(name=name))
     words = {*type(settings).model_fields, *vars(kind), *(key for key, _ in make(name).named_buffers())}
-    # Of labels that a method gives itself, and of one-hot vectors that are none of the images'.
-    for word in words - {"pseudo_label", "mean_label", "label_balance", "_label_score", "label_smoothing"}:
+    # Of labels that a method gives itself, of one-hot vectors that are none of the images', and what is done with those
+    # that a user gives for some of the images: they come in through ``survey`` and the loop, and by no other way.
+    own = {"pseudo_label", "mean_label", "label_balance", "_label_score", "label_smoothing"}
+    given = {"known_labels", "label_weight", "labelled_share"}
+    assert plain(kind.survey) == [("weak", Tensor), ("known", Tensor | None)]
+    for word in words - own - given:
         assert not any(told in word for told in ("label", "truth", "target", "supervis"))
 
 

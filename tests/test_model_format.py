@@ -15,7 +15,7 @@ from conftest import CLASSES, predictions, tiny_config, write_photos
 from finealign import FineAlign
 from finealign.errors import ModelError
 from finealign.images.listing import list_images
-from finealign.method.registry import method_names
+from finealign.method.registry import find_method, method_names
 from finealign.model.folder import read_model
 
 Tiny = Callable[[str], str]
@@ -78,7 +78,9 @@ def test_load__settings_of_training_may_be_renamed(old: Path, album: Path, secti
 def test_load__no_setting_of_training_is_read(photos: Path, tiny_backbone: Tiny, tmp_path: Path, method: str) -> None:
     """Every method can be read back from what inference needs alone: the record of training may be anything."""
     config = tiny_config(tiny_backbone("transformer"), training__epochs=1, method__name=method)
-    model = FineAlign(CLASSES, config=config).fit(photos)
+    needed = find_method(method).known_labels == "needed"
+    labels = {"red/0.png": "red", "red/1.png": "red", "blue/0.png": "blue"} if needed else None
+    model = FineAlign(CLASSES, config=config).fit(photos, labels=labels)
     model.save(tmp_path / "model")
     path = tmp_path / "model" / "finealign.json"
     manifest = json.loads(path.read_text(encoding="utf-8"))

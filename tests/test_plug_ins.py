@@ -361,7 +361,14 @@ def test_capabilities__are_what_is_overridden() -> None:
         "microclip",
         "self-training",
     }
-    assert {name for name, (_, surveys) in told.items() if surveys} == {"dpa", "stata", "transclip"}
+    assert {name for name, (_, surveys) in told.items() if surveys} == {
+        "dpa",
+        "stata",
+        "transclip",
+        "linear-probe",
+        "tip-adapter",
+        "transclip-few-shot",
+    }
     assert (Adapter.trains, Adapter.surveys, Adapter.has_classifier) == (True, False, False)
 
 

@@ -1,5 +1,6 @@
 """The classifier: ``FineAlign`` with ``fit``, ``predict``, ``predict_proba``, ``save`` and ``load``."""
 
+import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -32,6 +33,7 @@ from finealign.model.card import is_card, model_card
 from finealign.model.fitted import FittedModel, check_class_prior, check_use, inference_settings, what_learned
 from finealign.model.folder import own_norms, read_model, write_model
 from finealign.model.inference import Predictor, readable, tell_blank
+from finealign.model.known_labels import KnownLabels, Labels, check_taken, read_known_labels, told_labels
 from finealign.model.prepare import Prepared, check_settings, given_shares, prepare, with_names
 from finealign.model.refusal import DIGITS, NONE_OF_THESE, UNSURE, cutoff, least_confidence
 from finealign.review.figures import Measured, measure
@@ -85,8 +87,9 @@ class FineAlign(Estimator):
 
     After ``fit`` only, it also has ``config_`` (the resolved settings), ``history_`` (one record per epoch), ``paths_``
     (the images adapted to), ``cautions_`` (what speaks against training on them, seen before it began), ``explained_``
-    (by which crops were trusted or not, see ``method.crop_trust``; empty where nothing was looked at) and
-    ``calibration_`` (temperatures and estimated accuracy; None if it was not calibrated).
+    (by which crops were trusted or not, see ``method.crop_trust``; empty where nothing was looked at),
+    ``calibration_`` (temperatures and estimated accuracy; None if it was not calibrated) and ``labels_`` (how many
+    images with a label were learned from; None without labels).
     """
 
     config_: Config
@@ -96,6 +99,7 @@ class FineAlign(Estimator):
     cautions_: list[Caution]
     explained_: dict[float, float]
     calibration_: Calibration | None = None
+    labels_: dict[str, Any] | None = None
     _sampled: tuple[list[ImagePath], ImageFeatures, ImageFeatures] | None = None  # images, and their features
     _review: Plan | None = None  # of the last review_batch
 
@@ -183,19 +187,25 @@ class FineAlign(Estimator):
         self,
         images: Images,
         *,
+        labels: Labels | None = None,
         backbone: Backbone | None = None,
         text_features: TextFeatures | None = None,
         progress: Progress | None = None,
     ) -> Prepared:
         """Check texts and settings, list the images, load the backbone and encode the texts.
 
-        A ``backbone`` loaded before, or ``text_features`` encoded before, are used if given. Raises PromptError,
-        ConfigError, ImageInputError or BackboneError, all of which are FinealignErrors.
+        ``labels`` are as for ``fit``. A ``backbone`` loaded before, or ``text_features`` encoded before, are used if
+        given. Raises PromptError, ConfigError, ImageInputError or BackboneError, all of which are FinealignErrors.
         """
         texts, config = self.check()
+        check_taken(config.method.name, given=labels is not None)
         paths = find_images(images, exclude=config.data.exclude)
+        known = None
+        if labels is not None:
+            folder = Path(images) if isinstance(images, str | os.PathLike) else None
+            known = read_known_labels(labels, paths, texts.classes, folder=folder)
         backbone = self.load_backbone(config, progress) if backbone is None else backbone
-        prepared = prepare(texts, config, paths, backbone, text_features=text_features)
+        prepared = prepare(texts, config, paths, backbone, text_features=text_features, labels=known)
         if prepared.unknown_words:
             (progress or Progress()).caution(prepared.unknown_words)
         return prepared
@@ -218,6 +228,7 @@ class FineAlign(Estimator):
         images: Images | Prepared,
         y: object = None,
         *,
+        labels: Labels | None = None,
         backbone: Backbone | None = None,
         checkpoints: Path | None = None,
         on_epoch: Callable[[EpochRecord], None] = lambda record: None,
@@ -227,10 +238,14 @@ class FineAlign(Estimator):
         a CSV, images in memory (PIL images, arrays, tensors), a Hugging Face or PyTorch dataset, whose labels are not
         looked at, or a list or generator of any of these and of paths. ``y``, which scikit-learn passes on, is ignored.
 
-        ``images`` may also be what ``prepare`` returned. ``backbone`` is one that ``load_backbone`` returned, to save
-        loading it twice; several models can share one. ``checkpoints`` is a folder: a checkpoint is written into it
-        after each epoch, and training continues from the last one in it. ``on_epoch`` is called after each epoch, and
-        may predict with the model as it is then, which does not affect the run.
+        ``labels`` are the classes of a few of the images, if they are known: class names by path, a class name or None
+        for each image, or a CSV with the columns path and label. They are learned from; without them nothing is read
+        but the images and the texts. "none of these" is the label of an image that shows none of the classes.
+
+        ``images`` may also be what ``prepare`` returned, labels included. ``backbone`` is one that ``load_backbone``
+        returned, to save loading it twice; several models can share one. ``checkpoints`` is a folder: a checkpoint is
+        written into it after each epoch, and training continues from the last one in it. ``on_epoch`` is called after
+        each epoch, and may predict with the model as it is then, which does not affect the run.
 
         Raises FinealignError: among others PromptError, ConfigError, ImageInputError, BackboneError, StoppedError if
         the run is asked to stop, and NotFiniteError if the loss is no longer finite.
@@ -238,10 +253,16 @@ class FineAlign(Estimator):
         progress = progress or Progress()
         if isinstance(images, Prepared):
             prepared = images
+            if labels is not None:
+                raise ConfigError(
+                    "The images are prepared, labels included. Give the labels to prepare(), not to fit()."
+                )
         else:
-            prepared = self.prepare(images, backbone=backbone, progress=progress)
+            prepared = self.prepare(images, labels=labels, backbone=backbone, progress=progress)
             if left_out := left_out_of(prepared.paths):
                 progress.caution(left_out)
+        if prepared.labels and prepared.labels.not_used and self._ranks.first:
+            progress.caution(prepared.labels.not_used)
         # Made before training, so that ``on_epoch`` can predict: the model shares the parameters that learn.
         method = self._begin(prepared)
         if method.trains or method.surveys:
@@ -255,7 +276,7 @@ class FineAlign(Estimator):
             with progress.stage("calibrating without labels", None):
                 self._learn_strangers()
                 if self.config_.prediction.calibrate:
-                    self._calibrate()
+                    self._calibrate(prepared.labels)
         return self
 
     def _learn_strangers(self) -> None:
@@ -267,9 +288,10 @@ class FineAlign(Estimator):
             strangers["adapted"] = fit_strangers(after.weak, None, method.classifier())
         self._become(replace(self._model, strangers=strangers))
 
-    def _calibrate(self) -> None:
+    def _calibrate(self, labels: KnownLabels | None) -> None:
         before, after = self.sampled_features(self.paths_)
-        found = calibrate(self._model, self.config_, before, after, images=len(self.paths_))
+        known = None if labels is None else labels.of(sample(self.paths_, seed=self._model.inference.seed))
+        found = calibrate(self._model, self.config_, before, after, images=len(self.paths_), known=known)
         values = {"temperatures": dict(found.temperatures), "start_temperature": found.start_temperature}
         self.calibration_ = found
         self._become(replace(self._model, inference=self._model.inference.model_copy(update=values)))
@@ -305,6 +327,7 @@ class FineAlign(Estimator):
         self.calibration_, self._sampled, self._review, self.explained_ = None, None, None, {}
         told = prepared.unknown_words
         self.cautions_ = [Caution("unknown_words", told)] if told else []
+        self.labels_ = None
         self._become(
             FittedModel(
                 inference=inference_settings(config),
@@ -334,6 +357,11 @@ class FineAlign(Estimator):
             prepared.paths, config.data, progress=progress, ranks=self._ranks
         )
         self.paths_ = decoded.paths
+        known = self._take_labels(prepared.labels)
+        if method.known_labels == "needed" and not _has_classes(known):
+            raise ImageInputError(
+                f"The method {config.method.name!r} learns from images with a class, and none of them could be read."
+            )
         if isinstance(method, SelfTrainingMethod) and method.teaches_shares:
             taught = self._model.inference.model_copy(update={"images": len(decoded.paths)})
             self._become(replace(self._model, inference=taught))
@@ -352,6 +380,7 @@ class FineAlign(Estimator):
             self.history_ = adapt(
                 decoded,
                 learner,
+                known=known,
                 progress=progress,
                 checkpoints=checkpoints,
                 on_epoch=on_epoch,
@@ -366,6 +395,15 @@ class FineAlign(Estimator):
                 parameter.requires_grad_(False)
                 parameter.grad = None
             backbone.load_norms(untrained.start_norms)  # the weights it was loaded with, for other models
+
+    def _take_labels(self, labels: KnownLabels | None) -> Tensor | None:
+        """Say in the model which images it learns from by label, and return what is known of each image to adapt to."""
+        if labels is None:
+            return None
+        self.labels_ = told_labels(labels, self.paths_, self.texts_.classes)
+        read = set(map(os.fspath, self.paths_)) & labels.digests.keys()
+        self._become(replace(self._model, learned_from=tuple(sorted({labels.digests[path] for path in read}))))
+        return labels.of(self.paths_)
 
     def _keep_stock(self, stock: Stock, progress: Progress) -> dict[str, Any]:
         """Keep what was decided by, and say what speaks against training on these images, before it begins.
@@ -750,3 +788,8 @@ class FineAlign(Estimator):
     def _require_fitted(self) -> None:
         if not hasattr(self, "_predictor"):
             raise not_fitted("This FineAlign is not fitted. Call fit(images) first, or FineAlign.load(folder).")
+
+
+def _has_classes(known: Tensor | None) -> bool:
+    """Whether the class of an image is known."""
+    return known is not None and bool((known >= 0).any())

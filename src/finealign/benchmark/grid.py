@@ -29,6 +29,7 @@ from finealign.classifier import FineAlign
 from finealign.config import Config, make_config, merged
 from finealign.errors import FinealignError, OutputError
 from finealign.method.registry import method_settings
+from finealign.model.known_labels import check_taken
 from finealign.model.prepare import Prepared
 from finealign.run.folder import versions
 from finealign.run.verdict import Verdict, judge_model, start_features, why_unjudged
@@ -115,7 +116,7 @@ def run_grid(
     """
     progress = progress or Progress()
     for method, seed in product(grid.methods, grid.seeds):
-        grid.config(method, seed)
+        check_taken(grid.config(method, seed).method.name, given=False)
     sets = {name: load_set(name, grid.data_root, download=grid.download) for name in grid.datasets}
     _same_grid(grid)
     runner = _Runner(grid, progress)

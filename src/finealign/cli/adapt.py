@@ -33,6 +33,14 @@ def adapt(
             'says so, JSON {"class": share or count} or CSV with the columns class and share (or count).',
         ),
     ] = None,
+    labels: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="The classes of a few of the images, to learn from: a CSV with the columns path and label, as that of "
+            '`finealign review`. The label "none of these" is for an image of no class.',
+        ),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="The run folder. Default: runs/IMAGES-METHOD-seedN.")] = None,
     config: Annotated[Path | None, typer.Option(help="Settings in YAML, as a run folder's config.yaml.")] = None,
     settings: Annotated[list[str] | None, typer.Option("--set", help="section.key=value, as often as wanted.")] = None,
@@ -87,7 +95,7 @@ def adapt(
         folder = out or default_folder(images, chosen)
         if dry_run:
             refuse_early(folder, resume=resume, overwrite=overwrite, ranks=ranks)
-            prepared = model.prepare(images, progress=Bars(drawn=ranks.first))
+            prepared = model.prepare(images, labels=labels, progress=Bars(drawn=ranks.first))
             planned = plan(folder, prepared, resume=resume, overwrite=overwrite)
             if ranks.first:
                 _show_plan(planned, as_json)
@@ -100,7 +108,14 @@ def adapt(
 
         with stoppable(Bars(drawn=ranks.first), go_on=go_on) as progress:
             summary = adapt_into(
-                folder, model, images, resume=resume, overwrite=overwrite, keep_adapted=keep_adapted, progress=progress
+                folder,
+                model,
+                images,
+                labels,
+                resume=resume,
+                overwrite=overwrite,
+                keep_adapted=keep_adapted,
+                progress=progress,
             )
         if ranks.first:
             _show_summary(summary.as_json(), as_json)
@@ -116,6 +131,11 @@ def _show_plan(plan: dict[str, Any], as_json: bool) -> None:
         f"{plan['epochs']} epochs of {plan['steps_an_epoch']} steps. Would write {plan['out']}. Settings:\n"
     )
     typer.echo(plan["settings"].rstrip())
+    if plan.get("labels"):
+        from finealign.model.known_labels import labels_in_words
+
+        typer.echo(f"\nIt would learn from {labels_in_words(plan['labels'], len(plan['classes']))}.")
+        tell_left_out(plan["labels"]["not_used"], Console(stderr=True))
     tell_left_out(plan["left_out"], Console(stderr=True))
 
 
@@ -131,6 +151,11 @@ def _show_summary(summary: dict[str, Any], as_json: bool) -> None:
         f"images by {summary['method']} in {summary['seconds']:.0f} s ({summary['stopped']}).",
         highlight=False,
     )
+    if summary.get("labels"):
+        from finealign.model.known_labels import labels_in_words
+
+        told = labels_in_words(summary["labels"], len(summary["classes"]))
+        screen.print(f"It learned from {told}: this is a supervised model.", soft_wrap=True, highlight=False)
     if summary["verdict"]:
         verdict_lines(summary["verdict"], summary["kept"], summary["why_kept"], screen)
     folder = escape(summary["out"])

@@ -11,7 +11,17 @@ from rich.console import Console
 
 from finealign.cli.app import app
 from finealign.cli.guards import print_json, tell_left_out, tell_set_aside, working
-from finealign.cli.options import AsJson, Device, Exclude, ExpectedPrior, Model, Precision, ScoreKind, UsedModel
+from finealign.cli.options import (
+    AsJson,
+    CountLearned,
+    Device,
+    Exclude,
+    ExpectedPrior,
+    Model,
+    Precision,
+    ScoreKind,
+    UsedModel,
+)
 
 if TYPE_CHECKING:  # they import torch, which is slow
     from finealign.classifier import FineAlign
@@ -26,6 +36,7 @@ def evaluate(
     class_prior: ExpectedPrior = None,
     score: ScoreKind = None,
     exclude: Exclude = None,
+    count_learned: CountLearned = False,
     device: Device = "auto",
     precision: Precision = "auto",
     as_json: AsJson = False,
@@ -43,7 +54,9 @@ def evaluate(
         loaded = FineAlign.load(
             model, use=use, class_prior=class_prior, device=device, precision=precision, ranks=ranks
         )
-        figures, set_aside = measured(loaded, model, labelled, score, exclude=exclude or ())
+        figures, set_aside = measured(
+            loaded, model, labelled, score, exclude=exclude or (), count_learned=count_learned
+        )
         ranks.leave()
         if not ranks.first:
             return
@@ -57,9 +70,10 @@ def evaluate(
 
 def tell_not_measured(figures: Mapping[str, Any], screen: Console) -> None:
     """Print what was left out of the labelled images, and what is among them that shows nothing."""
-    from finealign.evaluate.truth import unknown_line
+    from finealign.evaluate.truth import learned_line, unknown_line
 
-    for sentence in (figures["left_out"], unknown_line(figures["unknown"]), figures["blank"]):
+    learned = learned_line(figures.get("learned_from"))
+    for sentence in (figures["left_out"], unknown_line(figures["unknown"]), learned, figures["blank"]):
         tell_left_out(sentence, screen)
 
 
@@ -71,6 +85,7 @@ def measured(
     *,
     in_full: bool = False,
     exclude: Sequence[str] = (),
+    count_learned: bool = False,
 ) -> "tuple[dict[str, object], list[SetAside]]":
     """Evaluate the adapted model and the start (the model before adaptation) on labelled images.
 
@@ -79,19 +94,24 @@ def measured(
     the labelled images that could not be read. To the summary are added ``adapted_to``, how many of the measured images
     the model was adapted to, None where this is not known, ``class_prior``, how the adapted model took the images to be
     distributed, ``left_out``, what was in the folder besides the images, ``unknown``, how many images each name has
-    that matches no class, and ``blank``, which images show nothing.
+    that matches no class, and ``blank``, which images show nothing. Images whose labels the model was given are not
+    measured unless ``count_learned`` is set; how many there are is then in ``learned_from``, with whether they count.
+    Raises ImageInputError where no other is left.
     """
     from finealign.cli.bars import Bars
     from finealign.errors import display_path
     from finealign.evaluate.summary import evaluate_predictions
-    from finealign.evaluate.truth import read_truth
+    from finealign.evaluate.truth import read_truth, without
     from finealign.model.inference import readable, tell_blank
-    from finealign.run.folder import count_adapted_to
+    from finealign.run.folder import count_adapted_to, labelled_in
 
     names, use = model.texts_.classes, model.use_
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what is left out is among the figures
         truth = read_truth(labelled, names, exclude=exclude)
+    learned = labelled_in(folder, truth.paths, frozenset(model.model_.learned_from))
+    if learned and not count_learned:
+        truth = without(truth, learned)
     set_aside: list[SetAside] = []
     with Bars().stage("evaluating", len(truth.paths)) as stage:
         outcomes = model.use("adapted").iter_predictions(truth.paths, score=score, with_start=True)
@@ -106,4 +126,5 @@ def measured(
         "left_out": truth.left_out,
         "unknown": dict(truth.unknown),
         "blank": told_blank,
+        **({"learned_from": {"images": len(learned), "counted": count_learned}} if learned else {}),
     }, set_aside

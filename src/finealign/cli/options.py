@@ -49,6 +49,10 @@ Exclude = Annotated[
         "wanted.",
     ),
 ]
+CountLearned = Annotated[
+    bool,
+    typer.Option("--count-learned", help="Measure images whose labels the model was given, too. Left out by default."),
+]
 Model = Annotated[Path, typer.Argument(help="A run folder, or its model/.")]
 Classes = Annotated[
     str, typer.Option(help="A file with one class name a line, JSON, YAML or CSV; or names with commas between.")

@@ -10,7 +10,7 @@ from rich.markup import escape
 from finealign.cli.app import app
 from finealign.cli.evaluate import measured, tell_not_measured
 from finealign.cli.guards import print_json, refuse_launcher, working
-from finealign.cli.options import AsJson, Device, Precision, ScoreKind
+from finealign.cli.options import AsJson, CountLearned, Device, Precision, ScoreKind
 from finealign.errors import FinealignError
 
 
@@ -21,6 +21,7 @@ def report(
         Path | None, typer.Option(help="Measure on these too: a folder of class folders, or a CSV path,label.")
     ] = None,
     score: ScoreKind = None,
+    count_learned: CountLearned = False,
     device: Device = "auto",
     precision: Precision = "auto",
     as_json: AsJson = False,
@@ -32,12 +33,14 @@ def report(
 
         if score and not labelled:
             raise FinealignError("--score is of what --labelled measures. Give --labelled, or leave it out.")
+        if count_learned and not labelled:
+            raise FinealignError("--count-learned is of what --labelled measures. Give --labelled, or leave it out.")
         if labelled:
             from finealign.classifier import FineAlign
 
             render(run, measured=False)  # raises if there is no run to report, before any image is encoded
             loaded = FineAlign.load(run, device=device, precision=precision)
-            figures, _ = measured(loaded, run, labelled, score, in_full=True)
+            figures, _ = measured(loaded, run, labelled, score, in_full=True, count_learned=count_learned)
             if not as_json:
                 tell_not_measured(figures, Console(stderr=True))
             save_evaluation(figures | {"score": score or loaded.score_}, run)

@@ -4,9 +4,11 @@ import os
 import re
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from finealign.errors import ImageInputError, display_path, first_few
 from finealign.evaluate.metrics import check_classes
@@ -66,6 +68,30 @@ def read_truth(
         labels=tuple(label for _, label in known),
         left_out=left_out,
         unknown=dict(unknown),
+    )
+
+
+def without(truth: Truth, learned: Collection[Path]) -> Truth:
+    """The truth without images whose labels the model was given. Raises ImageInputError if no other is left."""
+    learned = set(learned)
+    kept = [(path, label) for path, label in zip(truth.paths, truth.labels, strict=True) if path not in learned]
+    if not kept:
+        raise ImageInputError(
+            f"The model was given the labels of all {_images(len(truth.paths))} measured here, so they say nothing of "
+            "others. Give other labelled images, or --count-learned to measure these all the same."
+        )
+    return replace(truth, paths=tuple(path for path, _ in kept), labels=tuple(label for _, label in kept))
+
+
+def learned_line(learned: Mapping[str, Any] | None) -> str:
+    """Say that images are not measured as the model was given their labels, or that they count all the same."""
+    if not learned:
+        return ""
+    if learned["counted"]:
+        return f"The model was given the labels of {_images(learned['images'])} measured here, which flatters it."
+    return (
+        f"Left out, as the model was given the labels: {_images(learned['images'])}. --count-learned measures such "
+        "images as well."
     )
 
 

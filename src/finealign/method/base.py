@@ -59,6 +59,9 @@ class Method(nn.Module):
     # What a saved model leaves out, as classifying does not need it: names of options, and of parameters and buffers.
     training_options: ClassVar[tuple[str, ...]] = ("logit_scale",)
     training_state: ClassVar[tuple[str, ...]] = ()
+    # Whether known labels of some images are refused, taken where there are any, or needed.
+    known_labels: ClassVar[Literal["refused", "taken", "needed"]] = "refused"
+    label_weight: float = 1.0  # of a known label in the loss, where it is 1 of a sure pseudo-label
     # Follow from what a subclass overrides, and are not to be set.
     trains: ClassVar[bool] = False  # it has a ``loss``
     surveys: ClassVar[bool] = False  # it has a ``survey``
@@ -144,10 +147,12 @@ class Method(nn.Module):
             raise ValueError(f"the method's tensors are {sorted(values)}, wanted {sorted(expected)}")
         self.load_state_dict({**self.state_dict(), **values})
 
-    def survey(self, weak: Tensor) -> None:
+    def survey(self, weak: Tensor, known: Tensor | None = None) -> None:
         """Process the weak features of all images, (n, D), as the backbone encodes them at this moment.
 
         Called before each epoch, or once for a method that does not train; not at all unless it is overridden.
+        ``known`` (n,) has the known labels as ``method.few_labels`` describes them, and is passed only where there are
+        any.
         """
 
     def crop_weights(self, features: ImageFeatures) -> Tensor:
@@ -222,6 +227,12 @@ class SelfTrainingOptions(MethodOptions):
         description="share of the images that each class is expected to have: even, a share or count by class, or "
         "auto: estimated without labels",
     )
+    label_weight: Annotated[float, Field(gt=0)] = Field(
+        2.0, description="of a known label in the loss, where it is 1 of a sure pseudo-label"
+    )
+    text_images: Annotated[float, Field(gt=0)] = Field(
+        8.0, description="as how many labelled images a class's text counts where its anchors begin"
+    )
     whole_share: Share | Auto = Field(
         "auto",
         description="share of the whole image, against its crops, in the score fused and in what fair labels by; auto: "
@@ -246,8 +257,13 @@ class SelfTrainingMethod(Method):
         "fairness_window",
         "class_prior",
         "whole_share",
+        "label_weight",
+        "text_images",
     )
     training_state: ClassVar[tuple[str, ...]] = ("pull", "mean_prediction")
+    known_labels: ClassVar[Literal["refused", "taken", "needed"]] = "taken"
+    # Names of buffers (C, J, D) that begin where the anchors begin.
+    begin_with_anchors: ClassVar[tuple[str, ...]] = ()
     class_prior: Tensor  # (C,), the share of the images that each class is expected to have; even until ``expect``
     whole_share: Tensor  # (), the share of the whole image in the score ``fused``; EQUAL until ``trust_whole``
     pull: Tensor  # (), lambda, the weight of the fairness term
@@ -257,6 +273,7 @@ class SelfTrainingMethod(Method):
         self, options: SelfTrainingOptions, texts: TextFeatures, anchors: Anchors, *, logit_scale: float
     ) -> None:
         super().__init__(options, texts, logit_scale=logit_scale)
+        self.label_weight = options.label_weight
         self.anchors = nn.Parameter(anchors.clone())
         even = anchors.new_full((self.num_classes,), 1 / self.num_classes)
         self.register_buffer("class_prior", even)
@@ -280,6 +297,13 @@ class SelfTrainingMethod(Method):
         if self.options.fairness_weight == "auto":
             uneven = estimated and not bool((class_prior == class_prior[0]).all())
             self.pull.fill_(ESTIMATED_PULL if uneven else PULL)
+
+    def begin_at(self, anchors: Anchors) -> None:
+        """Set the anchors (C, J, D), rows of length 1, and what begins with them, before the first step."""
+        with torch.no_grad():
+            self.anchors.copy_(anchors)
+            for name in self.begin_with_anchors:
+                self.get_buffer(name).copy_(anchors)
 
     def trust_whole(self, share: float) -> None:
         """Set the share of the whole image, in [0, 1], in the score ``fused``, before the first step."""

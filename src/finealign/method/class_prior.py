@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from finealign.method.few_labels import log_of_known
 from finealign.method.joint import joint_features
 from finealign.method.mixture import LEAST_VARIANCE, log_likelihood, squared_deviations
 
@@ -42,7 +43,13 @@ def even_shares(num_classes: int) -> Tensor:
 
 @torch.no_grad()
 def estimated_shares(
-    weak: Tensor, mean_crops: Tensor | None, anchors: Tensor, *, logit_scale: float, weights: Tensor | None = None
+    weak: Tensor,
+    mean_crops: Tensor | None,
+    anchors: Tensor,
+    *,
+    logit_scale: float,
+    weights: Tensor | None = None,
+    known: Tensor | None = None,
 ) -> Tensor:
     """Estimate the share of the images that each class has: (C,), all above 0, sum 1.
 
@@ -53,8 +60,10 @@ def estimated_shares(
         return even_shares(len(anchors))
     step = -(-len(weak) // MOST_IMAGES)
     crops = None if mean_crops is None else mean_crops[::step]
-    counts = None if weights is None else weights[::step]
-    first, second = mixture_assignments(weak[::step], crops, anchors, logit_scale=logit_scale, weights=counts)
+    counts, told = (None if each is None else each[::step] for each in (weights, known))
+    first, second = mixture_assignments(
+        weak[::step], crops, anchors, logit_scale=logit_scale, weights=counts, known=told
+    )
     counts = torch.ones_like(first[:, 0]) if counts is None or float(counts.sum()) < 1 else counts.to(first)
     shares = (_smoothed(first, counts) + _laplace(second, counts)) / 2
     return (shares / shares.sum()).float()
@@ -62,7 +71,13 @@ def estimated_shares(
 
 @torch.no_grad()
 def mixture_assignments(
-    weak: Tensor, mean_crops: Tensor | None, anchors: Tensor, *, logit_scale: float, weights: Tensor | None = None
+    weak: Tensor,
+    mean_crops: Tensor | None,
+    anchors: Tensor,
+    *,
+    logit_scale: float,
+    weights: Tensor | None = None,
+    known: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Assign images to classes by the first, plain mixture and by the second, sparse one: (n, C) each, rows sum to 1.
 
@@ -86,10 +101,13 @@ def mixture_assignments(
     if not axes.shape[1]:
         return evenly, evenly
     points = (joint - mean) @ axes
-    first = _plain(points[:, :PLAIN_DIRECTIONS], torch.log_softmax(logit_scale * by_both, dim=1), counts)
+    log_both, log_whole = (
+        log_of_known(torch.log_softmax(logit_scale * cosines, dim=1), known) for cosines in (by_both, by_whole)
+    )
+    first = _plain(points[:, :PLAIN_DIRECTIONS], log_both, counts)
     points, directions = points[:, :SPARSE_DIRECTIONS], axes[:, :SPARSE_DIRECTIONS]
     texts = (anchors - anchors.mean(0)) @ directions
-    second = _sparse(points, torch.log_softmax(logit_scale * by_whole, dim=1), counts, texts, first)
+    second = _sparse(points, log_whole, counts, texts, first)
     return first, second
 
 

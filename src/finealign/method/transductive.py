@@ -8,6 +8,7 @@ from torch import Tensor
 
 from finealign.method.alignment import class_means
 from finealign.method.base import Anchors, Method, MethodOptions
+from finealign.method.few_labels import assigned_as_known
 from finealign.method.mixture import log_likelihood, mutual_votes, neighbours, reach, votes_for_newcomers
 from finealign.types import ImageFeatures, Score, TextFeatures
 
@@ -71,11 +72,14 @@ class TransductiveMethod(Method):
         return self.prototypes[:, None]
 
     @torch.no_grad()
-    def survey(self, weak: Tensor) -> None:
-        """Fit means, variances and assignments to the weak features of all images, (n, D)."""
+    def survey(self, weak: Tensor, known: Tensor | None = None) -> None:
+        """Fit means, variances and assignments to the weak features of all images, (n, D).
+
+        Images whose class is ``known``, (n,) or None, are assigned to it throughout.
+        """
         self.images = weak.to(self.prototypes)
         log_by_texts = self._log_by_texts(self.images)
-        self.assigned = log_by_texts.exp()
+        self.assigned = assigned_as_known(log_by_texts.exp(), known)
         indices, cosines = neighbours(self.images, self.options.neighbours)
         self.reaches = reach(cosines)
         self.begin()
@@ -83,7 +87,7 @@ class TransductiveMethod(Method):
             fixed = self._without_votes(log_by_texts, self.images)
             for _ in range(self.options.assignments):
                 votes = mutual_votes(self.assigned, indices, cosines)
-                self.assigned = torch.softmax(fixed + votes / self._most_votes, dim=1)
+                self.assigned = assigned_as_known(torch.softmax(fixed + votes / self._most_votes, dim=1), known)
             self.refit()
 
     def score(self, features: ImageFeatures, kind: Score) -> Tensor:

@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy
 
 from finealign.method.alignment import class_means, global_score
 from finealign.method.base import PUBLISHED_DECAY, PUBLISHED_PACE, SelfTrainingMethod, SelfTrainingOptions, Share
+from finealign.method.few_labels import known_first
 from finealign.method.losses import running_mean
 from finealign.method.pseudo_labels import agreement_weight, balanced
 from finealign.types import ImageFeatures, Loss, PseudoLabels, TextFeatures
@@ -58,14 +59,16 @@ class Dpa(SelfTrainingMethod):
         self.mean_text.copy_(class_prior)
 
     @torch.no_grad()
-    def survey(self, weak: Tensor) -> None:
+    def survey(self, weak: Tensor, known: Tensor | None = None) -> None:
         """Set P_c to the normalised mean of the weak features, out of (n, D), that are labelled c, before each epoch.
 
-        A class that no image is labelled as keeps its P_c. Before the first call P equals T, so the first labels come
-        from the texts alone.
+        An image whose class is ``known``, (n,), is labelled with it. A class that no image is labelled as keeps its
+        P_c. Before the first call P equals T, so the first labels come from the texts alone.
         """
         by_images, by_texts = self._opinions(weak, by_text_mean=None)
         labels = (self.options.image_share * by_images + (1 - self.options.image_share) * by_texts).argmax(1)
+        if known is not None:
+            labels = known_first(labels, known)
         means = class_means(weak, labels, self.num_classes)
         empty = means.norm(dim=1, keepdim=True) == 0
         self.image_prototypes.copy_(torch.where(empty, self.image_prototypes, means))

@@ -46,6 +46,8 @@ RECONSTRUCTION: Mapping[str, Mapping[str, Any]] = {
         "fairness_window": "auto",
         "class_prior": "even",
         "whole_share": 0.0,
+        "label_weight": 1.0,
+        "text_images": 8.0,
     },
     "training": {
         **PUBLISHED_PACE,
@@ -90,6 +92,7 @@ class Fair(SelfTrainingMethod):
     training_state = (*SelfTrainingMethod.training_state, "pair_counts", "fixed", "teacher", "mean_label")
     uses_crops = True
     settles = True
+    begin_with_anchors = ("fixed", "teacher")
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"reconstruction": RECONSTRUCTION}
     scores: ClassVar[tuple[Score, ...]] = ("fused", "las", "global")
     pair_counts: Tensor  # (C, C), sum of ``count_pairs``; (0, 0) where the weight does not use it

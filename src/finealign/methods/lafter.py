@@ -32,6 +32,7 @@ class Lafter(SelfTrainingMethod):
 
     Options = LafterOptions
     options: LafterOptions
+    begin_with_anchors = ("fixed",)
     training_options = (
         *SelfTrainingMethod.training_options,
         "text_steps",

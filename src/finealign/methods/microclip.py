@@ -32,6 +32,7 @@ class Microclip(SelfTrainingMethod):
 
     Options = MicroclipOptions
     options: MicroclipOptions
+    begin_with_anchors = ("fixed",)
     uses_crops = True
     training_options = (*SelfTrainingMethod.training_options, "fixed_share")
     training_state = (*SelfTrainingMethod.training_state, "fixed")

@@ -13,6 +13,7 @@ class SelfTraining(SelfTrainingMethod):
 
     Options = SelfTrainingOptions
     training_state = (*SelfTrainingMethod.training_state, "fixed")
+    begin_with_anchors = ("fixed",)
     fixed: Tensor  # (C, 1, D), the means of the descriptions
 
     def __init__(self, options: SelfTrainingOptions, texts: TextFeatures, *, logit_scale: float) -> None:

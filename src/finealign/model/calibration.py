@@ -67,7 +67,13 @@ def sample(images: Sequence[Item], *, seed: int) -> list[Item]:
 
 
 def calibrate(
-    model: FittedModel, config: Config, before: ImageFeatures, after: ImageFeatures, *, images: int
+    model: FittedModel,
+    config: Config,
+    before: ImageFeatures,
+    after: ImageFeatures,
+    *,
+    images: int,
+    known: Tensor | None = None,
 ) -> Calibration:
     """Calibrate an adapted model. No true label is read, and neither the model nor the backbone is changed.
 
@@ -77,6 +83,7 @@ def calibrate(
         before: the features of n images by the start, n >= 1, with crops if the method uses them.
         after: their features by the adapted model, with crops for the scores that are to be calibrated besides global.
         images: how many images the model was adapted to.
+        known: (n,), the labels that the model was given, as in ``method.few_labels``; None if it was given none.
     """
     witnesses = adapted_witnesses(
         before,
@@ -85,6 +92,7 @@ def calibrate(
         model.backbone,
         like=model.method,
         images=images,
+        known=known,
     )
     with torch.no_grad():
         opinions = [_labels(witness.score(before, _fitting(witness.scores, before))) for witness in witnesses]
@@ -178,6 +186,7 @@ def adapted_witnesses(
     *,
     like: Method,
     images: int,
+    known: Tensor | None = None,
 ) -> list[Method]:
     """Adapt four methods: on each half of the images, from each half of each class's descriptions. No encoder learns.
 
@@ -185,8 +194,8 @@ def adapted_witnesses(
     so is a class's single description. ``config`` is resolved. A method whose anchors settle takes these steps and one
     pass over the images; another takes the steps of a run on ``images`` images. Crops stand for strong views. FAIR
     stands for a method that pools patches, as no features are kept of these. All have the logit scale of ``like``, the
-    adapted method, expect the shares of classes that it expects, and trust crops as it does. A method without
-    parameters takes no step.
+    adapted method, expect the shares of classes that it expects, and trust crops as it does. Each is given the labels
+    of the images in its half that are ``known``, (n,) or None. A method without parameters takes no step.
     """
     settings = MethodSettings(name="fair") if like.gaze and like.gaze.salient else config.method
     taught = like if isinstance(like, SelfTrainingMethod) else None
@@ -214,7 +223,8 @@ def adapted_witnesses(
         epochs = 1 if method.settles else pace["epochs"]
         if any(True for _ in method.parameters()):
             with torch.inference_mode(False), torch.enable_grad():
-                state = begin(backbone, method, config, images=len(chosen))
+                labelled = None if known is None else known[torch.from_numpy(chosen)]
+                state = begin(backbone, method, config, images=len(chosen), known=labelled)
                 for _ in run_epochs(state, source, config, range(epochs), Progress()):
                     pass
         found.append(method.requires_grad_(False))

@@ -9,11 +9,13 @@ from finealign.backbone.base import Backbone
 from finealign.backbone.model import OpenClipBackbone
 from finealign.config import without_folder
 from finealign.model.fitted import CALLED, OTHER, FittedModel
+from finealign.model.known_labels import labels_in_words
 from finealign.model.shares import shares_in_words, told_shares
 from finealign.runtime.render import fill
 
 CLASSES_SHOWN = 50
-TAGS = "finealign", "clip", "fine-grained", "unsupervised-adaptation"
+TAGS = "finealign", "clip", "fine-grained"
+UNSUPERVISED, SUPERVISED = "unsupervised-adaptation", "few-shot-adaptation"
 
 
 def model_card(
@@ -36,7 +38,7 @@ def model_card(
     data = ModelCardData(
         library_name=library,
         pipeline_tag=task,
-        tags=list(TAGS),
+        tags=[*TAGS, SUPERVISED if model.learned_from else UNSUPERVISED],
         base_model=origin.get("repository"),
         ignore_metadata_errors=False,
     )
@@ -59,6 +61,7 @@ def model_card(
         "class_prior": about.class_prior,
         "used": CALLED[model.use],
         "other": OTHER[model.use],
+        "labels": _labels_told(model, run),
         "run": run,
         "use": use,
         "given": _to_be_given(model.backbone),
@@ -70,6 +73,13 @@ def _to_be_given(backbone: Backbone) -> str:
     """The path of the backbone's class; empty for one of open_clip, which the folder holds."""
     kind = type(backbone)
     return "" if kind is OpenClipBackbone else f"{kind.__module__}.{kind.__qualname__}"
+
+
+def _labels_told(model: FittedModel, run: Mapping[str, Any] | None) -> str:
+    """How many images with a label the model learned from, as a clause; empty if there were none."""
+    if run and run.get("labels"):
+        return labels_in_words(run["labels"], len(model.texts.classes))
+    return f"{len(model.learned_from)} with a label" if model.learned_from else ""
 
 
 def is_card(path: Path) -> bool:

@@ -86,6 +86,7 @@ class FittedModel:
     learned: str  # what differs from the model before adaptation, in words
     training: Mapping[str, Any]  # the settings it was trained with, kept as a record and not used
     adapted: "FittedModel | None" = None  # of a start: the adapted model
+    learned_from: tuple[str, ...] = ()  # SHA-256 of the images whose labels it was given
     strangers: Mapping[Use, StrangerModel] = field(default_factory=dict)  # of each model; empty if it was not fitted
 
     @property
@@ -204,6 +205,8 @@ def check_class_prior(class_prior: str) -> None:
 def what_learned(method: Method, training: Mapping[str, Any]) -> str:
     """Describe what differs from the model before adaptation. ``training`` holds the settings it was trained with."""
     if not method.trains:
+        if method.known_labels == "needed":
+            return "to classify images, from those with a label"
         return f"{method.learns}, from all images at once" if method.surveys else "nothing"
     settings = training["training"]
     if settings["encoder"] == "frozen" or settings["learn"] == "anchors":

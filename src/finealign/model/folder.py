@@ -5,10 +5,10 @@ open_clip directory has the weights of the one in use. A backbone that is not op
 loaded, into ``backbone/``, and has to be given when the model is read.
 
 ``finealign.json`` holds the format, which model is in use, the classes, the texts, what inference with the adapted
-model needs, and the checksum of every tensor file. ``finealign.safetensors`` holds the text features, the tensors that
-the adapted model's method scores with, and, if they learned, the normalisation parameters of the model whose weights
-are not in the folder: ``start.NAME`` or ``adapted.NAME``. Of a method that is not ours it also holds what scores
-without it, ``plain.NAME``.
+model needs, and the checksums of every tensor file and of the images whose labels it was given.
+``finealign.safetensors`` holds the text features, the tensors that the adapted model's method scores with, and, if they
+learned, the normalisation parameters of the model whose weights are not in the folder: ``start.NAME`` or
+``adapted.NAME``. Of a method that is not ours it also holds what scores without it, ``plain.NAME``.
 
 The settings a model was trained with are stored as a record and never used, so that renaming a setting does not make
 older models unreadable. This version reads its own format and the one before it, whose models are in use as they were
@@ -73,6 +73,7 @@ class Manifest(Settings):
     sha256: dict[str, str]
     plug_in: PlugIn | None = None  # of a method that is not ours
     given: GivenBackbone | None = None  # of a backbone that is not open_clip's
+    learned_from: tuple[str, ...] = ()
 
 
 def write_model(model: FittedModel, folder: Path) -> None:
@@ -120,6 +121,8 @@ def write_model(model: FittedModel, folder: Path) -> None:
         "plug_in": plug_in and plug_in.model_dump(),
         "given": given and given.model_dump(),
     }
+    if model.learned_from:
+        manifest["learned_from"] = list(model.learned_from)
     save_text(json.dumps(manifest, indent=1, ensure_ascii=False), folder / MANIFEST)
 
 
@@ -238,6 +241,7 @@ def _assembled(manifest: Manifest, tensors: dict[str, Tensor], backbone: Backbon
         start_norms=own if swapped else others,
         learned=manifest.learned or what_learned(method, manifest.training),
         training=manifest.training,
+        learned_from=manifest.learned_from,
         strangers=_strangers(tensors, classes=len(texts.classes), width=backbone.embed_dim),
     )
     return model.using(manifest.use)

@@ -10,6 +10,7 @@ from finealign.config import DEFAULT_BACKBONE, Config, MethodSettings, make_conf
 from finealign.errors import CautionWarning, ConfigError, first_few
 from finealign.method.base import MethodOptions
 from finealign.method.registry import choose_score, method_options, method_settings, refuse_clash
+from finealign.model.known_labels import KnownLabels
 from finealign.texts.shares import class_shares
 from finealign.types import ImagePath, TextFeatures, Texts
 
@@ -26,6 +27,7 @@ class Prepared:
     paths: Sequence[ImagePath]  # of the images to adapt to; none has been opened yet
     backbone: Backbone
     unknown_words: str = ""  # what to tell of class names that the tokenizer has no words for
+    labels: KnownLabels | None = None  # of some of the images; None where none is known
 
 
 def prepare(
@@ -35,6 +37,7 @@ def prepare(
     backbone: Backbone,
     *,
     text_features: TextFeatures | None = None,
+    labels: KnownLabels | None = None,
 ) -> Prepared:
     """Encode the texts, unless ``text_features`` are given, and resolve the settings. Raises BackboneError."""
     if text_features is None:
@@ -47,6 +50,7 @@ def prepare(
         paths=paths,
         backbone=backbone,
         unknown_words=unknown_words(texts, backbone),
+        labels=labels,
     )
 
 

@@ -4,8 +4,10 @@
 with the images, texts, settings and weights that it began with.
 """
 
+import io
 import json
 import math
+import os
 import re
 import time
 from collections import deque
@@ -19,14 +21,17 @@ import yaml
 
 from finealign.classifier import FineAlign
 from finealign.config import Config, write_config
-from finealign.errors import FinealignError, NotFiniteError, OutputError, StoppedError
+from finealign.errors import FinealignError, NotFiniteError, OutputError, StoppedError, display_path
 from finealign.images.datasets_by_name import PREFIX
 from finealign.images.held import Images
 from finealign.images.listing import left_out_of
 from finealign.images.tables import set_aside_csv
+from finealign.method.few_labels import STRANGER
 from finealign.model.inference import readable, tell_blank
+from finealign.model.known_labels import Labels, told_labels
 from finealign.model.predictions import write_predictions
 from finealign.model.prepare import Prepared
+from finealign.model.refusal import NONE_OF_THESE
 from finealign.model.shares import told_shares
 from finealign.model.trust import told_trust
 from finealign.run.contract import (
@@ -34,6 +39,7 @@ from finealign.run.contract import (
     CONFIG,
     EVALUATION,
     EXAMPLES,
+    LEARNED_FROM,
     METRICS,
     MODEL,
     PREDICTIONS,
@@ -45,7 +51,7 @@ from finealign.run.folder import Metrics, check_room, identity_of, versions, wri
 from finealign.run.lock import held, refuse_held
 from finealign.run.report import write_report
 from finealign.run.verdict import Verdict, judge_model, why_unjudged
-from finealign.runtime.atomic import save_text
+from finealign.runtime.atomic import row_writer, save_text
 from finealign.runtime.distributed import Ranks
 from finealign.runtime.progress import Progress
 from finealign.runtime.replace import make_room
@@ -93,6 +99,7 @@ class RunSummary:
             "kept": self.kept,
             "why_kept": self.why_kept,
             "strangers": _strangers_told(self.strangers),
+            **({"labels": self.model.labels_} if self.model.labels_ else {}),
             "report": str(self.report) if self.report else None,
             "report_problem": self.report_problem,
         }
@@ -102,6 +109,7 @@ def adapt_into(
     folder: Path,
     model: FineAlign,
     images: Images | Prepared,
+    labels: Labels | None = None,
     *,
     resume: bool = False,
     overwrite: bool = False,
@@ -111,9 +119,9 @@ def adapt_into(
 ) -> RunSummary:
     """Fit the model and write the run folder while the fit proceeds.
 
-    ``images`` is anything that ``FineAlign.fit`` accepts. Both models are saved, the adapted one and the start (the
-    model before adaptation). In use is the one that the verdict favours, which after "hurt" is the start, or the
-    adapted one if ``keep_adapted`` is set.
+    ``images`` and ``labels`` are anything that ``FineAlign.fit`` accepts. Both models are saved, the adapted one and
+    the start (the model before adaptation). In use is the one that the verdict favours, which after "hurt" is the
+    start, or the adapted one if ``keep_adapted`` is set.
 
     ``on_epoch`` is called after the metrics of an epoch are written. It may predict with the model in its current
     state; the time it takes is left out of all timings. With several ranks only the first one writes, and all of them
@@ -126,7 +134,7 @@ def adapt_into(
     progress = progress or Progress()
     began = time.time()
     refuse_early(folder, resume=resume, overwrite=overwrite, ranks=model.ranks)
-    prepared = images if isinstance(images, Prepared) else model.prepare(images, progress=progress)
+    prepared = images if isinstance(images, Prepared) else model.prepare(images, labels=labels, progress=progress)
     run = _Run(folder, model, prepared, progress, began)
     with ExitStack() as lock:
         run.open(lock, resume=resume, overwrite=overwrite)
@@ -255,8 +263,22 @@ class _Run:
             "why_kept": self.why_kept,
             "set_aside": len(self.model.set_aside_),
         }
+        if self.model.labels_:
+            self.told["labels"] = self.model.labels_
+            self._write_labels()
         (self.folder / EVALUATION).unlink(missing_ok=True)  # it measured the model that is replaced here
         self.model.save(self.folder / MODEL, run=self.told)
+
+    def _write_labels(self) -> None:
+        """Write the labels that were learned from."""
+        labels, classes = self.prepared.labels, self.prepared.texts.classes
+        rows = io.StringIO()
+        write = row_writer(rows)
+        write(["path", "label"])
+        for path in map(os.fspath, self.model.paths_):
+            if labels and (known := labels.classes.get(path)) is not None:
+                write([display_path(path), NONE_OF_THESE if known == STRANGER else classes[known]])
+        save_text(rows.getvalue(), self.folder / LEARNED_FROM)
 
     def predict(self) -> None:
         """Write the predictions of the model in use and of the start, and the example images of the report."""
@@ -376,6 +398,7 @@ def plan(folder: Path, prepared: Prepared, *, resume: bool = False, overwrite: b
         "left_out": left_out_of(prepared.paths),
         "classes": list(texts.classes),
         "descriptions": sum(len(group) for group in texts.descriptions),
+        **({"labels": told_labels(prepared.labels, prepared.paths, texts.classes)} if prepared.labels else {}),
         "epochs": config.training.epochs,
         "steps_an_epoch": math.ceil(images / config.training.batch_size),
         "settings": yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True),

@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import platform
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -18,8 +18,9 @@ from finealign.images.files import fingerprint
 from finealign.images.tables import read_table
 from finealign.method.registry import origin_of
 from finealign.model.folder import model_folder
+from finealign.model.known_labels import digest_of
 from finealign.model.prepare import Prepared
-from finealign.run.contract import CONTENTS, LOCK, PREDICTIONS, RUN, TAKING_OVER
+from finealign.run.contract import CONTENTS, LEARNED_FROM, LOCK, PREDICTIONS, RUN, TAKING_OVER
 from finealign.runtime.atomic import require_folder, save_text
 from finealign.runtime.replace import require_replaceable
 from finealign.training.state import EpochRecord
@@ -38,7 +39,7 @@ def versions(method: str = "") -> dict[str, str]:
 
 
 def identity_of(prepared: Prepared) -> dict[str, str]:
-    """Checksums of what must be unchanged for a run to be resumed: settings, texts, images and weights.
+    """Checksums of what must be unchanged for a run to be resumed: settings, texts, images, weights and labels.
 
     Settings that do not affect the result are left out: device, pixel cache, workers and time between checkpoints.
     """
@@ -47,12 +48,15 @@ def identity_of(prepared: Prepared) -> dict[str, str]:
     images = hashlib.sha256()  # updated path by path: there may be millions
     for path in prepared.paths:
         images.update(f"{json.dumps([display_path(path), fingerprint(path)])}\n".encode())
-    return {
+    identity = {
         "settings": _digest(settings),
         "texts": _digest(asdict(prepared.texts)),
         "images": images.hexdigest(),
         "weights": prepared.backbone.checksum,
     }
+    if prepared.labels:
+        identity["labels"] = _digest({display_path(path): known for path, known in prepared.labels.classes.items()})
+    return identity
 
 
 def _digest(values: Mapping[str, Any]) -> str:
@@ -94,7 +98,8 @@ def check_room(folder: Path, identity: Mapping[str, str] | None, *, resume: bool
 def _refuse_another_run(folder: Path, identity: Mapping[str, str]) -> None:
     """Raise OutputError where the run to resume had other images, texts, settings or weights."""
     before = read_identity(folder / RUN)
-    differing = [name for name, value in identity.items() if before.get(name) != value]
+    compared = [*identity, *({"labels"} & before.keys() - identity.keys())]
+    differing = [name for name in compared if before.get(name) != identity.get(name)]
     if differing:
         raise OutputError(
             f"The run in {folder} had other {' and '.join(differing)}, so it cannot be resumed with these. "
@@ -121,14 +126,33 @@ def count_adapted_to(model: Path, images: Iterable[ImagePath]) -> int | None:
     those of a run that was started elsewhere are not recognised. None where the paths are not known: the model lies
     outside its run, or the list cannot be read.
     """
+    adapted_to = _listed(model, PREDICTIONS)
+    if adapted_to is None:
+        return None
+    return sum(os.path.realpath(display_path(path)) in adapted_to for path in images)
+
+
+def labelled_in(model: Path, images: Sequence[Path], learned_from: Collection[str]) -> list[Path]:
+    """Those of the images whose labels the model was given.
+
+    They are told by their bytes, of which ``learned_from`` has the SHA-256, and by the paths in its run's
+    ``learned_from.csv``, where ``model``, a run folder or its ``model/``, has one.
+    """
+    if not learned_from:
+        return []
+    paths = _listed(model, LEARNED_FROM) or set()
+    return [path for path in images if os.path.realpath(display_path(path)) in paths or digest_of(path) in learned_from]
+
+
+def _listed(model: Path, table: str) -> set[str] | None:
+    """The real paths in a table of the model's run; None where there is none, or it cannot be read."""
     run = model_folder(model).parent
     if not (run / RUN).is_file():
         return None
     try:
-        adapted_to = {os.path.realpath(row["path"]) for row in read_table(run / PREDICTIONS, ["path"])}
+        return {os.path.realpath(row["path"]) for row in read_table(run / table, ["path"])}
     except (ImageInputError, ValueError):  # ValueError: no such path can be
         return None
-    return sum(os.path.realpath(display_path(path)) in adapted_to for path in images)
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from finealign.config import without_folder
 from finealign.errors import ModelError, OutputError, display_path, printable
+from finealign.model.known_labels import labels_in_words
 from finealign.model.refusal import LIKELY
 from finealign.model.shares import shares_in_words
 from finealign.model.trust import trust_in_words
@@ -114,6 +115,7 @@ def render(folder: Path, *, measured: bool = True) -> str:
             "run": run,
             "classes": classes,
             "shares": shares_in_words(run["class_prior"], classes) if run.get("class_prior") else "",
+            "learned_from": labels_in_words(run["labels"], len(classes)) if run.get("labels") else "",
             "trust": trust_in_words(run["crop_trust"]) if run.get("crop_trust") else "",
             "epochs": epochs,
             "charts": _charts(epochs, classes),

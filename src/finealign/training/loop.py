@@ -20,6 +20,7 @@ from finealign.errors import StoppedError
 from finealign.images.decoding import Pixels
 from finealign.images.views import Views
 from finealign.method.base import Method
+from finealign.method.few_labels import with_known
 from finealign.runtime.devices import choose_workers
 from finealign.runtime.distributed import Ranks
 from finealign.runtime.progress import Progress
@@ -52,6 +53,7 @@ def adapt(
     images: Sequence[Pixels],
     learner: Learner,
     *,
+    known: Tensor | None = None,
     progress: Progress,
     checkpoints: Path | None = None,
     on_epoch: Callable[[EpochRecord], None] = lambda record: None,
@@ -61,6 +63,8 @@ def adapt(
     ranks: Ranks | None = None,
 ) -> list[EpochRecord]:
     """Train the method, and the backbone's parameters that learn, in place. Returns the records of the epochs run here.
+
+    ``known`` (images,) has the labels that are known, as in ``method.few_labels``; None where none is.
 
     ``checkpoints`` is a folder. Training continues from the last valid checkpoint in it, and writes one after each
     epoch, every ``training.checkpoint_minutes``, and when it is asked to stop. ``on_epoch`` is called with the record
@@ -82,9 +86,9 @@ def adapt(
         plan = _encoding_plan(learner)
         source = FeatureBank(images, learner.views, backbone, plan, folder=folder, progress=progress, ranks=ranks)
         if not method.trains:
-            method.survey(source.whole_images(0))
+            _survey(method, source.whole_images(0), known)
             return []
-        state = begin(backbone, method, config, images=len(images), ranks=ranks)
+        state = begin(backbone, method, config, images=len(images), known=known, ranks=ranks)
         if checkpoints:
             state.restore(checkpoints, source)
             if state.outset:
@@ -234,9 +238,17 @@ def _refresh_labels(
     if not epoch:
         take_stock(state, source, config, on_stock=on_stock)
     if state.method.surveys:
-        state.method.survey(source.whole_images(epoch))
+        _survey(state.method, source.whole_images(epoch), state.known)
     if fresh:
         settle_anchors(state, source, config, epoch, name_of=name_of)
+
+
+def _survey(method: Method, weak: Tensor, known: Tensor | None) -> None:
+    """Have the method process all images. Without known labels it is not asked to know of any."""
+    if known is None:
+        method.survey(weak)
+    else:
+        method.survey(weak, known.to(weak.device))
 
 
 def _steps(
@@ -246,7 +258,7 @@ def _steps(
     epoch, remaining = state.epoch, batches[state.step :]
     for batch, strong in zip(remaining, source.strong_features(epoch, remaining), strict=True):
         set_rates(state.step)
-        state.meter.add(batch, *step(state, source.label_features(batch, epoch), strong, state.belonging[batch]))
+        state.meter.add(batch, *step(state, source.label_features(batch, epoch), strong, batch))
         state.step += 1
         yield batch
 
@@ -291,7 +303,7 @@ def settle_anchors(
         _set_learning_rates(state.optimizer, number / training.anchor_steps, final=training.final_learning_rate)
         crop = features.crops[torch.arange(len(batch)), chosen]
         view = torch.where(whole[:, None], features.weak, crop)
-        loss, _ = step(state, features, view, state.belonging[batch])
+        loss, _ = step(state, features, view, batch)
         step_batches.append(batch)
         losses.append(loss.total.detach())
     state.refuse_not_finite(step_batches, losses, config, name_of)
@@ -305,15 +317,17 @@ def _settles(method: Method, config: Config) -> bool:
     return method.settles and training.anchor_steps > 0 and training.learn != "norms"
 
 
-def step(state: State, features: ImageFeatures, strong: Tensor, belonging: Tensor) -> tuple[Loss, PseudoLabels]:
+def step(state: State, features: ImageFeatures, strong: Tensor, batch: Tensor) -> tuple[Loss, PseudoLabels]:
     """Take one step of the optimiser, and return the loss and the pseudo-labels of the batch.
 
     The batch is labelled by its weak and crop ``features``; the loss is that of its strong features (B, D). An image's
     label weighs less, and the image counts less in means, the less it belongs to the classes: ``belonging`` (B,).
     """
     pseudo = state.method.pseudo_label(features)
-    belonging = belonging.to(pseudo.weights)
+    belonging = state.belonging[batch].to(pseudo.weights)
     pseudo = replace(pseudo, weights=pseudo.weights * belonging, belonging=belonging)
+    if state.known is not None:
+        pseudo = with_known(pseudo, state.known[batch].to(pseudo.labels), state.method.label_weight)
     loss = state.method.loss(strong, pseudo)
     state.optimizer.zero_grad(set_to_none=True)
     torch.autograd.backward(loss.total)

@@ -17,6 +17,7 @@ from finealign.method.base import SelfTrainingMethod
 from finealign.method.class_prior import estimated_shares, even_or
 from finealign.method.copies import Floats, Ints, copies
 from finealign.method.crop_trust import chosen_share, explained_by_share
+from finealign.method.few_labels import begun_anchors, belonging_as_known
 from finealign.method.strangers import fit, p_none
 from finealign.training.features import ImageSource
 from finealign.training.state import State
@@ -55,27 +56,44 @@ def take_stock(
     learner = method if isinstance(method, SelfTrainingMethod) else None
     estimates = learner is not None and learner.options.class_prior == "auto"
     trusts = learner is not None and learner.options.whole_share == "auto" and method.uses_crops
-    if not (estimates or trusts) and config.training.strangers == "off" and on_stock is None:
+    needed = estimates or trusts or state.known is not None
+    if not needed and config.training.strangers == "off" and on_stock is None:
         return
     weak, mean_crops = _features(source, len(state.labels))
     anchors = normalize(method.classifier().mean(1), dim=1).to(weak.device)
     if config.training.strangers == "auto":
         doubts = p_none(fit(weak, mean_crops, anchors), weak, mean_crops)
         state.belonging = (1 - doubts).clamp_min(LEAST_BELONGING).cpu()
+    if state.known is not None:
+        state.belonging = belonging_as_known(state.belonging, state.known, LEAST_BELONGING)
     groups = copies(weak.float().cpu().numpy())
     counts = state.belonging / torch.from_numpy(np.bincount(groups)[groups])
-    shares = estimated_shares(weak, mean_crops, anchors, logit_scale=method.logit_scale, weights=counts)
+    shares = estimated_shares(
+        weak, mean_crops, anchors, logit_scale=method.logit_scale, weights=counts, known=state.known
+    )
     if learner and estimates:
         learner.expect(even_or(shares, float(counts.sum())).to(learner.class_prior), estimated=True)
     explained = {} if mean_crops is None else explained_by_share(weak, mean_crops, anchors, weights=counts)
     if learner and trusts and explained:
         learner.trust_whole(chosen_share(explained, float(counts.sum())))
+    if learner and state.known is not None:
+        begin_at_labels(learner, weak, mean_crops, state.known)
     state.ranks.follow([state.belonging, *state.tensors().values()])  # rounding may have made the ranks differ
     if on_stock is not None:
         probabilities = method.probabilities(weak @ anchors.T)
         weak, probabilities, anchors = weak.float().cpu(), probabilities.float().cpu(), anchors.float().cpu()
         found = Stock(weak.numpy(), probabilities.numpy(), shares.cpu().numpy(), anchors.numpy(), groups, explained)
         state.outset = on_stock(found)
+
+
+def begin_at_labels(method: SelfTrainingMethod, weak: Tensor, mean_crops: Tensor | None, known: Tensor) -> None:
+    """Begin the anchors of classes with labelled images near these, as they are seen by what the method labels by."""
+    share = float(method.share_of_whole())
+    features = weak if mean_crops is None else torch.lerp(mean_crops, weak, share)
+    begun = begun_anchors(
+        method.classifier(), features, known.to(features.device), text_images=method.options.text_images
+    )
+    method.begin_at(begun)
 
 
 def _features(source: ImageSource, images: int) -> tuple[Tensor, Tensor | None]:

@@ -38,7 +38,15 @@ class EpochRecord:
     images_per_second: float
 
 
-def begin(backbone: Backbone, method: Method, config: Config, *, images: int, ranks: Ranks | None = None) -> "State":
+def begin(
+    backbone: Backbone,
+    method: Method,
+    config: Config,
+    *,
+    images: int,
+    known: Tensor | None = None,
+    ranks: Ranks | None = None,
+) -> "State":
     """Make the state before the first step. Gradients are enabled for what learns and disabled for the rest.
 
     ``images`` is the number of images. Raises BackboneError if the normalisation parameters are to learn and the
@@ -63,6 +71,7 @@ def begin(backbone: Backbone, method: Method, config: Config, *, images: int, ra
         meter=meter,
         ranks=ranks or Ranks(),
         belonging=torch.ones(images),
+        known=known,
     )
 
 
@@ -77,6 +86,7 @@ class State:
     meter: "EpochMeter"  # of the current epoch
     ranks: Ranks
     belonging: Tensor  # (images,) in (0, 1], how far each image belongs to the classes; 1 before ``take_stock``
+    known: Tensor | None = None  # (images,) int64 as in ``method.few_labels``; None where no label is known
     epoch: int = 0  # finished epochs
     step: int = 0  # finished steps of the current epoch
     outset: dict[str, Any] = field(default_factory=dict)  # JSON values: what ``take_stock`` was told to keep
