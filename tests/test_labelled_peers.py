@@ -13,6 +13,7 @@ from finealign.method.base import Method
 from finealign.method.few_labels import UNKNOWN
 from finealign.method.registry import find_method, method_names
 from finealign.model.known_labels import check_taken
+from finealign.testing import check_method
 from finealign.types import ImageFeatures
 from test_methods import SCALE, make, unit
 
@@ -191,6 +192,11 @@ def test_transclip_few_shot__takes_the_share_by_which_neighbours_of_labelled_ima
     found = {gamma: transclip(weak.numpy(), known.numpy(), gamma, 10) for gamma in (0.1, 0.5, 1.0, 10.0)}
     right = {gamma: (z[nearest].argmax(1) == known.numpy()[labelled]).sum() for gamma, (z, _, _) in found.items()}
     close(method.get_buffer("means"), found[max(right, key=lambda gamma: right[gamma])][1])
+
+
+@over_all
+def test_methods_that_need_labels__are_whole_methods(name: str) -> None:
+    check_method(find_method(name))
 
 
 @over_all

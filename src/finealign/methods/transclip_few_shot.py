@@ -44,12 +44,16 @@ class TransclipFewShot(TransductiveMethod):
     options: TransclipFewShotOptions
     training_options = (*TransductiveMethod.training_options, "labelled_share")
     known_labels: ClassVar[Literal["refused", "taken", "needed"]] = "needed"
+    _weights: Tensor  # (n,)
+    _known: Tensor  # (n,) int64
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"published": {}}  # the defaults are the published values
 
     def __init__(self, options: TransclipFewShotOptions, texts: TextFeatures, *, logit_scale: float) -> None:
         width = texts.descriptions.shape[1]
         super().__init__(options, texts, logit_scale=logit_scale, variance_shape=(width,))
-        self._weights = self._known = torch.zeros(0)  # of the images, while they are fitted
+        # Of the images, while they are fitted: what each counts for, and its known class.
+        self.register_buffer("_weights", self.prototypes.new_zeros(0), persistent=False)
+        self.register_buffer("_known", torch.zeros(0, dtype=torch.int64), persistent=False)
 
     @torch.no_grad()
     def survey(self, weak: Tensor, known: Tensor | None = None) -> None:

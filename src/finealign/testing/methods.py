@@ -103,7 +103,7 @@ class _Case:
         """A method after some steps, or after a survey."""
         method = self.make()
         if method.surveys:
-            method.survey(self.images(6).weak)
+            _survey(method, self.images(6).weak)
         for _ in zip(range(steps), self.steps(method), strict=False):
             pass
         return method
@@ -191,6 +191,14 @@ def _check_made(case: _Case, found: Findings) -> None:
             )
 
 
+def _survey(method: Method, weak: Tensor) -> None:
+    """Have the method see all images, and labels of them if it needs some."""
+    if method.known_labels == "needed":
+        method.survey(weak, torch.arange(len(weak)) % method.num_classes)
+    else:
+        method.survey(weak)
+
+
 def _check_scores(case: _Case, found: Findings) -> None:
     """Scores are finite, one a class, with and without crops, with two classes, and do not depend on other images."""
     for kind in case.kind.scores:
@@ -198,7 +206,7 @@ def _check_scores(case: _Case, found: Findings) -> None:
             for classes in (CLASSES, 2):
                 method = case.make(classes)
                 if method.surveys:
-                    method.survey(images(6).weak)
+                    _survey(method, images(6).weak)
                 features = case.scored(kind, 5)
                 scores = method.score(features, kind)
                 _expect_matrix(scores, (5, classes), f"its score {kind!r} of {classes} classes", found)
@@ -241,7 +249,7 @@ def _check_training(case: _Case, found: Findings) -> None:
         with found.during(f"to take steps {what}".rstrip()):
             method = case.make(classes)
             if method.surveys:
-                method.survey(case.images(6).weak)
+                _survey(method, case.images(6).weak)
             for _, (pseudo, loss) in zip(range(STEPS), case.steps(method, count=count, alike=alike), strict=False):
                 _expect_labels(pseudo, count, classes, what, found)
                 found.expect(np.isfinite(loss), f"Its loss {what} is {loss}. Wanted: a finite number.")
