@@ -201,8 +201,8 @@ def adapted_witnesses(
     taught = like if isinstance(like, SelfTrainingMethod) else None
     share = float(taught.whole_share) if taught else EQUAL
     told = {"class_prior": "even", "whole_share": share}  # the prior till it is told below
-    known = find_method(settings.name).Options.model_fields
-    told = {name: value for name, value in told.items() if name in known}
+    has = find_method(settings.name).Options.model_fields
+    told = {name: value for name, value in told.items() if name in has}
     settings = MethodSettings(name=settings.name, **{**settings.options, **told})
     order = np.random.default_rng((config.seed, _HALVES)).permutation(len(before.weak))
     halves = order[: (len(order) + 1) // 2], order[len(order) // 2 :]

@@ -317,10 +317,13 @@ def _check_fit(
     pace = {"epochs": 2, "batch_size": 6, "anchor_steps": 4}
     settings: dict[str, Any] = {"views": {"crops": 2}, "data": {"cache": "temporary", "workers": 0}, "training": pace}
     config = make_config(merged(settings, {"method": {"name": name, **options}}))
+    labels = None
+    if method.known_labels == "needed":  # they are drawn class by class in turn
+        labels = [list(COLOURS)[place % len(COLOURS)] if place % 2 else None for place in range(len(paths))]
 
     def fit(progress: _Stopping, on_epoch: Callable[[Any], None] = lambda record: None, **how: Any) -> FineAlign:
         model = FineAlign(list(COLOURS), config=config, method=method, backbone=encoder)
-        return model.fit(paths, progress=progress, on_epoch=on_epoch, **how)
+        return model.fit(paths, labels=labels, progress=progress, on_epoch=on_epoch, **how)
 
     whole = fit(_Stopping())
     if method.trains:
