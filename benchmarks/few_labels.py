@@ -44,7 +44,7 @@ def drawn_labels(hidden: Tensor, each: int, draw: int) -> Tensor:
     """The labels of ``each`` random images of every class, or of all but one: (n,), ``UNKNOWN`` for the others."""
     rng = np.random.default_rng((draw, each))
     known = torch.full_like(hidden, UNKNOWN)
-    for label in hidden.unique().tolist():
+    for label in sorted(set(hidden.tolist())):
         places = rng.permutation(np.flatnonzero(hidden.numpy() == label))
         known[torch.from_numpy(places[: min(each, len(places) - 1)])] = label
     return known

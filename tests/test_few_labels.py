@@ -265,11 +265,12 @@ def test_fit__known_labels_are_never_relabelled(
 def test_fit__strangers_hardly_count_and_others_are_labelled_as_before(
     album: Path, tiny_backbone: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen = {}
+    seen: dict[int, float] = {}
     step = loop.step
 
     def watched(state: Any, features: Any, strong: Any, batch: Tensor) -> Any:
         loss, pseudo = step(state, features, strong, batch)
+        assert pseudo.belonging is not None
         seen.update(zip(batch.tolist(), pseudo.belonging.tolist(), strict=True))
         return loss, pseudo
 

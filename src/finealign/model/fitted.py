@@ -86,7 +86,7 @@ class FittedModel:
     learned: str  # what differs from the model before adaptation, in words
     training: Mapping[str, Any]  # the settings it was trained with, kept as a record and not used
     adapted: "FittedModel | None" = None  # of a start: the adapted model
-    learned_from: tuple[str, ...] = ()  # SHA-256 of the images whose labels it was given
+    learned_from: tuple[str, ...] = ()  # checksums of the images whose labels it was given
     strangers: Mapping[Use, StrangerModel] = field(default_factory=dict)  # of each model; empty if it was not fitted
 
     @property

@@ -4,7 +4,6 @@ This is supervised data. It comes from the user alone, and only where it is give
 model is measured by, and nothing here does.
 """
 
-import hashlib
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +13,7 @@ from typing import Any
 from torch import Tensor, tensor
 
 from finealign.errors import ConfigError, ImageInputError, display_path, first_few
-from finealign.images.files import ImageReadError, open_regular
+from finealign.images.files import ImageReadError, checksum
 from finealign.images.tables import read_table
 from finealign.method.few_labels import STRANGER, UNKNOWN
 from finealign.method.registry import find_method, method_names
@@ -34,7 +33,7 @@ class KnownLabels:
     """The known labels of images to adapt to."""
 
     classes: Mapping[str, int]  # by path: the class, or ``STRANGER`` for an image said to show none of the classes
-    digests: Mapping[str, str] = field(default_factory=dict)  # by path: SHA-256 of the file, where it can be read
+    digests: Mapping[str, str] = field(default_factory=dict)  # by path: checksum of the image, where it can be read
     not_used: str = ""  # which labels are of no use, and why, as sentences
 
     def of(self, paths: Iterable[ImagePath]) -> Tensor | None:
@@ -135,11 +134,10 @@ def labels_in_words(told: Mapping[str, Any], classes: int) -> str:
 
 
 def digest_of(path: ImagePath) -> str:
-    """The SHA-256 of a file or shard member; empty if it cannot be read."""
+    """The checksum of an image's bytes; empty if they cannot be read."""
     try:
-        with open_regular(path) as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except (ImageReadError, OSError):
+        return checksum(path)
+    except ImageReadError:
         return ""
 
 
@@ -168,10 +166,10 @@ def _rows(labels: Labels, paths: Sequence[ImagePath], classes: Sequence[str], fo
                 f"{_count(len(labels), 'label')} for {_count(len(paths), 'image')}. Give one for each image, None "
                 "where it is not known, or a mapping of paths to class names."
             )
-        for path, label in zip(paths, labels, strict=True):
+        for image, label in zip(paths, labels, strict=True):
             if label is not None:
-                place = os.path.abspath(path)
-                yield _Row("", os.fspath(path), (place,), label, _class_of(label, path, classes, matcher))
+                name = os.fspath(image)
+                yield _Row("", name, (os.path.abspath(name),), label, _class_of(label, name, classes, matcher))
 
 
 def _places(name: str | Path, bases: Sequence[Path]) -> tuple[str, ...]:

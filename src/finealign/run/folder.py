@@ -135,7 +135,7 @@ def count_adapted_to(model: Path, images: Iterable[ImagePath]) -> int | None:
 def labelled_in(model: Path, images: Sequence[Path], learned_from: Collection[str]) -> list[Path]:
     """Those of the images whose labels the model was given.
 
-    They are told by their bytes, of which ``learned_from`` has the SHA-256, and by the paths in its run's
+    They are told by their bytes, of which ``learned_from`` has the checksums, and by the paths in its run's
     ``learned_from.csv``, where ``model``, a run folder or its ``model/``, has one.
     """
     if not learned_from:
