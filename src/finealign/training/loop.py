@@ -274,14 +274,6 @@ def _survey(method: Method, weak: Tensor, known: Tensor | None) -> None:
         method.survey(weak, known.to(weak.device))
 
 
-def _survey(method: Method, weak: Tensor, known: Tensor | None) -> None:
-    """Have the method process all images. Without known labels it is not asked to know of any."""
-    if known is None:
-        method.survey(weak)
-    else:
-        method.survey(weak, known.to(weak.device))
-
-
 def _steps(
     state: State, source: ImageSource, batches: Sequence[Tensor], set_rates: Callable[[int], object]
 ) -> Iterator[Tensor]:
