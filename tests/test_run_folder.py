@@ -346,7 +346,7 @@ def test_adapt_into__overwrite_removes_what_is_ours_alone(run: Path, album: Path
     assert (run / "thesis.txt").read_text(encoding="utf-8") == "years of work"
     assert (run / "notes" / "a.txt").read_text(encoding="utf-8") == "mine"
     assert {path.name for path in run.iterdir()} == CONTRACT | {"thesis.txt", "notes"}
-    assert checkpoints(run) == ["epoch-0001-step-0003", "epoch-0002", "features-0001", "features-0002"]
+    assert checkpoints(run) == ["epoch-0001-step-0003", "epoch-0002", "features-0000", "features-0001", "features-0002"]
     assert [line["epoch"] for line in metrics(run)] == [1, 2]
     assert run_json(run)["seed"] == 5
     assert learned(run) != before
