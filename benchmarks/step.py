@@ -137,7 +137,7 @@ class OurStep:
     def training_step(self) -> None:
         batch = torch.arange(self.images)
         (strong,) = self.source.strong_features(0, [batch])
-        step(self.state, self.source.label_features(batch, 0), strong, self.state.belonging)
+        step(self.state, self.source.label_features(batch, 0), strong, batch)
 
 
 def seconds(work: Callable[[], object]) -> float:

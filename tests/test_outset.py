@@ -207,7 +207,8 @@ def test_step__a_label_weighs_as_far_as_its_image_belongs() -> None:
     for far in (torch.ones(12), belonging):
         config = configured(made, "even", strangers="off")
         state, _ = looked_at(made, config)
-        found.append(step(state, made.label_features(batch, 0), made.weak[batch], far))
+        state.belonging = far
+        found.append(step(state, made.label_features(batch, 0), made.weak[batch], batch))
     (wholly, all_of_it), (loss, pseudo) = found
     torch.testing.assert_close(pseudo.weights, all_of_it.weights * belonging)
     assert torch.equal(pseudo.labels, all_of_it.labels) and pseudo.belonging is not None

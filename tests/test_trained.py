@@ -267,6 +267,7 @@ def test_trained__a_damaged_file(content: bytes, suffix: str, tmp_path: Path) ->
         load_backbone(f"trained-plain/{tmp_path}/a{suffix}")
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning", "ignore:`torch.jit:DeprecationWarning")
 def test_trained__a_program_of_torchscript(tmp_path: Path) -> None:
     torch.jit.save(torch.jit.trace(torch.nn.Linear(2, 2), torch.ones(1, 2)), tmp_path / "a.pt")  # type: ignore[no-untyped-call]
     with pytest.raises(BackboneError, match=r"TorchScript archive.*are not run.*ARCH/openai"):
@@ -355,7 +356,7 @@ def test_clip_folder__cosines_are_transformers(case: str, tmp_path: Path) -> Non
     expected = transformers_cosines(folder, images, tokens)
     torch.testing.assert_close(cosines(backbone, images, SENTENCES), expected, rtol=0, atol=3e-6)
     assert [*backbone.mean] == pytest.approx(MEAN)
-    assert backbone.logit_scale == pytest.approx(float(CLIPModel.from_pretrained(folder).logit_scale.exp()))
+    assert backbone.logit_scale == pytest.approx(CLIPModel.from_pretrained(folder).logit_scale.exp().item())
     backbone.save(tmp_path / "saved")
     shutil.rmtree(folder)
     again = load_backbone(f"local-dir:{tmp_path / 'saved'}")

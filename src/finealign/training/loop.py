@@ -346,8 +346,9 @@ def _settles(method: Method, config: Config) -> bool:
 def step(state: State, features: ImageFeatures, strong: Tensor, batch: Tensor) -> tuple[Loss, PseudoLabels]:
     """Take one step of the optimiser, and return the loss and the pseudo-labels of the batch.
 
-    The batch is labelled by its weak and crop ``features``; the loss is that of its strong features (B, D). An image's
-    label weighs less, and the image counts less in means, the less it belongs to the classes: ``belonging`` (B,).
+    The batch (B,), positions of images, is labelled by its weak and crop ``features``; the loss is that of its strong
+    features (B, D). The less an image belongs to the classes, the less its label weighs and it counts in means;
+    a label that is known is kept.
     """
     pseudo = state.method.pseudo_label(features)
     belonging = state.belonging[batch].to(pseudo.weights)
