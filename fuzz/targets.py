@@ -23,6 +23,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load, save, save_file
 
+from finealign.backbone.base import own_norms
 from finealign.backbone.load import load_backbone
 from finealign.backbone.model import CONFIG, WEIGHTS
 from finealign.config import Config, make_config, read_config, resolve, write_config
@@ -260,8 +261,8 @@ def model() -> Path:
             text_features=text_features,
             backbone=backbone,
             method=create_method(config.method, text_features, logit_scale=100.0, token_width=backbone.token_width),
-            norms=model_folder.own_norms(backbone),
-            start_norms=model_folder.own_norms(backbone),
+            norms=own_norms(backbone),
+            start_norms=own_norms(backbone),
             learned="nothing",
             training={},
         ),

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from finealign.backbone.base import Backbone, lacking
+from finealign.backbone.base import Backbone, lacking, own_norms
 from finealign.backbone.load import load_backbone
 from finealign.config import Config
 from finealign.errors import CautionWarning, ConfigError, FinealignError, ImageInputError, display_path
@@ -31,7 +31,7 @@ from finealign.method.strangers import fit as fit_strangers
 from finealign.model.calibration import Calibration, calibrate, sample, sampled
 from finealign.model.card import is_card, model_card
 from finealign.model.fitted import FittedModel, check_class_prior, check_use, inference_settings, what_learned
-from finealign.model.folder import own_norms, read_model, write_model
+from finealign.model.folder import read_model, write_model
 from finealign.model.inference import Predictor, readable, tell_blank
 from finealign.model.known_labels import KnownLabels, Labels, check_taken, read_known_labels, told_labels
 from finealign.model.prepare import Prepared, check_settings, given_shares, prepare, with_names

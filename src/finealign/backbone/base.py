@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from finealign.errors import BackboneError
 from finealign.types import Gaze, Precision, TextFeatures, Texts
 
 
@@ -103,3 +104,12 @@ def lacking(backbone: object) -> list[str]:
     """Return the names of what a backbone must have, by ``Backbone``, and has not."""
     wanted = [*Backbone.__annotations__, *(name for name in vars(Backbone) if not name.startswith("_"))]
     return [name for name in wanted if not hasattr(backbone, name)]
+
+
+def own_norms(backbone: Backbone) -> dict[str, Tensor]:
+    """Return a copy of the backbone's current normalisation parameters, by name; empty for a tower without any."""
+    try:
+        parameters = backbone.norm_parameters()
+    except BackboneError:
+        return {}
+    return {name: value.detach().clone() for name, value in parameters.items()}

@@ -26,7 +26,7 @@ from pydantic import Field, ValidationError
 from torch import Tensor
 
 from finealign import __version__
-from finealign.backbone.base import Backbone
+from finealign.backbone.base import Backbone, own_norms
 from finealign.backbone.load import load_backbone
 from finealign.backbone.model import CONFIG, WEIGHTS, OpenClipBackbone
 from finealign.config import Settings, readable_errors
@@ -285,15 +285,6 @@ def _strangers(tensors: dict[str, Tensor], *, classes: int, width: int) -> dict[
                     f"what tells strangers is for {tuple(found[use].anchors.shape)}, not {(classes, width)}"
                 )
     return found
-
-
-def own_norms(backbone: Backbone) -> dict[str, Tensor]:
-    """Return a copy of the backbone's current normalisation parameters, by name; empty for a tower without any."""
-    try:
-        parameters = backbone.norm_parameters()
-    except BackboneError:
-        return {}
-    return {name: value.detach().clone() for name, value in parameters.items()}
 
 
 def _section(tensors: dict[str, Tensor], section: str) -> dict[str, Tensor]:

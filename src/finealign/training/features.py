@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from finealign.backbone.base import Backbone
+from finealign.backbone.base import Backbone, own_norms
 from finealign.errors import ModelError, OutputError, StoppedError, display_path
 from finealign.images.decoding import Pixels
 from finealign.images.prefetch import prefetch
@@ -186,8 +186,8 @@ class FeatureBank:
         digest.update(np.array(positions, dtype=np.int64).tobytes())
         for position in positions if paths else ():
             digest.update(display_path(paths[position]).encode() + b"\n")
-        for name, parameter in sorted(backbone.norm_parameters().items()):
-            digest.update(name.encode() + parameter.detach().float().cpu().numpy().tobytes())
+        for name, parameter in sorted(own_norms(backbone).items()):
+            digest.update(name.encode() + parameter.float().cpu().numpy().tobytes())
         return digest.hexdigest()
 
     def take_up(self, name: str, images: Tensor | None = None) -> None:
