@@ -3,16 +3,17 @@
 import os
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 import pytest
 
 from conftest import HANG
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Browser
+    from playwright.sync_api import Browser, Page
 
     from finealign import FineAlign
     from finealign.review.session import Session
@@ -89,3 +90,37 @@ def browsing() -> Iterator["Browser"]:
             yield browser
         finally:
             browser.close()
+
+
+@contextmanager
+def watched(
+    browser: "Browser", *, schemes: Collection[str] = (), timeout: float = 1000 * HANG
+) -> Iterator[Callable[..., "Page"]]:
+    """Opens pages; afterwards nothing may have failed in them, or have been asked of another origin.
+
+    Addresses of ``schemes``, as those of what a page made itself, are of no origin. ``timeout`` is in milliseconds.
+    """
+    contexts, troubles = [], list[str]()
+
+    def open_page(address: str, *, width: int = 1280, scheme: Any = "light", init: str = "") -> "Page":
+        context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
+        contexts.append(context)
+        context.add_init_script(init or "0")
+        own = urlsplit(address).netloc
+
+        def requested(url: str) -> None:
+            if urlsplit(url).scheme not in schemes and urlsplit(url).netloc != own:
+                troubles.append(f"asked {url}")
+
+        context.on("request", lambda request: requested(request.url))
+        page = context.new_page()
+        page.set_default_timeout(timeout)
+        page.on("pageerror", lambda error: troubles.append(str(error)))
+        page.on("console", lambda message: troubles.append(message.text) if "Policy" in message.text else None)
+        page.goto(address)
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert not troubles

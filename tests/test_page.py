@@ -7,7 +7,6 @@ from base64 import b64encode
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
@@ -15,7 +14,7 @@ from axe_playwright_python.sync_playwright import Axe
 from PIL import Image
 from playwright.sync_api import Browser, Page, expect
 
-from browser import browsing, running
+from browser import browsing, running, watched
 from conftest import HANG, tiny_config, write_photos
 from finealign import FineAlign
 from finealign.images.decoding import read_image
@@ -64,31 +63,14 @@ def browser() -> Iterator[Browser]:
 @pytest.fixture
 def opened(browser: Browser) -> Iterator[Callable[..., Page]]:
     """Opens the page of an address; afterwards nothing may have failed in it or have been asked of another origin."""
-    contexts, troubles = [], list[str]()
+    with watched(browser, schemes=("blob", "data"), timeout=30_000) as open_page:
 
-    def open_page(address: str, *, width: int = 1280, scheme: Any = "light", init: str = "") -> Page:
-        context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
-        contexts.append(context)
-        context.add_init_script(init or "0")
-        own = urlsplit(address).netloc
+        def open_ready(address: str, **how: Any) -> Page:
+            page = open_page(address, **how)
+            expect(page.locator("#status")).to_have_text("Ready. No images yet.")
+            return page
 
-        def requested(url: str) -> None:
-            if urlsplit(url).scheme not in ("blob", "data") and urlsplit(url).netloc != own:
-                troubles.append(f"asked {url}")
-
-        context.on("request", lambda request: requested(request.url))
-        page = context.new_page()
-        page.set_default_timeout(30_000)
-        page.on("pageerror", lambda error: troubles.append(str(error)))
-        page.on("console", lambda message: troubles.append(message.text) if "Policy" in message.text else None)
-        page.goto(address)
-        expect(page.locator("#status")).to_have_text("Ready. No images yet.")
-        return page
-
-    yield open_page
-    for context in contexts:
-        context.close()
-    assert not troubles
+        yield open_ready
 
 
 def finished(page: Page, text: str) -> None:

@@ -19,7 +19,7 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Page, expect
 
-from browser import browsing, reviewing
+from browser import browsing, reviewing, watched
 from conftest import CLASSES, HANG, tiny_config, write_photos
 from finealign import FineAlign, adapt_into
 from finealign.errors import FinealignError, ImageInputError
@@ -57,30 +57,14 @@ def browser() -> Iterator[Browser]:
 @pytest.fixture
 def opened(browser: Browser) -> Iterator[Callable[..., Page]]:
     """Opens the page; afterwards nothing may have failed in it, or have been asked of another origin."""
-    contexts, troubles = [], list[str]()
+    with watched(browser) as open_page:
 
-    def open_page(address: str, *, width: int = 1280, scheme: Any = "light") -> Page:
-        context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
-        contexts.append(context)
-        own = urlsplit(address).netloc
+        def open_ready(address: str, **how: Any) -> Page:
+            page = open_page(address, **how)
+            expect(page.locator("#status")).to_contain_text("labelled")
+            return page
 
-        def requested(url: str) -> None:
-            if urlsplit(url).netloc != own:
-                troubles.append(f"asked {url}")
-
-        context.on("request", lambda request: requested(request.url))
-        page = context.new_page()
-        page.set_default_timeout(1000 * HANG)
-        page.on("pageerror", lambda error: troubles.append(str(error)))
-        page.on("console", lambda message: troubles.append(message.text) if "Policy" in message.text else None)
-        page.goto(address)
-        expect(page.locator("#status")).to_contain_text("labelled")
-        return page
-
-    yield open_page
-    for context in contexts:
-        context.close()
-    assert not troubles
+        yield open_ready
 
 
 def plan_of(photos: Path, names: Sequence[str] = NAMES, *, budget: int = 12, learning: int = 0) -> Plan:

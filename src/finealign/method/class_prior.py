@@ -82,9 +82,10 @@ def mixture_assignments(
     """Assign images to classes by the first, plain mixture and by the second, sparse one: (n, C) each, rows sum to 1.
 
     weak (n, D) are the features of whole images, mean_crops (n, D) the mean features of each image's crops or None,
-    anchors (C, D) the start's classifier, rows of length 1, and weights (n,) in [0, 1] how far each image counts, by
-    default 1. All images are assigned evenly if there are fewer than ``FEWEST_IMAGES`` of them, if they are all alike,
-    or if their weights add up to less than one image.
+    anchors (C, D) the start's classifier, rows of length 1, weights (n,) in [0, 1] how far each image counts, by
+    default 1, and known (n,) the labels that are known, as in ``few_labels``, or None. All images are assigned evenly
+    if there are fewer than ``FEWEST_IMAGES`` of them, if they are all alike, or if their weights add up to less than
+    one image.
     """
     whole = normalize(weak.double(), dim=1)
     counts = torch.ones_like(whole[:, 0]) if weights is None else weights.to(whole)
