@@ -131,10 +131,12 @@ def test_fit__a_sample_is_judged_by_what_was_encoded(
 ) -> None:
     """The features after adaptation are those that ``features`` gives, and the files of a fit without a folder go."""
     monkeypatch.setattr("finealign.model.calibration.SAMPLE", 7)
-    model = FineAlign(CLASSES, config=tiny_config(tiny_backbone("transformer"), **FAIR)).fit(photos)
+    monkeypatch.setattr("finealign.classifier.SAMPLE", 7)
+    model = FineAlign(CLASSES, config=tiny_config(tiny_backbone("transformer"), **FAIR, prediction__calibrate=True)).fit(photos)
     before, after = model.sampled_features(model.paths_)
     assert encoded == [] and model._seen is None
     assert len(before.weak) == len(after.weak) == 7
+    assert model.calibration_ is not None and model.calibration_.images == 24  # calibrated by all that were encoded
     paths = [model.paths_[index] for index in np.random.default_rng(0).choice(24, 7, replace=False)]
     fresh, start = model.features(sorted(paths))[0], model.features(sorted(paths), at_start=True, crops=False)[0]
     np.testing.assert_allclose(after.weak, fresh.weak, atol=1e-5)

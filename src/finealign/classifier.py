@@ -28,7 +28,7 @@ from finealign.method.base import Method, SelfTrainingMethod
 from finealign.method.registry import copy_method, create_method, name_of
 from finealign.method.strangers import StrangerModel
 from finealign.method.strangers import fit as fit_strangers
-from finealign.model.calibration import Calibration, calibrate, sample, sampled
+from finealign.model.calibration import ENCODED, SAMPLE, Calibration, calibrate, sample, sampled
 from finealign.model.card import is_card, model_card
 from finealign.model.fitted import FittedModel, check_class_prior, check_use, inference_settings, what_learned
 from finealign.model.folder import read_model, write_model
@@ -285,7 +285,7 @@ class FineAlign(Estimator):
 
     def _learn_strangers(self) -> None:
         """Learn, for both models, how to tell images that show none of the classes from those that do."""
-        before, after = self.sampled_features(self.paths_)
+        before, after, _ = self._features_to_calibrate_by()
         start, method = self._model.start().method.classifier(), self._model.method
         strangers: dict[Use, StrangerModel] = {"start": fit_strangers(before.weak, None, start)}
         if method.has_classifier:
@@ -293,8 +293,8 @@ class FineAlign(Estimator):
         self._become(replace(self._model, strangers=strangers))
 
     def _calibrate(self, labels: KnownLabels | None) -> None:
-        before, after = self.sampled_features(self.paths_)
-        known = None if labels is None else labels.of(sample(self.paths_, seed=self._model.inference.seed))
+        before, after, rows = self._features_to_calibrate_by()
+        known = None if labels is None else labels.of([self.paths_[row] for row in rows])
         found = calibrate(self._model, self.config_, before, after, images=len(self.paths_), known=known)
         values = {"temperatures": dict(found.temperatures), "start_temperature": found.start_temperature}
         self.calibration_ = found
@@ -452,17 +452,28 @@ class FineAlign(Estimator):
         self._require_fitted()
         paths = sample(images, seed=self._model.inference.seed)
         if self._sampled is None or self._sampled[0] != paths:
-            known = self._seen_of(images)
+            known = self._seen_of(images, SAMPLE)
             before = start or (known[0] if known else self.features(paths, at_start=True)[0])
             after = known[1] if known else self.features(paths, crops=self.score_ != "global")[0]
             self._sampled = paths, before, after
         return self._sampled[1:]
 
-    def _seen_of(self, images: Sequence[ImagePath]) -> tuple[ImageFeatures, ImageFeatures] | None:
-        """What ``sampled_features`` returns for these images, from features that ``fit`` has encoded, if it has."""
+    def _features_to_calibrate_by(self) -> tuple[ImageFeatures, ImageFeatures, list[int]]:
+        """The features before and after adaptation of a sample of the images adapted to, and which images they are of.
+
+        The sample is larger where no image has to be encoded for it.
+        """
+        usual = self.sampled_features(self.paths_)  # kept, for the verdict asks for them again
+        known = self._seen_of(self.paths_, ENCODED)
+        before, after = known or usual
+        most = ENCODED if known else SAMPLE
+        return before, after, sampled(len(self.paths_), seed=self._model.inference.seed, most=most)
+
+    def _seen_of(self, images: Sequence[ImagePath], most: int) -> tuple[ImageFeatures, ImageFeatures] | None:
+        """The features of a sample of at most so many of these images, where ``fit`` has encoded them anyway."""
         if self._seen is None or images is not self.paths_:
             return None
-        rows = torch.tensor(sampled(len(images), seed=self._model.inference.seed))
+        rows = torch.tensor(sampled(len(images), seed=self._model.inference.seed, most=most))
         device = self._model.backbone.device
         start, final = (
             ImageFeatures(weak=part.weak[rows].to(device), crops=part.crops[rows].to(device))

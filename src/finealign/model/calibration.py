@@ -39,6 +39,7 @@ Floats = NDArray[np.floating[Any]]
 Ints = NDArray[np.integer[Any]]
 
 SAMPLE = 256  # most images to judge and calibrate by; where there are more, a sample is drawn with the model's seed
+ENCODED = 1024  # most images to calibrate by where the run has their features anyway
 COOLEST, HOTTEST = 0.05, 20.0  # the range of temperatures
 _STEPS = 121  # temperatures tried in that range, each 5 % above the one before
 _HALVES = 4  # with the seed, seeds the generator that halves the images; other numbers are in training/loop.py
@@ -63,11 +64,12 @@ def sample(images: Sequence[Item], *, seed: int) -> list[Item]:
     return [images[i] for i in sampled(len(images), seed=seed)]
 
 
-def sampled(images: int, *, seed: int) -> list[int]:
-    """The positions of the images that ``sample`` takes of so many."""
-    if images <= SAMPLE:
+def sampled(images: int, *, seed: int, most: int | None = None) -> list[int]:
+    """The positions of the images that ``sample`` takes of so many. ``most`` is SAMPLE by default."""
+    most = SAMPLE if most is None else most
+    if images <= most:
         return list(range(images))
-    return sorted(np.random.default_rng(seed).choice(images, SAMPLE, replace=False).tolist())
+    return sorted(np.random.default_rng(seed).choice(images, most, replace=False).tolist())
 
 
 def calibrate(
