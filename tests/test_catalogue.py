@@ -230,6 +230,26 @@ def test_coop__a_file_that_is_no_split_says_what_was_wanted(content: str, tmp_pa
     assert '{"train": [[path, label, class name], ...]' in str(raised.value)
 
 
+def test_coop__aircraft_has_lists_of_which_val_is_left_alone(tmp_path: Path) -> None:
+    folder = tmp_path / "fgvc_aircraft"
+    numbers = {"train": ["0001", "0002"], "val": ["0003"], "test": ["0004", "0005"]}
+    for part, (first, *rest) in numbers.items():
+        lines = [f"{first} F-16A/B\n", *(f"{number} DHC-8-100 \n" for number in rest)]
+        write(folder / f"images_variant_{part}.txt", "".join(lines))
+        put(folder / "images", [f"{number}.jpg" for number in (first, *rest)])
+    loaded = load_set("fgvc_aircraft", tmp_path)
+    unlabelled, test = seen(loaded, tmp_path)
+    assert unlabelled == {"fgvc_aircraft/images/0001.jpg", "fgvc_aircraft/images/0002.jpg"}
+    assert test == {
+        "fgvc_aircraft/images/0004.jpg": named("fgvc_aircraft", "F-16A/B"),
+        "fgvc_aircraft/images/0005.jpg": named("fgvc_aircraft", "DHC-8-100"),
+    }
+    assert loaded.described
+    write(folder / "images_variant_test.txt", "0004 F-16A/B\n0005\n")
+    with pytest.raises(ImageInputError, match=r'images_variant_test\.txt is no list of images.*"NUMBER LABEL"'):
+        load_set("fgvc_aircraft", tmp_path)
+
+
 # --- one folder of class folders --------------------------------------------------------------------------------------
 
 SIZES = {
@@ -425,6 +445,8 @@ def test_load_set__not_on_disk_names_the_page_and_every_layout(found: DataSet, t
         assert str(tmp_path / found.coop[0] / found.coop[1]) in message
     if found.folders:
         assert f"{tmp_path / found.folders}/<class>/<image>" in message
+    if found.lists:
+        assert f"{tmp_path.joinpath(*found.lists)}_{{train,test}}.txt" in message
     assert ("--download" in message) == (found.torchvision is not None and found.name != "stanford_cars")
     assert list(tmp_path.iterdir()) == []
 

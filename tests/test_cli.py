@@ -50,6 +50,7 @@ VERBS = [
     "export",
     "demo",
     "benchmark",
+    "reproduce",
     "methods",
     "models",
     "doctor",

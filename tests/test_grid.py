@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -203,6 +203,19 @@ def test_read_cells__by_whichever_name_the_folder_is_given(
     found = read_cells(replace(grid, datasets=(other,)))
     assert [cell.correct for cell in found] == [cell.correct for cell in cells]
     assert {cell.dataset for cell in found} == {other}
+
+
+def test_read_cells__one_of_an_earlier_version_says_nothing_of_hardware(
+    finished: tuple[Grid, list[Cell]], tmp_path: Path
+) -> None:
+    grid, cells = finished
+    assert cells[0].hardware["precision"] == "fp32" and len(cells[0].weights["checksum"]) == 64
+    values = {name: value for name, value in asdict(cells[0]).items() if name not in ("hardware", "weights")}
+    path = replace(grid, out=tmp_path).path(cells[0].dataset, cells[0].method, cells[0].seed)
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps(values), encoding="utf-8")
+    (read,) = read_cells(replace(grid, out=tmp_path))
+    assert (read.correct, read.hardware, read.weights) == (cells[0].correct, {}, {})
 
 
 def test_read_cells__a_torn_cell_is_named(finished: tuple[Grid, list[Cell]], tmp_path: Path) -> None:

@@ -2,8 +2,8 @@
 
 A set is looked for under the data root in these forms, and the first one present is used: class folders with a split
 (``NAME/train/<label>/*`` and ``NAME/test/<label>/*``), the layout and split file that CoOp published
-(``FOLDER/split_zhou_*.json``), class folders without a split, and what torchvision reads or downloads. ``path:DIR`` is
-a folder of the user's own.
+(``FOLDER/split_zhou_*.json``, or lists of images), class folders without a split, and what torchvision reads or
+downloads. ``path:DIR`` is a folder of the user's own.
 """
 
 import json
@@ -42,6 +42,7 @@ class DataSet:
     coop: tuple[str, str, str] | None = None  # folder, split file, and the folder that the split's paths start from
     torchvision: tuple[str, dict[str, Any], dict[str, Any]] | None = None  # class; its arguments for train and for test
     folders: str = ""  # folder of class folders without a split, under the data root
+    lists: tuple[str, str] | None = None  # folder of images/ and of lists, and how these begin, as variant_
 
     def as_json(self) -> dict[str, Any]:
         """The entry as JSON values; ``described`` says whether the package has descriptions for it."""
@@ -89,7 +90,7 @@ _SETS = (
             coop=("eurosat", "split_zhou_EuroSAT.json", "2750"), folders="eurosat/2750",
             torchvision=("EuroSAT", {}, {})),
     DataSet("fgvc_aircraft", "FGVC-Aircraft", 100, "a photo of a {}, a type of aircraft.",
-            "https://www.robots.ox.ac.uk/~vgg/data/fgvc-aircraft/",
+            "https://www.robots.ox.ac.uk/~vgg/data/fgvc-aircraft/", lists=("fgvc_aircraft", "images_variant"),
             torchvision=("FGVCAircraft", {"split": "trainval"}, {"split": "test"})),
     DataSet("food101", "Food-101", 101, "a photo of {}, a type of food.",
             "https://data.vision.ee.ethz.ch/cvl/datasets_extra/food-101/",
@@ -162,6 +163,7 @@ def _find(data_set: DataSet, root: Path, *, download: bool) -> Split | None:
     readers: list[Callable[[], Split | None]] = [
         lambda: _class_folders(root / data_set.name),
         lambda: _coop(data_set, root),
+        lambda: _listed(*data_set.lists, root) if data_set.lists else None,
         lambda: _one_folder(root / data_set.folders) if data_set.folders else None,
         lambda: _torchvision(data_set, root, download=download),
     ]
@@ -231,6 +233,24 @@ def _coop(data_set: DataSet, root: Path) -> Split | None:
             '{"train": [[path, label, class name], ...], "val": ..., "test": ...}.'
         ) from error
     return unlabelled, _truth(test), [names[label] for label in sorted(names)]
+
+
+def _listed(folder: str, lists: str, root: Path) -> Split | None:
+    """Images beside lists of lines "NAME LABEL", as FGVC-Aircraft comes and CoOp lays it out. Its val is left alone."""
+    base = root / folder
+    files = {part: base / f"{lists}_{part}.txt" for part in ("train", "test")}
+    if not all(file.is_file() for file in files.values()):
+        return None
+    rows: dict[str, list[tuple[Path, str]]] = {}
+    for part, file in files.items():
+        try:
+            lines = [line.split(maxsplit=1) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+            rows[part] = [(base / "images" / f"{name}.jpg", label.strip()) for name, label in lines]
+        except (OSError, ValueError) as error:
+            raise ImageInputError(f'{file} is no list of images ({error}). Wanted: lines "NUMBER LABEL".') from error
+    labels = sorted({label for _, label in rows["test"]})
+    test = [(path, labels.index(label)) for path, label in rows["test"]]
+    return [path for path, _ in rows["train"]], _truth(test), labels
 
 
 def _torchvision(data_set: DataSet, root: Path, *, download: bool) -> Split | None:
@@ -400,6 +420,9 @@ def _how_to_get(data_set: DataSet, root: Path) -> str:
         layouts.append(
             f"{root / data_set.coop[0] / data_set.coop[1]} with images in {root / data_set.coop[0] / data_set.coop[2]}"
         )
+    if data_set.lists:
+        folder, lists = data_set.lists
+        layouts.append(f"{root / folder / lists}_{{train,test}}.txt with images in {root / folder}/images")
     if data_set.folders:
         layouts.append(f"{root / data_set.folders}/<class>/<image>")
     hint = " torchvision can fetch it: --download." if data_set.fetched else ""

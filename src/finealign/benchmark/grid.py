@@ -34,6 +34,7 @@ from finealign.model.prepare import Prepared
 from finealign.run.folder import versions
 from finealign.run.verdict import Verdict, judge_model, start_features, why_unjudged
 from finealign.runtime.atomic import save_text
+from finealign.runtime.devices import hardware
 from finealign.runtime.progress import Progress
 from finealign.types import ImageFeatures, TextFeatures
 
@@ -57,6 +58,8 @@ class Cell:
     settings: dict[str, Any]  # resolved, with all defaults
     versions: dict[str, str]
     changed: list[float] = field(default_factory=list)  # share of pseudo-labels that changed, by epoch
+    hardware: dict[str, str] = field(default_factory=dict)  # what it was run on; empty in cells of earlier versions
+    weights: dict[str, str] = field(default_factory=dict)  # the backbone's checksum, and its hub's revision
 
     @property
     def right(self) -> NDArray[np.bool_]:
@@ -105,20 +108,25 @@ def file_name(dataset: str) -> str:
 
 
 def run_grid(
-    grid: Grid, *, progress: Progress | None = None, on_cell: Callable[[Cell], None] = lambda cell: None
+    grid: Grid,
+    *,
+    sets: Mapping[str, LabelledSet] | None = None,
+    progress: Progress | None = None,
+    on_cell: Callable[[Cell], None] = lambda cell: None,
 ) -> list[Cell]:
     """Run the cells that are not finished and return all finished ones, in the order of sets, methods, seeds.
 
-    Cells that another process is running are skipped. ``on_cell`` is called with each cell that this call has run.
+    Cells that another process is running are skipped. ``sets`` are the grid's data sets by name, where they are loaded
+    already. ``on_cell`` is called with each cell that this call has run.
 
     Raises FinealignError before the first cell for an unknown data set or method, invalid settings, or a data set that
     is not on disk, and OutputError when OUT holds another grid.
     """
     progress = progress or Progress()
-    for method, seed in product(grid.methods, grid.seeds):
-        check_taken(grid.config(method, seed).method.name, given=False)
-    sets = {name: load_set(name, grid.data_root, download=grid.download) for name in grid.datasets}
-    _same_grid(grid)
+    check_methods(grid)
+    if sets is None:
+        sets = {name: load_set(name, grid.data_root, download=grid.download) for name in grid.datasets}
+    begin_or_resume(grid)
     runner = _Runner(grid, progress)
     for name, method, seed in product(grid.datasets, grid.methods, grid.seeds):
         path = grid.path(name, method, seed)
@@ -131,6 +139,12 @@ def run_grid(
                 save_text(json.dumps(asdict(cell)) + "\n", path)
                 on_cell(cell)
     return read_cells(grid)
+
+
+def check_methods(grid: Grid) -> None:
+    """Raises FinealignError for an unknown method, one that needs labels, or settings that are not valid for one."""
+    for method, seed in product(grid.methods, grid.seeds):
+        check_taken(grid.config(method, seed).method.name, given=False)
 
 
 def read_cells(grid: Grid) -> list[Cell]:
@@ -151,8 +165,11 @@ def read_cell(path: Path) -> Cell:
         raise OutputError(f"{path} is not a cell of this version ({error}). Remove it to run it again.") from error
 
 
-def _same_grid(grid: Grid) -> None:
-    """Raise OutputError where OUT has cells with other settings or another backbone, which must not share a table."""
+def begin_or_resume(grid: Grid) -> None:
+    """Record the grid's backbone and settings in OUT, unless it is a grid of the same.
+
+    Raises OutputError where OUT has cells with other settings or another backbone, which must not share a table.
+    """
     plan = {"backbone": grid.backbone, "settings": dict(grid.settings)}
     path = grid.out / PLAN
     if path.exists():
@@ -216,6 +233,7 @@ class _Runner:
     def __init__(self, grid: Grid, progress: Progress) -> None:
         self.grid, self.progress = grid, progress
         self.backbone: Backbone | None = None
+        self.weights: dict[str, str] = {}
         self.texts: dict[str, TextFeatures] = {}  # by set
         self.start: dict[str, NDArray[np.bool_]] = {}  # by set: which test images the start labels correctly
         self.judged: dict[tuple[str, int, str], ImageFeatures] = {}  # by set, seed and views: what the verdict needs
@@ -257,6 +275,8 @@ class _Runner:
             settings=model.config_.model_dump(),
             versions=versions(model.model_.name),
             changed=[record.changed for record in model.history_],
+            hardware=hardware(model.backbone_.device, model.backbone_.precision),
+            weights=self.weights,
         )
 
     def _prepared(self, model: FineAlign, task: LabelledSet) -> Prepared:
@@ -264,6 +284,8 @@ class _Runner:
         images = list(task.unlabelled)
         features = self.texts.get(task.name)
         prepared = model.prepare(images, backbone=self.backbone, text_features=features, progress=self.progress)
+        if self.backbone is None:  # before the first fit: these are the weights that were loaded
+            self.weights = {"checksum": prepared.backbone.checksum, **prepared.backbone.origin}
         self.backbone, self.texts[task.name] = prepared.backbone, prepared.text_features
         return prepared
 

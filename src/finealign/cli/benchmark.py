@@ -2,18 +2,16 @@
 
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
 
 from finealign.cli.app import app
+from finealign.cli.grids import names_in, seeds_in, tell_cell
 from finealign.cli.guards import print_json, refuse_launcher, working
 from finealign.cli.options import AsJson, BackboneName
 from finealign.errors import FinealignError
-
-if TYPE_CHECKING:  # it imports torch, which is slow
-    from finealign.benchmark.grid import Cell
 
 
 @app.command()
@@ -49,9 +47,9 @@ def benchmark(
             _list_catalogue(as_json)
             return
         grid = Grid(
-            datasets=_names(datasets, "--datasets"),
-            methods=_names(methods, "--methods"),
-            seeds=_numbers(seeds),
+            datasets=names_in(datasets, "--datasets"),
+            methods=names_in(methods, "--methods"),
+            seeds=seeds_in(seeds),
             backbone=backbone or DEFAULT_BACKBONE,
             data_root=data_root,
             out=out,
@@ -59,7 +57,7 @@ def benchmark(
             download=download,
         )
         try:
-            cells = run_grid(grid, progress=Bars(), on_cell=partial(_tell_cell, Console(stderr=True)))
+            cells = run_grid(grid, progress=Bars(), on_cell=partial(tell_cell, Console(stderr=True)))
         except KeyboardInterrupt:
             raise FinealignError(f"Interrupted. The finished cells are in {out}; the same command goes on.") from None
         table = make_table(cells, grid.datasets, grid.methods, grid.seeds)
@@ -78,27 +76,3 @@ def _list_catalogue(as_json: bool) -> None:
         print_json({"datasets": [data_set.as_json() for data_set in DATA_SETS.values()]})
     else:
         catalogue_table(DATA_SETS.values(), Console())
-
-
-def _tell_cell(notes: Console, cell: "Cell") -> None:
-    gained = 100 * (cell.top1[cell.score] - cell.top1["start"])
-    notes.print(
-        f"{cell.dataset} {cell.method} seed {cell.seed}: {100 * cell.top1[cell.score]:.1f} ({gained:+.1f}) "
-        f"in {cell.seconds['fit']:.0f} s",
-        highlight=False,
-        soft_wrap=True,
-    )
-
-
-def _numbers(seeds: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(seed) for seed in _names(seeds, "--seeds"))
-    except ValueError:
-        raise FinealignError(f"--seeds {seeds!r} are not numbers. Wanted: as 0,1,2.") from None
-
-
-def _names(text: str, flag: str) -> tuple[str, ...]:
-    names = tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
-    if not names:
-        raise FinealignError(f"{flag} names nothing. Wanted: at least one name, several with commas between.")
-    return names

@@ -12,7 +12,7 @@ from finealign.config import ViewSettings
 from finealign.images.prefetch import AHEAD
 from finealign.run.folder import versions
 from finealign.runtime.cores import SHARED_MEMORY, shared_memory, usable_cores
-from finealign.runtime.devices import CPU_BF16_CHECKS, choose_device, choose_precision, choose_workers
+from finealign.runtime.devices import CPU_BF16_CHECKS, choose_device, choose_precision, choose_workers, device_name
 from finealign.training.features import RENDER_CHUNK
 
 HUB_TIMEOUT = 3.0  # seconds
@@ -25,7 +25,7 @@ def examine() -> dict[str, Any]:
     return {
         "versions": versions(),
         "device": device.type,
-        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        "device_name": device_name(device),
         "threads": torch.get_num_threads(),
         "cores": usable_cores(),
         "shared_memory": shared(choose_workers("auto", device)),
@@ -78,11 +78,3 @@ def cached_models() -> dict[str, Any]:
     except CacheNotFound:
         return {"folder": str(folder), "models": []}
     return {"folder": str(folder), "models": sorted(repo.repo_id for repo in repos if repo.repo_type == "model")}
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return "cpu"
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "cpu")

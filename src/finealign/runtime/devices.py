@@ -1,6 +1,8 @@
 """Choose the device, the precision and the number of workers by what accelerate and the machine report."""
 
 import ctypes
+import platform
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -53,6 +55,25 @@ def _numbered(device: torch.device, number: int) -> torch.device:
             f"Use {device.type}, and choose among the GPUs with CUDA_VISIBLE_DEVICES."
         )
     return torch.device(device.type, number)
+
+
+def device_name(device: torch.device) -> str:
+    """The name of the GPU, or of this machine's processor; ``cpu`` or ``mps`` where there is no name to be had."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type != "cpu":
+        return device.type
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return "cpu"
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "cpu")
+
+
+def hardware(device: torch.device, precision: Precision) -> dict[str, str]:
+    """What a result was computed on, for a record beside it: nothing that tells one machine of a kind from another."""
+    system = " ".join(filter(None, (platform.system(), platform.machine())))
+    return {"device": device_name(device), "precision": precision, "cores": str(usable_cores()), "system": system}
 
 
 def keep_freed_memory() -> bool:
