@@ -58,6 +58,7 @@ def adapt(
 ) -> None:
     """Adapt a backbone to unlabelled images of the named classes."""
     with working(as_json):
+        from finealign.backbone.zoo import word_on
         from finealign.classifier import FineAlign
         from finealign.cli.bars import Bars
         from finealign.config import read_config
@@ -83,6 +84,8 @@ def adapt(
         if prior is not None:
             require_class_prior(chosen.method.name)
         ranks = Ranks.launched(chosen.device)
+        if ranks.first and (word := word_on(chosen.backbone)):
+            Console(stderr=True).print(f"[dim]{escape(word)}[/]", soft_wrap=True, highlight=False)
         model = FineAlign(
             read_classes(classes),
             descriptions=read_descriptions(descriptions) if descriptions else None,

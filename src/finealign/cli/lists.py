@@ -40,14 +40,23 @@ def models(
     containing: Annotated[str, typer.Argument(help="Only names that contain this.")] = "",
     as_json: AsJson = False,
 ) -> None:
-    """List the backbones that can be named as ARCH/PRETRAINED."""
+    """List the backbones that can be named as ARCH/PRETRAINED, with what is known of them."""
     with guarded(as_json):
         from finealign.backbone.load import list_backbones
+        from finealign.backbone.zoo import known_backbones
         from finealign.config import DEFAULT_BACKBONE
 
         names = [name for name in list_backbones() if containing.casefold() in name.casefold()]
+        known = [one for name, one in known_backbones().items() if name in names]
         if as_json:
-            print_json({"default": DEFAULT_BACKBONE, "models": names})
+            print_json({"default": DEFAULT_BACKBONE, "models": names, "known": [one.as_json() for one in known]})
             return
-        for name in names:
-            typer.echo(f"{name}  (default)" if name == DEFAULT_BACKBONE else name)
+        untested = [name for name in names if name not in {one.name for one in known}]
+        width = max(map(len, names), default=0)
+        for one in known:
+            revision = f"at {one.revision:.7}" if one.revision else "not pinned"
+            facts = f"{one.input_size} px  {one.licence:12}  ImageNet {one.imagenet:.2f}  {revision}"
+            default = "  (default)" if one.name == DEFAULT_BACKBONE else ""
+            typer.echo(f"{one.name:{width}}  {facts}  verified by {one.verified or 'nobody yet'}{default}")
+        for name in untested:
+            typer.echo(f"{name:{width}}  untested")
