@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -105,7 +106,7 @@ def test_reproduce__writes_the_table_beside_the_published_rows(desk: Desk) -> No
     text = page.read_text(encoding="utf-8")
     assert "| DPA | 55.69 | 90.71 |" in text
     result = json.loads(values.read_text(encoding="utf-8"))
-    assert result == {name: value for name, value in desk.told.items() if name != "saved"}
+    assert result == {name: value for name, value in desk.told.items() if name not in ("saved", "waiting")}
     for row in result["table"]["methods"]:
         figures = [f"{row['datasets'][name]['top1']:.2f}" for name in SETS]
         assert f"| **{row['method']} (ours)** | {' | '.join(figures)} |" in text
@@ -166,6 +167,28 @@ def test_reproduce__interrupted_goes_on(desk: Desk, tmp_path: Path, monkeypatch:
     ]
     first, second = ({row["method"]: row["mean"] for row in one["table"]["methods"]} for one in (desk.told, told))
     assert first == second
+
+
+def test_reproduce__waits_for_cells_of_other_machines_and_writes_no_part(desk: Desk, tmp_path: Path) -> None:
+    for name in ("zero-shot", "grid"):
+        shutil.copytree(desk.out / name, tmp_path / name)
+    cell = tmp_path / "grid" / "cells" / "dtd" / "cupl-seed0.json"
+    cell.unlink()
+    claim = cell.with_suffix(".claim")
+    claim.write_text(json.dumps({"host": "another-machine", "pid": 1, "started": 0.0}), encoding="utf-8")
+    told = only_json(command(*desk.asked(tmp_path), "--json"))
+    assert (told["saved"], told["table"]["missing"]) == ([], ["dtd/cupl-seed0"])
+    assert told["waiting"].startswith("Other processes run 1 of the cells")
+    assert str(claim) in told["waiting"]
+    shown = command(*desk.asked(tmp_path)).stdout
+    assert "Written" not in shown and "remove its claim" in shown
+    assert not (tmp_path / "send").exists()
+
+    checks = next((tmp_path / "zero-shot").rglob("dtd/zero-shot-seed0.json"))
+    checks.rename(tmp_path / "zero-shot" / "aside")
+    checks.with_suffix(".claim").write_text(claim.read_text(encoding="utf-8"), encoding="utf-8")
+    refused = only_json(command(*desk.asked(tmp_path), "--json"), code=1)["error"]
+    assert refused.startswith("Zero-shot accuracy is not known yet. Other processes run 1 of the cells")
 
 
 @pytest.mark.nightly
@@ -306,7 +329,7 @@ def test_check__out_of_tolerance_stops_before_the_grid_unless_asked(
 
 
 def test_check__only(desk: Desk, tmp_path: Path) -> None:
-    done = command(*desk.asked(tmp_path / "out"), "--check-only")
+    done = command(*desk.asked(tmp_path / "out", datasets="all"), "--check-only")  # without the other eleven
     assert done.stdout.strip() == "2 data sets checked, nothing out of tolerance."
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["zero-shot"]
 

@@ -38,7 +38,7 @@ from finealign.runtime.devices import hardware
 from finealign.runtime.progress import Progress
 from finealign.types import ImageFeatures, TextFeatures
 
-CELLS, PLAN = "cells", "grid.json"
+CELLS, PLAN, CLAIM = "cells", "grid.json", ".claim"
 
 
 @dataclass(frozen=True)
@@ -157,6 +157,12 @@ def read_cells(grid: Grid) -> list[Cell]:
     ]
 
 
+def claims(grid: Grid) -> list[Path]:
+    """The claims on cells of the grid that are not finished: another process runs each, or did and was lost."""
+    paths = [grid.path(*cell) for cell in product(grid.datasets, grid.methods, grid.seeds)]
+    return [claim for path in paths if not path.exists() and (claim := path.with_suffix(CLAIM)).exists()]
+
+
 def read_cell(path: Path) -> Cell:
     """Read a finished cell. Raises OutputError when the file cannot be read or is of another version."""
     try:
@@ -192,7 +198,7 @@ def begin_or_resume(grid: Grid) -> None:
 @contextmanager
 def _claimed(cell: Path) -> Iterator[bool]:
     """Claim a cell; gives whether this process may run it: no other live process has claimed it."""
-    claim = cell.with_suffix(".claim")
+    claim = cell.with_suffix(CLAIM)
     cell.parent.mkdir(parents=True, exist_ok=True)
     if claim.exists() and _dead(claim):
         claim.unlink(missing_ok=True)

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from finealign.benchmark.catalogue import DATA_SETS, DPA_TABLE, LabelledSet, load_set
-from finealign.benchmark.grid import Cell, Grid, begin_or_resume, check_methods, run_grid
+from finealign.benchmark.grid import Cell, Grid, begin_or_resume, check_methods, claims, run_grid
 from finealign.benchmark.table import Table, against_published, as_json, gains, make_table, markdown
-from finealign.benchmark.zero_shot import FOLDER, TOLERANCE, Checked, check_zero_shot
+from finealign.benchmark.zero_shot import FOLDER, TOLERANCE, Checked, check_zero_shot, how_to_wait, known_of
 from finealign.config import without_folder
 from finealign.errors import FinealignError, ImageInputError, OutputError, unknown_name
 from finealign.runtime.atomic import save_text
@@ -36,6 +36,7 @@ class Reproduction:
     result: dict[str, Any] | None = None
     page: str = ""  # the result in Markdown
     saved: tuple[Path, ...] = ()
+    waiting: str = ""  # what to do about cells that other processes run; empty where there are none
 
 
 class OutOfToleranceError(FinealignError):
@@ -53,7 +54,7 @@ def reproduce(
 ) -> Reproduction:
     """Check zero-shot accuracy, run the grid, and write the result under ``grid.out``.
 
-    ``check_only`` stops after the check. ``anyway`` goes on where the check is out of tolerance. ``on_checked`` is
+    ``check_only`` stops after the check, for which only its own sets have to be there. ``anyway`` goes on where the check is out of tolerance. ``on_checked`` is
     called with what the check found, ``on_cell`` with each cell that is run. The result is written when no cell is
     missing; cells that other processes are running are.
 
@@ -67,7 +68,8 @@ def reproduce(
             raise FinealignError(f"{told} Other sets are for finealign benchmark.")
     check_methods(grid)
     _refuse_foreign(grid.out)
-    sets = load_sets(grid.datasets, grid.data_root, download=grid.download)
+    needed = [one.dataset for one in known_of(grid.backbone, grid.datasets)] if check_only else grid.datasets
+    sets = load_sets(needed, grid.data_root, download=grid.download)
     main = replace(grid, out=grid.out / GRID)
     if not check_only:
         begin_or_resume(main)
@@ -82,8 +84,10 @@ def reproduce(
     table = make_table(cells, grid.datasets, grid.methods, grid.seeds)
     result = result_of(grid, sets, checked, cells, table)
     page = result_page(result, table)
-    saved = () if table.missing else _save(result, page, grid.out / SEND, _file_name(result))
-    return Reproduction(tuple(checked), result, page, saved)
+    if table.missing:
+        waiting = how_to_wait(len(table.missing), claims(main))
+        return Reproduction(tuple(checked), result, page, waiting=waiting)
+    return Reproduction(tuple(checked), result, page, _save(result, page, grid.out / SEND, _file_name(result)))
 
 
 def load_sets(names: Sequence[str], root: Path, *, download: bool = False) -> dict[str, LabelledSet]:

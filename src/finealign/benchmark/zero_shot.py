@@ -7,10 +7,11 @@ models, with OpenAI's prompts, on the test images that torchvision gives.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from finealign.benchmark.catalogue import DATA_SETS, LabelledSet
-from finealign.benchmark.grid import Cell, Grid, run_grid
+from finealign.benchmark.grid import Cell, Grid, claims, run_grid
 from finealign.config import DEFAULT_BACKBONE
 from finealign.errors import FinealignError
 from finealign.runtime.progress import Progress
@@ -144,12 +145,16 @@ def _measured(
     settings = {name: value for name, value in grid.settings.items() if name != "method"}  # those are other methods'
     zero_shot = replace(grid, datasets=tuple(sets), methods=("zero-shot",), seeds=(0,), settings=settings, out=folder)
     cells = run_grid(zero_shot, sets=sets, progress=progress, on_cell=on_cell)
-    if missing := sets.keys() - {cell.dataset for cell in cells}:
-        raise FinealignError(
-            f"Another process is measuring {', '.join(sorted(missing))} in {folder}. Wait until it has, then give the "
-            "same command again."
-        )
+    if missing := len(sets) - len(cells):
+        raise FinealignError(f"Zero-shot accuracy is not known yet. {how_to_wait(missing, claims(zero_shot))}")
     return {cell.dataset: 100 * cell.top1["global"] for cell in cells}
+
+
+def how_to_wait(missing: int, waiting: Sequence[Path]) -> str:
+    """What to do where cells of a grid are missing as other processes run them, by the claims of ``grid.claims``."""
+    told = f"Other processes run {missing} of the cells; when they are done, the same command goes on."
+    lost = f" If one of them was lost with its machine, remove its claim, as {waiting[0]}." if waiting else ""
+    return told + lost
 
 
 def _checked(backbone: str, known: Known, found: float, task: LabelledSet, others: Mapping[str, float]) -> Checked:

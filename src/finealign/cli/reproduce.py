@@ -76,17 +76,16 @@ def reproduce(
             raise FinealignError(f"Interrupted. What is done is in {out}; the same command goes on.") from None
         if as_json:
             told: dict[str, Any] = done.result or {"check": [one.as_json() for one in done.checked]}
-            print_json({**told, "saved": [str(path) for path in done.saved]})
+            print_json({**told, "saved": [str(path) for path in done.saved], "waiting": done.waiting})
             return
-        if done.result is not None:
+        if done.result is None:
+            told_next = f"{len(done.checked)} data sets checked, nothing out of tolerance."
+        else:
             typer.echo(done.page)
-        if done.saved:
             places = " and ".join(f"[bold]{escape(str(path))}[/]" for path in done.saved)
             told_next = f"Written: {places}. To share it, copy both to docs/results and open a pull request."
-        elif done.result is not None:
-            told_next = "Other processes run the cells that are missing; the same command then writes the result."
-        else:
-            told_next = f"{len(done.checked)} data sets checked, nothing out of tolerance."
+        if done.waiting:
+            told_next = escape(done.waiting)
         Console().print(told_next, soft_wrap=True, highlight=False)
 
 
