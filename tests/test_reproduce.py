@@ -120,6 +120,7 @@ def test_reproduce__says_on_what_and_with_what(desk: Desk) -> None:
     assert versions["torch"] == torch.__version__.partition("+")[0]
     assert (desk.told["methods"], desk.told["seeds"]) == (["fair", "cupl"], [0])
     assert desk.told["settings"]["training"]["encoder"] == "frozen"
+    assert "data" not in desk.told["settings"]  # where images are cached is a path, and changes nothing
     assert desk.told["images"]["dtd"] == {"unlabelled": 9, "test": 6, "described": True}
     page = Path(desk.told["saved"][0]).read_text(encoding="utf-8")
     assert hardware["device"] in page and weights["checksum"] in page and versions["torch"] in page
@@ -319,6 +320,8 @@ def test_check__out_of_tolerance_stops_before_the_grid_unless_asked(
     assert f"dtd: {desk.found['dtd']:.1f}, known {known[0].top1:.1f}." in refused["error"]
     assert "oxford_pets" not in refused["error"] and "--anyway" in refused["error"]
     assert not list((tmp_path / "grid").rglob("*seed0.json"))
+    only = command(*desk.asked(tmp_path), "--check-only", "--anyway")
+    assert only.stdout.strip() == "2 data sets checked, 1 out of tolerance."
 
     told = only_json(command(*desk.asked(tmp_path, methods="cupl"), "--anyway", "--json"))
     assert [one["within"] for one in told["check"]] == [False, True]

@@ -132,7 +132,9 @@ def test_fit__a_sample_is_judged_by_what_was_encoded(
     """The features after adaptation are those that ``features`` gives, and the files of a fit without a folder go."""
     monkeypatch.setattr("finealign.model.calibration.SAMPLE", 7)
     monkeypatch.setattr("finealign.classifier.SAMPLE", 7)
-    model = FineAlign(CLASSES, config=tiny_config(tiny_backbone("transformer"), **FAIR, prediction__calibrate=True)).fit(photos)
+    model = FineAlign(
+        CLASSES, config=tiny_config(tiny_backbone("transformer"), **FAIR, prediction__calibrate=True)
+    ).fit(photos)
     before, after = model.sampled_features(model.paths_)
     assert encoded == [] and model._seen is None
     assert len(before.weak) == len(after.weak) == 7

@@ -8,7 +8,7 @@ it lies in one folder, and what is done there is not done again.
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -54,9 +54,9 @@ def reproduce(
 ) -> Reproduction:
     """Check zero-shot accuracy, run the grid, and write the result under ``grid.out``.
 
-    ``check_only`` stops after the check, for which only its own sets have to be there. ``anyway`` goes on where the check is out of tolerance. ``on_checked`` is
-    called with what the check found, ``on_cell`` with each cell that is run. The result is written when no cell is
-    missing; cells that other processes are running are.
+    ``check_only`` stops after the check, for which only its own sets have to be there. ``anyway`` goes on where the
+    check is out of tolerance. ``on_checked`` is called with what the check found, ``on_cell`` with each cell that is
+    run. The result is written when no cell is missing; cells that other processes are running are.
 
     Raises FinealignError before anything is run for an unknown data set or method, settings that are not valid, sets
     that are not on disk, all of them in one message, or a folder that holds something else. Raises
@@ -136,7 +136,7 @@ def result_of(
         "backbone": without_folder(grid.backbone),
         "methods": list(grid.methods),
         "seeds": list(grid.seeds),
-        "settings": dict(grid.settings),
+        "settings": _that_matter(grid.settings),
         "hardware": _counted(cell.hardware for cell in cells),
         "weights": _counted(cell.weights for cell in cells),
         "versions": _counted(cell.versions for cell in cells),
@@ -149,7 +149,14 @@ def result_of(
     }
 
 
-def _counted(records: Any) -> list[dict[str, Any]]:
+def _that_matter(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings without where and how much is cached, which changes no result and may be a path of this machine."""
+    data = {name: value for name, value in settings.get("data", {}).items() if not name.startswith("cache")}
+    rest = {name: value for name, value in settings.items() if name != "data"}
+    return {**rest, **({"data": data} if data else {})}
+
+
+def _counted(records: Iterable[Mapping[str, str]]) -> list[dict[str, Any]]:
     """Each distinct record with the number of ``cells`` that have it, the most frequent first."""
     counts = Counter(json.dumps(record, sort_keys=True) for record in records)
     return [{**json.loads(record), "cells": count} for record, count in counts.most_common()]

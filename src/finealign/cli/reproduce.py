@@ -79,7 +79,8 @@ def reproduce(
             print_json({**told, "saved": [str(path) for path in done.saved], "waiting": done.waiting})
             return
         if done.result is None:
-            told_next = f"{len(done.checked)} data sets checked, nothing out of tolerance."
+            out_of_tolerance = sum(not one.within for one in done.checked)
+            told_next = f"{len(done.checked)} data sets checked, {out_of_tolerance or 'nothing'} out of tolerance."
         else:
             typer.echo(done.page)
             places = " and ".join(f"[bold]{escape(str(path))}[/]" for path in done.saved)
