@@ -617,6 +617,24 @@ def test_loss__fairness_temperature_divides_the_logits_of_that_term_alone(name: 
     agree(found.total.detach(), (found.parts["cross_entropy"] + 2 * found.parts["fairness"]).item())
 
 
+@pytest.mark.parametrize(
+    ("away", "weight"),
+    [(0.0, 0.25), (0.09, 0.25), (0.15, 0.6875), (0.2, 1.125), (0.25, 1.5625), (0.31, 2.0), (0.7, 2.0)],
+)
+@pytest.mark.parametrize("estimated", [True, False])
+def test_loss__draws_harder_to_estimated_shares_the_further_predictions_are_from_them(
+    away: float, weight: float, estimated: bool
+) -> None:
+    method = make_trained("fair", logit_scale=SCALE, fairness="batch")
+    strong, pseudo = believed_batch(4, 4)
+    mean = torch.tensor(mean_prediction(logit_rows(strong.tolist(), normalised(method.anchors))), dtype=torch.float64)
+    one = torch.eye(4, dtype=torch.float64)[int(mean.argmin())]
+    method.expect(mean + away / (1 - float(mean.min())) * (one - mean), estimated=estimated)
+    found = method.loss(strong, pseudo)
+    drawn = (found.total.detach() - found.parts["cross_entropy"]) / found.parts["fairness"]
+    assert float(drawn) == pytest.approx(weight if estimated else 2.0, rel=1e-4)
+
+
 UNEVEN = [0.5, 0.3, 0.15, 0.05]
 
 

@@ -25,8 +25,10 @@ PUBLISHED_PACE = {
 }
 PUBLISHED_DECAY = {"weight_decay": 0.1, "norm_weight_decay": 0.1}
 Share = Annotated[float, Field(ge=0, le=1)]
-# The weight lambda of the fairness term where the settings leave it open.
+# The weight lambda of the fairness term where the settings leave it open. Shares that are estimated may be wrong, so to
+# them it is less while the mean prediction is near them, in total variation, and PULL again where it has run away.
 PULL, ESTIMATED_PULL = 2.0, 0.25
+NEAR, RUN_AWAY = 0.1, 0.3
 
 
 class MethodOptions(Settings):
@@ -214,7 +216,8 @@ class SelfTrainingOptions(MethodOptions):
     )
     fairness_weight: Annotated[float, Field(ge=0)] | Auto = Field(
         "auto",
-        description=f"lambda; auto: {PULL:g}, but {ESTIMATED_PULL:g} to shares that are estimated and uneven",
+        description=f"lambda; auto: {PULL:g}, but from {ESTIMATED_PULL:g} on to shares that are estimated and uneven, more "
+        "the further predictions are from them",
     )
     fairness_temperature: Annotated[float, Field(gt=0)] = Field(
         1.0, description="divides the logits the fairness term looks at; above 1 it also hears of second choices"
@@ -266,7 +269,7 @@ class SelfTrainingMethod(Method):
     begin_with_anchors: ClassVar[tuple[str, ...]] = ()
     class_prior: Tensor  # (C,), the share of the images that each class is expected to have; even until ``expect``
     whole_share: Tensor  # (), the share of the whole image in the score ``fused``; EQUAL until ``trust_whole``
-    pull: Tensor  # (), lambda, the weight of the fairness term
+    pull: Tensor  # (), lambda, the weight of the fairness term, or its least where this is open
     mean_prediction: Tensor  # (C,), running mean over strong views; updated only where ``fairness`` is running
 
     def __init__(
@@ -333,7 +336,7 @@ class SelfTrainingMethod(Method):
         super().load_inference_tensors({**values, "class_prior": prior, "whole_share": share})
 
     def loss(self, strong: Tensor, pseudo: PseudoLabels) -> Loss:
-        """Compute the weighted cross-entropy plus ``pull`` times the fairness term, of strong views (B, D).
+        """Compute the weighted cross-entropy plus lambda times the fairness term, of strong views (B, D).
 
         Images count in the mean prediction as far as they belong to the classes. Also updates the running mean
         prediction if the fairness term uses it.
@@ -347,7 +350,7 @@ class SelfTrainingMethod(Method):
             mean = running_mean(self.mean_prediction, mean, momentum=self._momentum(strong.shape[0]))
             self.mean_prediction.copy_(mean.detach())
         balance = fairness(mean, self.class_prior)
-        total = cross_entropy + self.pull * balance
+        total = cross_entropy + self._pull_at(mean.detach()) * balance
         return Loss(total, {"cross_entropy": cross_entropy.detach(), "fairness": balance.detach()})
 
     @staticmethod
@@ -358,6 +361,13 @@ class SelfTrainingMethod(Method):
             weights=torch.ones_like(probabilities[:, 0]),
             probabilities=probabilities,
         )
+
+    def _pull_at(self, mean: Tensor) -> Tensor:
+        """The weight of the fairness term, (), at a mean prediction (C,)."""
+        if self.options.fairness_weight != "auto":
+            return self.pull
+        away = (mean - self.class_prior).abs().sum() / 2  # on the device, so that no step waits
+        return self.pull + (PULL - self.pull) * ((away - NEAR) / (RUN_AWAY - NEAR)).clamp(0, 1)
 
     def _momentum(self, batch: int) -> float:
         """The momentum with which a running mean looks back on about ``fairness_window`` images."""
