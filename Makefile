@@ -4,6 +4,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # PyTorch without CUDA, for Linux without an NVIDIA driver. Where this index is out of reach, PyTorch comes from PyPI.
 CPU_INDEX ?= https://download.pytorch.org/whl/cpu
+# `make install CONSTRAINTS=constraints.txt` installs the versions that the suite was last run with.
+CONSTRAINTS ?=
 
 .PHONY: install test nightly lint types demo docs clean
 
@@ -14,8 +16,8 @@ $(VENV)/.installed: pyproject.toml
 	$(BIN)/pip install --quiet --upgrade pip
 	@if [ "$$(uname -s)" = Linux ] && [ ! -e /proc/driver/nvidia/version ] && [ ! -e /dev/dxg ] && \
 		$(BIN)/python -c "from urllib.request import urlopen; urlopen('$(CPU_INDEX)/torch/', timeout=5)" 2> /dev/null; \
-	then $(BIN)/pip install --quiet --index-url $(CPU_INDEX) 'torch>=2.6' 'torchvision>=0.21' || true; fi
-	$(BIN)/pip install --quiet --editable '.[dev]'
+	then $(BIN)/pip install --quiet --index-url $(CPU_INDEX) 'torch>=2.6,<3' 'torchvision>=0.21,<1' || true; fi
+	$(BIN)/pip install --quiet $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS)) --editable '.[dev]'
 	touch $@
 
 # Every behaviour once, within CI's time.
