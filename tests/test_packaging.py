@@ -47,7 +47,7 @@ def test_dependencies__a_library_whose_inside_is_used_has_an_upper_bound(name: s
 
 def test_constraints__every_direct_dependency_is_pinned_to_a_version_that_is_allowed() -> None:
     pinned = constraints()
-    asked = {canonicalize_name(one.name): one for one in requirements()}
+    asked: dict[str, Requirement] = {canonicalize_name(one.name): one for one in requirements()}
     assert set(pinned) == set(asked)
     for name, version in pinned.items():
         assert asked[name].specifier.contains(version), (name, version)
@@ -144,3 +144,17 @@ def test_citation__names_the_software_and_the_paper() -> None:
     assert all({"family-names", "given-names"} <= set(one) or "name" in one for one in cited["authors"])
     (paper,) = cited["references"]
     assert {"type": "other", "value": "arXiv:2507.09615"}.items() <= paper["identifiers"][0].items()
+
+
+def test_changelog__is_one_that_is_kept() -> None:
+    """The newest first, each with its date but for what is to come; changes under the headings of Keep a Changelog."""
+    text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    parts = re.split(r"^## ", text, flags=re.MULTILINE)[1:]
+    titles = [part.partition("\n")[0] for part in parts]
+    assert titles[0] == "[Unreleased]"
+    assert all(re.fullmatch(r"\[\d+\.\d+\.\d+\] - \d{4}-\d\d-\d\d", title) for title in titles[1:]), titles
+    assert titles[1:] == sorted(titles[1:], key=lambda title: title.partition(" - ")[2], reverse=True)
+    for part in parts:
+        kinds = re.findall(r"^### (.*)$", part, flags=re.MULTILINE)
+        assert len(set(kinds)) == len(kinds), part
+        assert set(kinds) <= {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"}, kinds
