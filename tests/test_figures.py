@@ -68,16 +68,18 @@ def test_figures__every_number_of_the_readme_is_in_the_file() -> None:
 
 
 def test_figures__the_tables_of_the_readme_are_those_of_the_file() -> None:
+    """Cell by cell; a table may show fewer methods than the file has, and a cell without a figure is empty or "-"."""
     by_heading = {measured["heading"]: measured for measured in MEASURED.values() if "heading" in measured}
     shown = dict(tables(README))
     assert set(shown) == set(by_heading)
     for heading, (head, _, *rows) in shown.items():
         figures = by_heading[heading]["figures"]
-        assert [row[0] for row in rows] == list(figures), heading
+        assert rows, heading
         for method, *cells in rows:
             for column, cell in zip(head[1:], cells, strict=True):
-                asked = list(numbers(figures[method][column]))
-                assert [float(one) for one in cell.split(" / ")] == asked, f"{heading}: {method}, {column}"
+                asked = list(numbers(figures[method].get(column, [])))
+                found = [float(one) for one in cell.split(" / ")] if cell not in ("", "-") else []
+                assert found == asked, f"{heading}: {method}, {column}"
 
 
 def test_figures__one_of_an_earlier_state_is_called_so_beside_its_table() -> None:
