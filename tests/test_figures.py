@@ -1,4 +1,4 @@
-"""Every figure of the README is in docs/results/figures.json, with its command, and on the page that the file names."""
+"""Every figure of the README is in docs/figures.json, with its command, and on the page that the file names."""
 
 import json
 import re
@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-MEASURED = json.loads((ROOT / "docs" / "results" / "figures.json").read_text(encoding="utf-8"))["measurements"]
+MEASURED = json.loads((ROOT / "docs" / "figures.json").read_text(encoding="utf-8"))["measurements"]
 IN_WORDS = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8}
 # What is no figure: code, where links lead, papers, years, names of models, versions.
 NO_FIGURE = [r"^```.*?^```", r"^    .*?$", r"`[^`\n]*`", r"\]\([^)]*\)", r"arXiv[: ]\d+\.\d+", r"et al\., \d{4}"]
@@ -64,7 +64,7 @@ def test_figures__every_number_of_the_readme_is_in_the_file() -> None:
     found = stated(README)
     assert len(found) > 50
     unknown = sorted({number for number in found if number not in known})
-    assert not unknown, f"README.md states {unknown}, which docs/results/figures.json has not."
+    assert not unknown, f"README.md states {unknown}, which docs/figures.json has not."
 
 
 def test_figures__the_tables_of_the_readme_are_those_of_the_file() -> None:

@@ -12,6 +12,8 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+import finealign
+
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 # Libraries of which we use what they do not promise to keep; pyproject.toml says of each what that is.
@@ -142,6 +144,7 @@ def test_citation__names_the_software_and_the_paper() -> None:
     assert cited["cff-version"] == "1.2.0" and cited["type"] == "software"
     assert cited["message"] and cited["title"] == PROJECT["name"] and cited["license"] == PROJECT["license"]
     assert all({"family-names", "given-names"} <= set(one) or "name" in one for one in cited["authors"])
+    assert cited["version"] == finealign.__version__
     (paper,) = cited["references"]
     assert {"type": "other", "value": "arXiv:2507.09615"}.items() <= paper["identifiers"][0].items()
 
