@@ -5,12 +5,14 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from conftest import CLASSES, write_photos
+from forked import CLIENT, forking
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -68,12 +70,14 @@ def prepare(tmp_path: Path, backbone: str, main: str = MAIN) -> Path:
     return tmp_path
 
 
-def test_readme__the_commands_run(reader: Path) -> None:
+def test_readme__the_commands_run(tmp_path: Path, tiny_backbone: Callable[[str], str]) -> None:
     commands = [snippet for snippet in snippets("bash") if "finealign" in snippet and "benchmarks/" not in snippet]
     assert commands
-    environment = os.environ | {"PATH": f"{reader / 'bin'}{os.pathsep}{os.environ['PATH']}"}
-    for snippet in commands:
-        subprocess.run(["bash", "-e", "-c", snippet], cwd=reader, env=environment, check=True, capture_output=True)
+    with tempfile.TemporaryDirectory() as folder, forking(Path(folder)) as address:  # a short one, as a socket wants
+        reader = prepare(tmp_path, tiny_backbone("transformer"), CLIENT.format(address=address))
+        environment = os.environ | {"PATH": f"{reader / 'bin'}{os.pathsep}{os.environ['PATH']}"}
+        for snippet in commands:
+            subprocess.run(["bash", "-e", "-c", snippet], cwd=reader, env=environment, check=True, capture_output=True)
     for table in ("labels.csv", "described.csv"):
         assert (reader / table).read_text(encoding="utf-8").count("\n") == 10
     assert (reader / "pets.txt").read_text(encoding="utf-8").split() == CLASSES
