@@ -4,7 +4,7 @@ FROM python:3.12-slim AS build
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 RUN python -m venv /venv
 ENV PATH=/venv/bin:$PATH
-RUN pip install --no-cache-dir --index-url "$TORCH_INDEX" "torch>=2.6" "torchvision>=0.21"
+RUN pip install --no-cache-dir --index-url "$TORCH_INDEX" "torch>=2.6,<3" "torchvision>=0.21,<1"
 WORKDIR /build
 COPY pyproject.toml README.md LICENSE ./
 COPY src src

