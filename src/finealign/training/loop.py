@@ -84,9 +84,11 @@ def adapt(
     backbone, method, config = learner.backbone, learner.method, learner.config
     schedule = schedule_of(config, len(images))
     ranks = ranks or Ranks()
-    with _folder_of_all(checkpoints, ranks) as folder:
+    with ExitStack() as ending:
+        folder = ending.enter_context(_folder_of_all(checkpoints, ranks))
         plan = _encoding_plan(learner, schedule)
         source = FeatureBank(images, learner.views, backbone, plan, folder=folder, progress=progress, ranks=ranks)
+        ending.callback(source.close)
         if not method.trains:
             _survey(method, source.whole_images(0), known)
             return []
