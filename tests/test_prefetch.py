@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from conftest import CLASSES, HANG, tiny_config
+from finealign import classifier
 from finealign.classifier import FineAlign
 from finealign.errors import FinealignError, ImageInputError
 from finealign.images import prefetch as prefetching
@@ -188,7 +189,7 @@ def test_ahead__a_caller_that_stops_leaves_no_process() -> None:
     assert multiprocessing.active_children() == []
 
 
-# --- one pool for many uses ---------------------------------------------------------------------------------------------
+# --- one pool for many uses -------------------------------------------------------------------------------------------
 
 
 def process_of(_: object, item: int) -> tuple[int, int]:
@@ -283,14 +284,15 @@ def test_fit__makes_one_pool_for_all_its_steps_and_passes(
     )
     model = FineAlign(CLASSES, config=config)
     before = set(threading.enumerate())
-    first_step = prefetching.Prefetcher.map
+    adapt = classifier.adapt
 
-    def counted(self: Any, *arguments: Any) -> Any:  # from the first view on: the images were read before
-        monkeypatch.setattr(prefetching, "ThreadPoolExecutor", threads)
-        monkeypatch.setattr(prefetching, "ProcessPoolExecutor", processes)
-        return first_step(self, *arguments)
+    def counted(*arguments: Any, **options: Any) -> Any:
+        with monkeypatch.context() as patch:
+            patch.setattr(prefetching, "ThreadPoolExecutor", threads)
+            patch.setattr(prefetching, "ProcessPoolExecutor", processes)
+            return adapt(*arguments, **options)
 
-    monkeypatch.setattr(prefetching.Prefetcher, "map", counted)
+    monkeypatch.setattr(classifier, "adapt", counted)
     model.fit(photos)
     assert len(model.history_) == 3
     assert (threads.made, processes.made) == ((0, 1) if workers else (1, 0))

@@ -3,7 +3,6 @@
 Ray itself is not imported here: it calls ``Predictor`` with a batch and takes what that returns.
 """
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,8 +29,8 @@ class Predictor:
         labels = images.map_batches(Predictor, fn_constructor_args=["/models/birds"], concurrency=4, batch_size=64)
 
     A batch is a mapping of columns, which is ``map_batches``' default, ``batch_format="numpy"``. Of an image it has the
-    bytes of its file, its pixels, or the path of a file that the actor's machine has. What comes back has a row for each
-    row, in their order, with the same columns but for bytes and pixels, and with
+    bytes of its file, its pixels, or the path of a file that the actor's machine has. What comes back has as many rows
+    in the same order, with the same columns but for bytes and pixels, and with
 
     - ``label``, a class name, and ``confidence``, its probability, then ``label_2``, ``confidence_2`` and so on up to
       ``top_k``;
@@ -144,4 +143,4 @@ def _image(item: Any) -> Any:
 
 
 def _is_address(item: Any) -> bool:
-    return isinstance(item, str) and "://" in item and not os.path.exists(item)
+    return isinstance(item, str) and "://" in item and not Path(item).exists()

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, Self
 
 import numpy as np
 import torch
@@ -88,7 +88,7 @@ class FeatureBank:
     """The feature bank of a run: label features are kept on disk for ``refresh`` epochs, then encoded anew.
 
     If ``refresh`` in the plan is 0, none are kept: label features are encoded at every step. One pool of workers makes
-    the views of the whole run, until ``close``.
+    the views of the whole run; a ``with`` block ends it.
     """
 
     def __init__(
@@ -116,7 +116,10 @@ class FeatureBank:
         self.banked: Tensor | None = None  # (n,) positions of the images in ``bank``, ascending; None: all images
         self._start_key = self._fingerprint(0, range(len(images)))  # the encoder has not learned yet
 
-    def close(self) -> None:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         """End the workers that make views."""
         self.prefetcher.close()
 
