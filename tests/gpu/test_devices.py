@@ -20,7 +20,7 @@ from finealign.backbone.load import load_backbone
 from finealign.backbone.model import OpenClipBackbone
 from finealign.classifier import FineAlign
 from finealign.images.decoding import read_pixels
-from finealign.images.views import Views, cut_and_resize
+from finealign.images.views import Views, cut_on, padded
 from finealign.method import alignment
 from finealign.method.alignment import normalised_cut, saliency_pooled
 from finealign.runtime.devices import choose_precision
@@ -125,14 +125,15 @@ def test_encode_images__casts_no_weight_of_the_tower_at_a_call(
     assert {p.dtype for p in visual.parameters() if id(p) not in learning} == {kind}
 
 
-def test_cut_and_resize__is_what_views_cut(device: torch.device) -> None:
+def test_cut_on__is_what_views_cut(device: torch.device) -> None:
     from finealign.config import ViewSettings
 
-    pixels = np.random.default_rng(0).integers(0, 256, (90, 130, 3), dtype=np.uint8)
+    rng = np.random.default_rng(0)
+    photos = [rng.integers(0, 256, (height, width, 3), dtype=np.uint8) for height, width in ((90, 130), (120, 64))]
     views = Views(ViewSettings(crops=6), size=32, geometry=lambda image: image, mean=(0.5,) * 3, seed=0)
-    image = torch.from_numpy(pixels).permute(2, 0, 1).to(device)
-    found = cut_and_resize(image, views.crop_boxes(90, 130, epoch=1, image=2), 32)
-    wanted = views.crops(pixels, epoch=1, image=2)
+    uncut = [(pixels, views.crop_boxes(*pixels.shape[:2], epoch=1, image=2)) for pixels in photos]
+    found = cut_on(device, padded(uncut), 32)
+    wanted = torch.cat([views.crops(pixels, epoch=1, image=2) for pixels in photos])
     assert found.device.type == device.type
     assert int((found.cpu().int() - wanted.int()).abs().max()) <= 2
 
@@ -263,3 +264,16 @@ def test_adapt__learns_the_same_on_every_device(photos: Path, tiny_backbone: Tin
 
     found, wanted = labels(device), labels("cpu")
     assert sum(a != b for a, b in zip(found, wanted, strict=True)) <= (0 if device.type == "cpu" else 2)
+
+
+def test_predict__crops_cut_on_the_device_give_the_same_probabilities(
+    photos: Path, tiny_backbone: Tiny, device: torch.device
+) -> None:
+    config = tiny_config(tiny_backbone("transformer"), device=str(device), method__name="wca")
+    model = FineAlign(CLASSES, config=config).fit(photos)
+    found = []
+    for late in (False, True):
+        model.predictor_.cut_late = late
+        found.append(model.predict_proba(photos, score="las"))
+    assert np.abs(found[0] - found[1]).max() < 0.05
+    assert model.predictor_.cut_late and not np.array_equal(found[0], found[1])

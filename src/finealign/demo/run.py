@@ -82,7 +82,8 @@ def run_demo(
     progress = progress or Progress()
     began = time.perf_counter()
     settings = QUICK_SETTINGS if quick else DEMO_SETTINGS
-    configs = _configs({**settings, "device": device}, wca_crops=QUICK_WCA_CROPS if quick else DEMO_WCA_CROPS, seed=seed)
+    wca_crops = QUICK_WCA_CROPS if quick else DEMO_WCA_CROPS
+    configs = _configs({**settings, "device": device}, wca_crops=wca_crops, seed=seed)
     make_room(folder, _replaced(folder, overwrite=overwrite))
     _write_json({"status": "running", "seed": seed, "quick": quick}, folder / RESULT)
     images = QUICK_IMAGES if quick else DEMO_IMAGES

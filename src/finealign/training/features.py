@@ -20,14 +20,12 @@ from finealign.backbone.base import Backbone, own_norms
 from finealign.errors import ModelError, OutputError, StoppedError, display_path
 from finealign.images.decoding import Pixels
 from finealign.images.prefetch import Prefetcher
-from finealign.images.views import PREDICTED_AS, PREDICTION_EPOCH, Views, blank_of, cut_and_resize
+from finealign.images.views import PREDICTED_AS, PREDICTION_EPOCH, Padded, Views, blank_of, cut_on, padded
 from finealign.runtime.atomic import make_folder
 from finealign.runtime.distributed import Ranks
 from finealign.runtime.progress import Progress
 from finealign.training.memmap import MemmapTensors, finished_memmap, forget, read_memmap
-from finealign.types import Blank, Box, Gaze, ImageFeatures
-
-Uncut = tuple[Tensor, list[Box]]  # an image (3, H, W) uint8 and the boxes of its crops
+from finealign.types import Blank, Gaze, ImageFeatures
 
 RENDER_CHUNK = 32  # images per chunk of a label pass; their views are in memory together
 MARK_SECONDS = 10.0  # between two notes of how far a label pass is, behind which a killed run does not fall back
@@ -268,8 +266,9 @@ class FeatureBank:
         views = self.prefetcher.map(_LabelViews(epoch, crops, self.cut_late), own)
         for round_chunks, (weak_views, crop_views) in zip(rounds, views, strict=True):
             weak = self.backbone.embed(weak_views, self.plan.weakly)
-            pixels = crop_views if isinstance(crop_views, Tensor) else self._cut(crop_views)
-            crop_features = self.backbone.embed(pixels) if crops else weak.new_zeros(0, weak.shape[1])
+            if not isinstance(crop_views, Tensor):
+                crop_views = cut_on(self.backbone.device, crop_views, self.views.size)
+            crop_features = self.backbone.embed(crop_views) if crops else weak.new_zeros(0, weak.shape[1])
             crop_features = crop_features.reshape(len(weak), -1, weak.shape[1])
             sizes = [len(chunk) for chunk in round_chunks] + [0] * (count - len(round_chunks))
             part = {"weak": weak, "crops": crop_features}
@@ -277,13 +276,6 @@ class FeatureBank:
                 numbers = [float(_BLANKS.index(blank_of(view))) for view in weak_views]
                 part["blank"] = torch.tensor(numbers, device=weak.device)
             yield {name: self.ranks.gather(value, sizes) for name, value in part.items()}
-
-    def _cut(self, uncut: "list[Uncut]") -> Tensor:
-        """The crops of these images, cut on the backbone's device: (B * N, 3, S, S)."""
-        device = self.backbone.device
-        return torch.cat(
-            [cut_and_resize(pixels.to(device, non_blocking=True), boxes, self.views.size) for pixels, boxes in uncut]
-        )
 
 
 @dataclass(frozen=True)
@@ -309,27 +301,24 @@ class _LabelViews:
     """Makes the views for label features, uint8: weak views (B, 3, S, S) and crops (B * N, 3, S, S).
 
     Without ``crops`` the second tensor is (0, 3, S, S). With ``cut_late`` the crops are left to be cut on the device:
-    the second value is then each image (3, H, W) with the boxes of its crops.
+    the second value is then what ``padded`` makes of the images and the boxes of their crops.
     """
 
     epoch: int
     crops: bool
     cut_late: bool
 
-    def __call__(self, photos: Photos, chunk: Sequence[int]) -> tuple[Tensor, Tensor | list[Uncut]]:
+    def __call__(self, photos: Photos, chunk: Sequence[int]) -> tuple[Tensor, Tensor | list[Padded]]:
         views = photos.views
         decoded = [(i, photos.images[i]) for i in chunk]
         weak = torch.stack([views.weak(pixels) for _, pixels in decoded])
         if not self.crops:
             return weak, weak[:0]
         if self.cut_late:
-            return weak, [
-                (
-                    torch.from_numpy(pixels).permute(2, 0, 1),
-                    views.crop_boxes(*pixels.shape[:2], epoch=self.epoch, image=self._drawn_as(i)),
-                )
-                for i, pixels in decoded
+            boxes = [
+                views.crop_boxes(*pixels.shape[:2], epoch=self.epoch, image=self._drawn_as(i)) for i, pixels in decoded
             ]
+            return weak, padded([(pixels, own) for (_, pixels), own in zip(decoded, boxes, strict=True)])
         cut = [views.crops(pixels, epoch=self.epoch, image=self._drawn_as(i)) for i, pixels in decoded]
         return weak, torch.cat(cut)
 
