@@ -197,7 +197,7 @@ def measure(
         )
         strong_views = seconds(lambda: [views.strong(p, epoch=0, image=0) for p in ours.source.images], device)
         best = {kind: peak(kind, device) for kind in {torch.float32, dtype, torch.bfloat16}}
-        ours.source.__exit__()
+        ours.source.prefetcher.close()
     reference_rate = [batch / theirs for theirs, _, _ in rows]
     our_rate = [batch / (label / refresh + training) for _, label, training in rows]
     label_rate = median(batch * (crops + 1) / label for _, label, _ in rows)

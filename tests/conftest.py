@@ -31,6 +31,13 @@ TEXT_TOWER = {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2
 VISION_TOWERS: dict[str, dict[str, Any]] = {
     "transformer": {"image_size": 32, "layers": 2, "width": 64, "head_width": 32, "patch_size": 16},
     "convolutional": {"image_size": 32, "timm_model_name": "test_resnet", "timm_pool": "avg", "timm_proj": "linear"},
+    "timm": {"image_size": 32, "timm_model_name": "test_vit", "timm_pool": "avg", "timm_proj": "linear"},
+    "siglip": {  # not tiny: for a GPU
+        "image_size": 224,
+        "timm_model_name": "vit_base_patch16_siglip_224",
+        "timm_pool": "map",
+        "timm_proj": "linear",
+    },
 }
 
 
@@ -83,7 +90,7 @@ def shared() -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_backbone(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
-    """The identifier of a tiny backbone with seeded random weights: ``transformer`` or ``convolutional``."""
+    """The identifier of a tiny backbone with seeded random weights, by a name in ``VISION_TOWERS``."""
     made: dict[str, str] = {}
 
     def make(kind: str) -> str:
@@ -107,7 +114,12 @@ def _write_backbone(folder: Path, vision: dict[str, Any]) -> Path:
         for parameter in model.visual.parameters():
             if parameter.ndim == 1:
                 parameter.data.add_(0.1 * torch.randn_like(parameter))
-    preprocess_cfg = {"size": 32, "mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5], "interpolation": "bicubic"}
+    preprocess_cfg = {
+        "size": vision["image_size"],
+        "mean": [0.5, 0.5, 0.5],
+        "std": [0.5, 0.5, 0.5],
+        "interpolation": "bicubic",
+    }
     described = {"model_cfg": model_cfg, "preprocess_cfg": preprocess_cfg}
     (folder / "open_clip_config.json").write_text(json.dumps(described), encoding="utf-8")
     save_file(model.state_dict(), folder / "open_clip_model.safetensors")

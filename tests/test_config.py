@@ -392,7 +392,7 @@ def test_make_config__unknown_key_near_nothing_is_answered_with_all() -> None:
         ("seed", 1.5),
         ("seed", None),
         ("device", ["cpu"]),
-        ("precision", "fp16"),
+        ("precision", "fp8"),
         ("data", 3),
         ("data.max_pixels", 0),
         ("data.working_size", "big"),

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from itertools import islice
@@ -21,11 +22,11 @@ import torch
 from torch import Tensor
 
 from conftest import CLASSES, HANG, tiny_config
-from finealign import classifier
 from finealign.classifier import FineAlign
 from finealign.errors import FinealignError, ImageInputError
 from finealign.images import prefetch as prefetching
 from finealign.images.prefetch import Prefetcher
+from finealign.training.loop import adapt
 
 over_workers = pytest.mark.parametrize("workers", [0, 1, 2])
 PATIENCE = HANG
@@ -275,7 +276,7 @@ class Counting:
 def test_fit__makes_one_pool_for_all_its_steps_and_passes(
     photos: Path, tiny_backbone: Callable[[str], str], monkeypatch: pytest.MonkeyPatch, workers: int, refresh: int
 ) -> None:
-    threads, processes = Counting(prefetching.ThreadPoolExecutor), Counting(prefetching.ProcessPoolExecutor)
+    threads, processes = Counting(ThreadPoolExecutor), Counting(ProcessPoolExecutor)
     config = tiny_config(
         tiny_backbone("transformer"),
         views__refresh_epochs=refresh,
@@ -284,7 +285,6 @@ def test_fit__makes_one_pool_for_all_its_steps_and_passes(
     )
     model = FineAlign(CLASSES, config=config)
     before = set(threading.enumerate())
-    adapt = classifier.adapt
 
     def counted(*arguments: Any, **options: Any) -> Any:
         with monkeypatch.context() as patch:
@@ -292,7 +292,7 @@ def test_fit__makes_one_pool_for_all_its_steps_and_passes(
             patch.setattr(prefetching, "ProcessPoolExecutor", processes)
             return adapt(*arguments, **options)
 
-    monkeypatch.setattr(classifier, "adapt", counted)
+    monkeypatch.setattr("finealign.classifier.adapt", counted)
     model.fit(photos)
     assert len(model.history_) == 3
     assert (threads.made, processes.made) == ((0, 1) if workers else (1, 0))

@@ -118,7 +118,7 @@ def test_predictor__a_batch_that_it_cannot_label_is_refused(
 def test_predictor__a_bad_setting_is_refused_at_once(fitted: Path) -> None:
     for how in ({"top_k": 0}, {"score": "best"}, {"min_confidence": 2}, {"reject": 3}):
         with pytest.raises(ConfigError, match=r"[Vv]alid"):
-            Predictor(fitted / "model", **how)  # type: ignore[arg-type]
+            Predictor(fitted / "model", **how)
 
 
 # A worker of the cluster that dies once, in the middle, as if its machine had been lost.

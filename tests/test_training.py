@@ -19,6 +19,7 @@ from finealign.classifier import FineAlign
 from finealign.config import MethodSettings, read_config
 from finealign.errors import ImageInputError, ModelError, NotFiniteError, StoppedError
 from finealign.images.decoding import Pixels, read_image
+from finealign.images.prefetch import Prefetcher
 from finealign.method.registry import create_method, method_settings
 from finealign.runtime.devices import choose_workers
 from finealign.runtime.distributed import Ranks
@@ -410,12 +411,11 @@ def test_adapt__views_are_made_by_as_many_processes_as_asked(
 ) -> None:
     seen: list[int] = []
 
-    class Watched(encoding.Prefetcher[Any]):
-        def __init__(self, shared: Any, *, workers: int, device: torch.device) -> None:
-            seen.append(workers)
-            super().__init__(shared, device=device)
+    def watched(shared: Any, *, workers: int, device: torch.device) -> Prefetcher[Any]:
+        seen.append(workers)
+        return Prefetcher(shared, device=device)
 
-    monkeypatch.setattr(encoding, "Prefetcher", Watched)
+    monkeypatch.setattr(encoding, "Prefetcher", watched)
     fit(photos, tiny_backbone("transformer"), data__workers=wanted, training__epochs=1)
     assert set(seen) == {expected}
 

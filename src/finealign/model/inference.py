@@ -29,7 +29,7 @@ from finealign.runtime.distributed import Ranks
 from finealign.types import Blank, Box, Explanation, ImageFeatures, ImagePath, Prediction, Score, SetAside
 
 Item = TypeVar("Item")
-# Weak view (3, S, S) and crops (N, 3, S, S), uint8; in place of crops the image and the boxes that they are cut from late.
+# uint8: the weak view (3, S, S), and the crops (N, 3, S, S) or the image and the boxes that they are cut from late.
 Rendered = tuple[Tensor, Tensor | Uncut]
 Outcome = tuple[
     ImagePath, str | None, Blank | None
