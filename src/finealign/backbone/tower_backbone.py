@@ -20,13 +20,13 @@ from finealign.types import Gaze, Precision, TextFeatures, Texts
 
 WEIGHTS = "weights.safetensors"
 # Images encoded at once without gradients. On a CPU larger chunks no longer fit the caches and are no faster; a GPU is
-# only kept busy by more. The chunk changes results only by rounding.
+# kept busy only by more. The chunk changes results only by rounding.
 IMAGE_CHUNK, IMAGE_CHUNK_ON_GPU = 32, 256
 
 
 def image_chunk(device: torch.device) -> int:
     """How many images to encode at once where no gradient is recorded."""
-    return IMAGE_CHUNK if device.type == "cpu" else IMAGE_CHUNK_ON_GPU
+    return IMAGE_CHUNK_ON_GPU if device.type == "cuda" else IMAGE_CHUNK
 
 
 @dataclass(kw_only=True)
