@@ -28,11 +28,11 @@ quick=() more=()
 case "$device" in
     cuda)
         vit=ViT-B-32/random vits="$vit,ViT-L-14/random"
-        images=2000 few=64 batch=64 pairs=3 limit=180 # seconds a step may take
+        images=2000 few=64 batch=64 pairs=3 matrices=8192 limit=180 # seconds a step may take
         ;;
     cpu)
         vit=local-dir:src/finealign/demo/weights vits="$vit"
-        images=12 few=12 batch=4 pairs=1 limit=1500 quick=(--quick)
+        images=12 few=12 batch=4 pairs=1 matrices=64 limit=1500 quick=(--quick)
         more=(--set training.epochs=1 --set training.anchor_steps=2 --set views.crops=2 --set training.batch_size=4)
         ;;
     *) echo "--device: found $device. Valid: cuda, or cpu to see that the commands run." >&2; exit 2 ;;
@@ -61,7 +61,8 @@ fi
 export OMP_WAIT_POLICY=PASSIVE
 step machine "$python" -m finealign doctor --json
 step tests "$python" -m pytest -q tests/gpu --device "$device"
-step steps "$python" benchmarks/step.py --backbones "$vits" --batch "$batch" --pairs "$pairs" --device "$device" --json
+step steps "$python" benchmarks/step.py --backbones "$vits" --batch "$batch" --pairs "$pairs" --matrices "$matrices" \
+    --device "$device" --json
 step stages "$python" benchmarks/stages.py --images "$images" --backbone "$vit" --device "$device" "${more[@]}"
 step stages-thread "$python" benchmarks/stages.py --images "$images" --backbone "$vit" --device "$device" --workers 0 \
     "${more[@]}"

@@ -140,9 +140,8 @@ class OurStep:
         step(self.state, self.source.label_features(batch, 0), strong, batch)
 
 
-def peak(dtype: torch.dtype, device: torch.device) -> float:
-    """Products of large matrices in billions of operations a second: the best of several."""
-    size = 3072 if device.type == "cpu" else 8192
+def peak(dtype: torch.dtype, device: torch.device, size: int) -> float:
+    """Products of matrices with sides of ``size``, in billions of operations a second: the best of several."""
     left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     left @ right
     return 2 * size**3 / min(seconds(lambda: left @ right, device) for _ in range(5)) / 1e9
@@ -157,7 +156,15 @@ def resident() -> float:
 
 
 def measure(
-    name: str, *, batch: int, crops: int, refresh: int, pairs: int, precision: str, device: torch.device
+    name: str,
+    *,
+    batch: int,
+    crops: int,
+    refresh: int,
+    pairs: int,
+    precision: str,
+    device: torch.device,
+    matrices: int,
 ) -> dict[str, Any]:
     """One backbone, reference and ours in turn."""
     chosen: Any = choose_precision(precision, device)  # type: ignore[arg-type]
@@ -196,7 +203,7 @@ def measure(
             lambda: [(views.weak(p), views.crops(p, epoch=0, image=0)) for p in ours.source.images], device
         )
         strong_views = seconds(lambda: [views.strong(p, epoch=0, image=0) for p in ours.source.images], device)
-        best = {kind: peak(kind, device) for kind in {torch.float32, dtype, torch.bfloat16}}
+        best = {kind: peak(kind, device, matrices) for kind in {torch.float32, dtype, torch.bfloat16}}
         ours.source.prefetcher.close()
     reference_rate = [batch / theirs for theirs, _, _ in rows]
     our_rate = [batch / (label / refresh + training) for _, label, training in rows]
@@ -251,11 +258,13 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16", "fp16"])
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--matrices", type=int, help="side of those whose product is the peak; 3072, on a GPU 8192")
     add_device(parser)
     known = parser.parse_args()
     keep_freed_memory()
     options = {name: getattr(known, name) for name in ("batch", "crops", "refresh", "pairs", "precision")}
-    options["device"] = choose_device(known.device)
+    options["device"] = device = choose_device(known.device)
+    options["matrices"] = known.matrices or (3072 if device.type == "cpu" else 8192)
     for name in known.backbones.split(","):
         show(measure(name, **options), as_json=known.json)
 
