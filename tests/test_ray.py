@@ -161,7 +161,11 @@ def test_cluster__a_worker_that_is_killed_midway_loses_no_image_and_doubles_none
     paths = photos_in(fitted)
     names = [str(path.relative_to(fitted / "photos")) for path in paths]
     (fitted / "photos.json").write_text(json.dumps(names), encoding="utf-8")
-    environment = os.environ | {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DATA_DISABLE_PROGRESS_BARS": "1"}
+    environment = os.environ | {
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+        "RAY_worker_niceness": "0",  # by its default of 15, workers would starve beside other tests
+    }
     done = subprocess.run(
         [sys.executable, "-c", CLUSTER, str(fitted), str(ROWS)],
         env=environment,
