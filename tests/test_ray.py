@@ -164,6 +164,7 @@ def test_cluster__a_worker_that_is_killed_midway_loses_no_image_and_doubles_none
     environment = os.environ | {
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+        "RAY_raylet_start_wait_time_s": str(HANG),
         "RAY_worker_niceness": "0",  # by its default of 15, workers would starve beside other tests
     }
     done = subprocess.run(
