@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from features import ANOTHER_CROP, STRONG_VIEW, WHOLE_IMAGE, Encoded, Settings, configured, trained
 from frozen import WORLDS, Frozen
+from on_device import add_device
 from probe import linear_probe
 from real_data import require_shared
 from torch import Tensor
@@ -236,8 +237,9 @@ def main() -> None:
     parser.add_argument("--transductive", action="store_true", help="only transclip, fitted on the test images too")
     parser.add_argument("--ceiling", action="store_true", help="only a linear probe on labels, in each world")
     parser.add_argument("--base", default="{}", help="JSON: settings that every run starts from")
+    add_device(parser)
     known = parser.parse_args()
-    frozen, worlds = Frozen(require_shared(), known.out), worlds_of(known.worlds)
+    frozen, worlds = Frozen(require_shared(), known.out, known.device), worlds_of(known.worlds)
     seeds = [int(seed) for seed in known.seeds.split(",")]
     if known.transductive or known.ceiling:
         print_other(frozen, worlds, seeds, ceiling=known.ceiling)

@@ -7,24 +7,19 @@ One process, fp32, random images: without gradients (label passes) and with them
 
 import argparse
 import json
-import time
 from collections.abc import Callable
 from statistics import median
 
 import torch
+from on_device import add_device, seconds
 
 from finealign.backbone.load import load_backbone
-from finealign.runtime.devices import keep_freed_memory
+from finealign.runtime.devices import choose_device, keep_freed_memory
 
 
-def rate(work: Callable[[], object], images: int, runs: int) -> float:
+def rate(work: Callable[[], object], images: int, runs: int, device: torch.device) -> float:
     """Median images a second after one run that is not counted."""
-    seconds = []
-    for _ in range(runs + 1):
-        began = time.perf_counter()
-        work()
-        seconds.append(time.perf_counter() - began)
-    return images / median(seconds[1:])
+    return images / median([seconds(work, device) for _ in range(runs + 1)][1:])
 
 
 def main() -> None:
@@ -32,8 +27,10 @@ def main() -> None:
     parser.add_argument("--backbone", required=True)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--runs", type=int, default=5)
+    add_device(parser, default="cpu")  # what is measured is a CPU's
     known = parser.parse_args()
-    backbone = load_backbone(known.backbone)
+    device = choose_device(known.device)
+    backbone = load_backbone(known.backbone, device=device)
     for parameter in backbone.norm_parameters().values():
         parameter.requires_grad_(True)
     size = backbone.input_size
@@ -44,8 +41,8 @@ def main() -> None:
             torch.autograd.backward(backbone.encode_images(images).sum())
 
         return {
-            "label_pass": round(rate(lambda: backbone.embed(images), known.batch, known.runs), 1),
-            "training_pass": round(rate(step, known.batch, known.runs), 1),
+            "label_pass": round(rate(lambda: backbone.embed(images), known.batch, known.runs, device), 1),
+            "training_pass": round(rate(step, known.batch, known.runs, device), 1),
         }
 
     before = measure()

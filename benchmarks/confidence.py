@@ -20,6 +20,7 @@ from features import Encoded, trained
 from folders import FEWEST, NONE, VARIANTS
 from frozen import USUAL, WORLDS, Frozen
 from numpy.typing import NDArray
+from on_device import add_device
 from real_data import require_shared
 from torch import Tensor
 
@@ -105,8 +106,9 @@ def main() -> None:
     parser.add_argument("--folders", default=",".join(VARIANTS))
     parser.add_argument("--draws", type=int, default=1)
     parser.add_argument("--images", type=int, default=SAMPLE, help="calibrate by at most so many images")
+    add_device(parser)
     known = parser.parse_args()
-    frozen = Frozen(require_shared(), known.out)
+    frozen = Frozen(require_shared(), known.out, known.device)
     print(f"| folder | world | images | {' | '.join(COLUMNS)} | start: {' | '.join(COLUMNS)} |")
     print("|---" * 13 + "|")
     for folder in known.folders.split(","):

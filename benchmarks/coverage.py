@@ -21,6 +21,7 @@ from features import Encoded, trained
 from folders import VARIANTS
 from frozen import SETS, Frozen
 from numpy.typing import NDArray
+from on_device import add_device
 from real_data import require_shared
 
 from finealign.config import make_config, resolve
@@ -137,8 +138,9 @@ def main() -> None:
     parser.add_argument("--reviews", type=int, default=1000)
     parser.add_argument("--budgets", default="20,60,150")
     parser.add_argument("--variants", default="even,tail,half,dominated,strangers", help=f"of {', '.join(VARIANTS)}")
+    add_device(parser)
     known = parser.parse_args()
-    folders = known_folders(Frozen(require_shared(), known.out), known.variants.split(","))
+    folders = known_folders(Frozen(require_shared(), known.out, known.device), known.variants.split(","))
     print(
         "| labels | figure | asked for | settings | at the plan: mean | least | below 93 % | all looks: mean | least ",
         end="",

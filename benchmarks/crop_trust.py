@@ -15,6 +15,7 @@ import torch
 from features import Encoded
 from folders import NONE
 from frozen import WORLDS, Frozen
+from on_device import add_device
 from real_data import require_shared
 
 from finealign.config import make_config
@@ -43,8 +44,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--worlds", default="all")
     parser.add_argument("--variants", default="")
+    add_device(parser)
     known = parser.parse_args()
-    frozen = Frozen(require_shared(), known.out)
+    frozen = Frozen(require_shared(), known.out, known.device)
     worlds = [world for group, names in WORLDS.items() for world in names if known.worlds in ("all", group, world)]
     print(f"| world | images | {' | '.join(f'share {share:g}' for share in sorted(SHARES))} | chosen |")
     print("|---" * (len(SHARES) + 3) + "|")

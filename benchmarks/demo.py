@@ -13,6 +13,7 @@ from statistics import mean
 from typing import Any
 
 import torch
+from on_device import add_device
 from probe import linear_probe
 
 from finealign import FineAlign
@@ -35,30 +36,32 @@ def features(model: FineAlign, truth: Truth) -> ImageFeatures:
 
 
 def scored(model: FineAlign, seen: ImageFeatures, truth: Truth) -> float:
-    found = model.method_.score(seen, model.method_.scores[0]).argmax(1)
+    device = model.backbone_.device
+    seen = ImageFeatures(weak=seen.weak.to(device), crops=seen.crops.to(device))
+    found = model.method_.score(seen, model.method_.scores[0]).argmax(1).cpu()
     return float((found == torch.tensor(truth.labels)).float().mean())
 
 
-def unlearned(method: str, unlabelled: Path, seed: int, **options: Any) -> FineAlign:
+def unlearned(method: str, unlabelled: Path, seed: int, device: str, **options: Any) -> FineAlign:
     """A model of which nothing is trained: FAIR's scores come from the anchors as they start."""
-    settings = {"backbone": demo_model(), "seed": seed, "method": {"name": method, **options}}
+    settings = {"backbone": demo_model(), "seed": seed, "device": device, "method": {"name": method, **options}}
     return FineAlign(CLASSES, descriptions=DESCRIPTIONS, config=make_config(settings)).fit(unlabelled)
 
 
 @torch.inference_mode(False)
-def ceilings(folder: Path, seed: int) -> dict[str, float]:
+def ceilings(folder: Path, seed: int, device: str) -> dict[str, float]:
     """Probes on labels, and WCA's score part by part, on the world of one demo."""
     world = folder / "world"
     known, asked = (read_truth(world / name, CLASSES) for name in ("unlabelled.csv", "test.csv"))
     answers, truth = torch.tensor(known.labels), torch.tensor(asked.labels)
     found = {}
-    start = unlearned("wca", world / "unlabelled", seed)
-    adapted = FineAlign.load(folder / "fair")
+    start = unlearned("wca", world / "unlabelled", seed, device)
+    adapted = FineAlign.load(folder / "fair", device=device)
     for name, model in (("start", start), ("adapted", adapted)):
         with torch.no_grad():
             train, test = features(model, known), features(model, asked)
         train, test = (
-            ImageFeatures(weak=one.weak.clone(), crops=one.crops.clone()) for one in (train, test)
+            ImageFeatures(weak=one.weak.cpu().clone(), crops=one.crops.cpu().clone()) for one in (train, test)
         )  # out of inference mode
         found[f"probe, {name}, whole image"] = linear_probe(train.weak, answers, test.weak, truth)
         both = [torch.cat([one.weak, one.crops.mean(1)], 1) for one in (train, test)]
@@ -71,7 +74,7 @@ def ceilings(folder: Path, seed: int) -> dict[str, float]:
                 ("wca, descriptions weighted evenly", even[1]),
                 ("wca, both evenly", even[0] | even[1]),
             ):
-                found[label] = scored(unlearned("wca", world / "unlabelled", seed, **options), test, asked)
+                found[label] = scored(unlearned("wca", world / "unlabelled", seed, device, **options), test, asked)
     return found
 
 
@@ -79,6 +82,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", default="0,1,2")
+    add_device(parser)
     known = parser.parse_args()
     keep_freed_memory()
     rows: dict[str, list[float]] = {}
@@ -86,10 +90,10 @@ def main() -> None:
         folder = known.out / f"seed{seed}"
         result = known.out / f"seed{seed}.json"
         if not result.exists():
-            demo = run_demo(folder, seed=seed, overwrite=folder.exists())
+            demo = run_demo(folder, seed=seed, device=known.device, overwrite=folder.exists())
             found = {one.method: one.top1.mean for one in demo.methods}
             found |= {f"{one.method}, nothing learned": one.curve[0] for one in demo.methods if one.curve}
-            found |= ceilings(folder, seed)
+            found |= ceilings(folder, seed, known.device)
             result.write_text(json.dumps(found | {"seconds": demo.seconds}, indent=1), encoding="utf-8")
         for name, value in json.loads(result.read_text(encoding="utf-8")).items():
             rows.setdefault(name, []).append(value)

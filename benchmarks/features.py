@@ -101,16 +101,16 @@ def encoded_views(
                 views.crops(pixels, epoch=epoch, image=image)
                 for pixels, (epoch, image) in zip(seen, drawn, strict=True)
             ]
-            weak = backbone.embed(torch.stack([views.weak(pixels) for pixels in seen]))
+            weak = backbone.embed(torch.stack([views.weak(pixels) for pixels in seen])).cpu()
             found.setdefault(f"{prefix}weak", []).append(weak)
-            parts = backbone.embed(torch.cat(cut)).reshape(len(seen), crops, -1)
+            parts = backbone.embed(torch.cat(cut)).reshape(len(seen), crops, -1).cpu()
             found.setdefault(f"{prefix}crops", []).append(parts)
             if not prefix:
                 distorted = [
                     views.strong(pixels, epoch=epoch, image=start + i)
                     for epoch, (i, pixels) in product(range(strong), enumerate(seen))
                 ]
-                embedded = backbone.embed(torch.stack(distorted)).reshape(strong, len(seen), -1)
+                embedded = backbone.embed(torch.stack(distorted)).reshape(strong, len(seen), -1).cpu()
                 found.setdefault("strong", []).append(embedded)
     return {key: torch.cat(parts, dim=1 if key == "strong" else 0) for key, parts in found.items()}
 
@@ -118,8 +118,8 @@ def encoded_views(
 class Sets:
     """All images of a set, encoded when first asked for and kept in ``out``; `demo` is the drawn world."""
 
-    def __init__(self, shared: Path, out: Path, backbone: str) -> None:
-        self.shared, self.out, self.identifier = shared, out, backbone
+    def __init__(self, shared: Path, out: Path, backbone: str, device: str = "auto") -> None:
+        self.shared, self.out, self.identifier, self.device = shared, out, backbone, device
         self.backbones: dict[str, Backbone] = {}
 
     def _folders(self, name: str, seed: int, scratch: Path) -> tuple[Texts, Path, Path, Path]:
@@ -145,7 +145,7 @@ class Sets:
     def _encode(self, name: str, seed: int, scratch: Path) -> dict[str, Tensor]:
         began = time.perf_counter()
         identifier = demo_model() if name == "demo" else self.identifier
-        config = make_config({"backbone": identifier, "seed": seed, "views": {"crops": CROPS}})
+        config = make_config({"backbone": identifier, "seed": seed, "device": self.device, "views": {"crops": CROPS}})
         texts, train, hidden, test = self._folders(name, seed, scratch)
         if identifier not in self.backbones:
             self.backbones[identifier] = FineAlign(texts.classes).load_backbone(config)
@@ -160,9 +160,9 @@ class Sets:
         return tensors | {
             "labels": torch.tensor(truth.labels),
             "hidden": torch.tensor([classes[path] for path in paths]),
-            "names": features.names,
-            "descriptions": features.descriptions,
-            "class_of": features.class_of,
+            "names": features.names.cpu(),
+            "descriptions": features.descriptions.cpu(),
+            "class_of": features.class_of.cpu(),
             "logit_scale": torch.tensor(backbone.logit_scale),
         }
 

@@ -25,6 +25,7 @@ import torch
 from ablation import worlds_of
 from features import Encoded, trained
 from frozen import Frozen
+from on_device import add_device
 from real_data import require_shared
 from torch import Tensor
 
@@ -105,8 +106,9 @@ def main() -> None:
     parser.add_argument("--worlds", default="miniclip,clip-b16", help="worlds or groups of them, as in ablation.py")
     parser.add_argument("--labels", default="1,2,4,8", help="a class")
     parser.add_argument("--draws", type=int, default=3)
+    add_device(parser)
     known = parser.parse_args()
-    frozen, worlds = Frozen(require_shared(), known.out), worlds_of(known.worlds)
+    frozen, worlds = Frozen(require_shared(), known.out, known.device), worlds_of(known.worlds)
     each = [int(count) for count in known.labels.split(",")]
     made = Runs(frozen, known.out / "few-labels.jsonl")
     for draw, world, count in product(range(known.draws), worlds, each):

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from on_device import add_device
 from real_data import require_shared
 
 from finealign.backbone.base import Backbone
@@ -130,7 +131,9 @@ def run(
         settings = list(known.settings or [])
         if known.frozen:
             settings.append("training.encoder=frozen")
-        config = read_config(None, settings, backbone=known.backbone, seed=seed, method__name=known.method)
+        config = read_config(
+            None, settings, backbone=known.backbone, device=known.device, seed=seed, method__name=known.method
+        )
         if known.truth:
             counts = np.bincount([label for label in images.values() if label != NONE], minlength=len(classes))
             given = {label: float(count) for label, count in zip(classes, counts, strict=True)}
@@ -170,6 +173,7 @@ def main() -> None:
     parser.add_argument("--truth", action="store_true", help="give the true shares as the class prior")
     parser.add_argument("--test-images", type=int, default=10_000, help="at most so many, evenly over the classes")
     parser.add_argument("--set", dest="settings", action="append", help="section.key=value")
+    add_device(parser)
     known = parser.parse_args()
     known.out.mkdir(parents=True, exist_ok=True)
     log = known.out / "results.jsonl"

@@ -45,8 +45,9 @@ CROPS, STRONG = 8, 2
 class Frozen:
     """The encoded worlds."""
 
-    def __init__(self, shared: Path, out: Path) -> None:
-        self.shared, self.out = shared, out
+    def __init__(self, shared: Path, out: Path, device: str = "auto") -> None:
+        """``device`` is where images and texts are encoded; what is made of their features is made on the CPU."""
+        self.shared, self.out, self.device = shared, out, device
         self.loaded: dict[str, Backbone] = {}
         self.kept: dict[tuple[str, str], Encoded] = {}
         out.mkdir(parents=True, exist_ok=True)
@@ -72,7 +73,7 @@ class Frozen:
         """Return a world by its name in ``WORLDS``. The demo's is drawn by the seed, which changes no other."""
         backbone, _, of_set = name.partition("/")
         if name == "demo":
-            return Sets(self.shared, self.out, "").encoded("demo", seed)
+            return Sets(self.shared, self.out, "", self.device).encoded("demo", seed)
         return whole_images(of_set) if backbone == "clip-b32" else self.encoded(backbone, of_set)
 
     def folder(self, backbone: str, name: str, variant: str, seed: int, *, most: int) -> Encoded:
@@ -109,7 +110,7 @@ class Frozen:
                 if not (folder / "open_clip_config.json").exists():
                     build = self.shared / "models" / "clip-b16" / "build.py"
                     subprocess.run([sys.executable, str(build), str(folder)], check=True)
-            config = make_config({"backbone": f"local-dir:{folder}"})
+            config = make_config({"backbone": f"local-dir:{folder}", "device": self.device})
             self.loaded[backbone] = FineAlign(["one", "other"]).load_backbone(config)
         return self.loaded[backbone]
 
@@ -121,9 +122,9 @@ class Frozen:
         loaded = self._backbone(backbone)
         features = loaded.encode_texts(self._of(name))
         return {
-            "names": features.names,
-            "descriptions": features.descriptions,
-            "class_of": features.class_of,
+            "names": features.names.cpu(),
+            "descriptions": features.descriptions.cpu(),
+            "class_of": features.class_of.cpu(),
             "logit_scale": torch.tensor(loaded.logit_scale),
         }
 

@@ -11,17 +11,20 @@ import tempfile
 from pathlib import Path
 
 import torch
+from on_device import add_device
 from task import Task, finealign, make_task
 from torch import Tensor
 
 from finealign.training.checkpoints import read_last_checkpoint
 
 
-def run(task: Task, out: Path, precision: str, processes: int, threads: int, more: list[str]) -> dict[str, float]:
+def run(
+    task: Task, out: Path, precision: str, device: str, processes: int, threads: int, more: list[str]
+) -> dict[str, float]:
     """Adapt and evaluate; the accuracy of both in percent, and the seconds."""
-    arguments = task.adapt(out, "--keep-adapted", "--precision", precision, "--device", "cpu", *more)
+    arguments = task.adapt(out, "--keep-adapted", "--precision", precision, "--device", device, *more)
     done = finealign(*arguments, processes=processes, threads=threads)
-    found = finealign("evaluate", str(out), str(task.labelled), "--precision", precision, "--device", "cpu")
+    found = finealign("evaluate", str(out), str(task.labelled), "--precision", precision, "--device", device)
     return {"top1": 100 * found["adapted"]["top1"], "seconds": done["seconds"]}
 
 
@@ -51,6 +54,7 @@ def main() -> None:
     parser.add_argument("--processes", default="2", help="numbers with commas between")
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--precision", default="fp32,bf16")
+    add_device(parser, default="cpu")  # the CPU's runs are the same bit for bit
     known = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         task = make_task(known.set, Path(folder))
@@ -60,7 +64,7 @@ def main() -> None:
         for precision in known.precision.split(","):
             outs = {count: Path(folder, f"{precision}-{count}") for count in (1, *map(int, known.processes.split(",")))}
             for count, out in outs.items():
-                found = run(task, out, precision, count, known.threads, more)
+                found = run(task, out, precision, known.device, count, known.threads, more)
                 cells = compare(left(outs[1]), left(out)) if count > 1 else "| | |"
                 print(f"| {precision} | {count} | {cells} | {found['top1']:.2f} | {found['seconds']:.0f} |", flush=True)
 

@@ -14,12 +14,13 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from on_device import add_device
 from task import finealign, real
 
 SETS = ("eurosat", "dtd10", "pets37-small", "cifar100", "flowers12", "food10", "ucmerced")
 
 
-def cell(name: str, seed: int, out: Path, backbone: str, extra: list[str]) -> dict[str, Any]:
+def cell(name: str, seed: int, out: Path, backbone: str, device: str, extra: list[str]) -> dict[str, Any]:
     """The evaluation of one set and seed, made or read back."""
     folder = out / f"{name}-seed{seed}"
     result = folder.with_suffix(".json")
@@ -28,12 +29,13 @@ def cell(name: str, seed: int, out: Path, backbone: str, extra: list[str]) -> di
         return found
     task = real(name)
     going_on = ["--resume"] if (folder / "run.json").exists() else []
+    on = ("--device", device)
     run = finealign(
-        *replace(task, backbone=backbone or task.backbone).adapt(folder, "--seed", str(seed), *going_on, *extra)
+        *replace(task, backbone=backbone or task.backbone).adapt(folder, "--seed", str(seed), *on, *going_on, *extra)
     )
     found = {"set": name, "seed": seed, "seconds": run["seconds"], "epochs": run["epochs"]}
     for score in ("las", "global"):
-        found[score] = finealign("evaluate", str(folder), str(task.labelled), "--score", score)
+        found[score] = finealign("evaluate", str(folder), str(task.labelled), "--score", score, *on)
     result.write_text(json.dumps(found), encoding="utf-8")
     return found
 
@@ -64,13 +66,14 @@ def main() -> None:
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--sets", default=",".join(SETS))
     parser.add_argument("--backbone", default="")
+    add_device(parser)
     known, extra = parser.parse_known_args()
     known.out.mkdir(parents=True, exist_ok=True)
     extra = [argument for argument in extra if argument != "--"]
     cells = []
     for name in known.sets.split(","):
         for seed in map(int, known.seeds.split(",")):
-            cells.append(cell(name, seed, known.out, known.backbone, extra))
+            cells.append(cell(name, seed, known.out, known.backbone, known.device, extra))
             print(
                 f"{name} seed {seed}: {100 * cells[-1]['las']['difference']['top1']:+.1f}", file=sys.stderr, flush=True
             )

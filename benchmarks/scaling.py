@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from on_device import add_device
 from PIL import Image
 
 HERE = Path(__file__).resolve().parents[1]
@@ -78,10 +79,12 @@ def measure(checkout: Path, photos: Path, images: int, known: argparse.Namespace
         classes.write_text("\n".join(CLASSES), encoding="utf-8")
         settings = [part for setting in known.set or () for part in ("--set", setting)]
         words = ["adapt", str(photos), "--classes", str(classes), "--backbone", known.backbone, "--out", str(out)]
+        words += ["--device", known.device]
         seconds, worked, peak, said = run(checkout, [*words, "--json", *settings], Path(scratch) / "cache")
         labelled, rest = said["images"], 0.0
         if labelled < images:
             everything = ["predict", str(out), str(photos), "--out", str(Path(scratch) / "all.csv"), "--json"]
+            everything += ["--device", known.device]
             rest, _, higher, _ = run(checkout, everything, Path(scratch) / "cache")
             peak = max(peak, higher)
     return {
@@ -104,6 +107,7 @@ def main() -> None:
     parser.add_argument("--backbone", default=demo_model())
     parser.add_argument("--against", type=Path, help="another checkout, measured in turn with this one")
     parser.add_argument("--set", action="append", help="section.key=value, for adapt")
+    add_device(parser)
     known = parser.parse_args()
     known.out.mkdir(parents=True, exist_ok=True)
     rows = []

@@ -25,6 +25,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 import psutil
+from on_device import add_device
 from task import make_task
 
 IMAGES = 64
@@ -40,11 +41,12 @@ from finealign.serve.server import serve
 
 keep_freed_memory()
 limits = Limits(max_upload_bytes=int(sys.argv[2]))
-serve(FineAlign.load(sys.argv[1]), port=0, limits=limits, on_listening=lambda address: print(address, flush=True))
+model = FineAlign.load(sys.argv[1], device=sys.argv[3])
+serve(model, port=0, limits=limits, on_listening=lambda address: print(address, flush=True))
 """
 
 
-def make_model(out: Path) -> tuple[Path, list[bytes]]:
+def make_model(out: Path, device: str) -> tuple[Path, list[bytes]]:
     """A model adapted for one epoch, and the files to classify: what they are adapted to changes no time."""
     from finealign import FineAlign
     from finealign.config import make_config
@@ -53,18 +55,23 @@ def make_model(out: Path) -> tuple[Path, list[bytes]]:
     options = dict(zip(task.texts[::2], task.texts[1::2], strict=True))
     texts = json.loads(Path(options["--descriptions"]).read_text(encoding="utf-8"))
     config = make_config(
-        {"backbone": task.backbone, "data": {"cache": "temporary"}, "training": {"epochs": 1, "batch_size": 32}}
+        {
+            "backbone": task.backbone,
+            "device": device,
+            "data": {"cache": "temporary"},
+            "training": {"epochs": 1, "batch_size": 32},
+        }
     )
     FineAlign(list(texts), descriptions=texts, config=config).fit(task.images).save(out / "model")
     return out / "model", [path.read_bytes() for path in sorted(task.images.glob("*.png"))]
 
 
 @contextmanager
-def served(model: Path, log: Path) -> Iterator[tuple[str, psutil.Process]]:
+def served(model: Path, log: Path, device: str) -> Iterator[tuple[str, psutil.Process]]:
     """The address of a server of its own process, and the process."""
     with log.open("w", encoding="utf-8") as errors:
         server = subprocess.Popen(
-            [sys.executable, "-c", SERVER, str(model), str(MAX_UPLOAD)],
+            [sys.executable, "-c", SERVER, str(model), str(MAX_UPLOAD), device],
             stdout=subprocess.PIPE,
             stderr=errors,
             text=True,
@@ -94,12 +101,12 @@ def send(connection: http.client.HTTPConnection, body: bytes) -> int:
 # --- latency ----------------------------------------------------------------------------------------------------------
 
 
-def bare(model: Path, files: Sequence[bytes], seconds: float) -> list[float]:
+def bare(model: Path, files: Sequence[bytes], seconds: float, device: str) -> list[float]:
     """Seconds of each call of ``explain_pixels`` with one decoded image."""
     from finealign import FineAlign
     from finealign.images.decoding import decode_image
 
-    loaded = FineAlign.load(model)
+    loaded = FineAlign.load(model, device=device)
     images = [np.array(decode_image(io.BytesIO(content))) for content in files]
 
     def call(number: int) -> None:
@@ -138,14 +145,14 @@ def timed(call: Callable[[int], None], seconds: float) -> list[float]:
     return found
 
 
-def latency(out: Path, seconds: float) -> None:
-    model, files = make_model(out)
+def latency(out: Path, seconds: float, device: str) -> None:
+    model, files = make_model(out, device)
     each = seconds / (1 + len(CONCURRENCY))
-    alone = bare(model, files, each)
+    alone = bare(model, files, each, device)
     base = (statistics.median(alone), percentile(alone, 0.95))
     print(f"{'':24}  p50 ms  p95 ms   x p50   x p95  images/s")
     show("explain_pixels alone", alone, base, each)
-    with served(model, out / "serve.log") as (address, _):
+    with served(model, out / "serve.log", device) as (address, _):
         for clients in CONCURRENCY:
             show(f"POST /predict, {clients} at once", through_server(address, files, each, clients), base, each)
 
@@ -163,9 +170,9 @@ def percentile(values: Sequence[float], share: float) -> float:
 # --- soak -------------------------------------------------------------------------------------------------------------
 
 
-def soak(out: Path, minutes: float, clients: int) -> None:
+def soak(out: Path, minutes: float, clients: int, device: str) -> None:
     """Clients that keep sending good images, broken ones and too large ones; what came back, and what it cost."""
-    model, files = make_model(out)
+    model, files = make_model(out, device)
     rng, kinds = random.Random(0), {
         "good": (200, [form(content) for content in files]),
         "torn": (422, [form(content[: len(content) // 2]) for content in files]),
@@ -192,7 +199,7 @@ def soak(out: Path, minutes: float, clients: int) -> None:
             with lock:
                 counts[kind, status] += 1
 
-    with served(model, out / "serve.log") as (address, process), ThreadPoolExecutor(clients) as pool:
+    with served(model, out / "serve.log", device) as (address, process), ThreadPoolExecutor(clients) as pool:
         running = [pool.submit(client, seed) for seed in seeds]
         while not all(one.done() for one in running):
             time.sleep(min(1, minutes))
@@ -227,12 +234,13 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=20, help="of latency measurements in all")
     parser.add_argument("--soak", type=float, metavar="MINUTES", help="keep sending for so long instead")
     parser.add_argument("--clients", type=int, default=8, help="of the soak")
+    add_device(parser)
     known = parser.parse_args()
     known.out.mkdir(parents=True)  # a new folder, so that nothing of another run is mixed in
     if known.soak:
-        soak(known.out, known.soak, known.clients)
+        soak(known.out, known.soak, known.clients, known.device)
     else:
-        latency(known.out, known.seconds)
+        latency(known.out, known.seconds, known.device)
 
 
 if __name__ == "__main__":

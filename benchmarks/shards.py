@@ -18,6 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import webdataset
+from on_device import add_device
 from task import Task, finealign, make_task
 
 from finealign.images.listing import list_images
@@ -32,7 +33,7 @@ print(len(paths), grown * 1024 / len(paths))
 """
 
 
-def compare(task: Task, folder: Path, shard: int) -> str:
+def compare(task: Task, folder: Path, shard: int, device: str) -> str:
     """Adapt to files and to shards, predict both by the first model; what was the same."""
     shards, outs = folder / "shards", (folder / "files", folder / "packed")
     shards.mkdir()
@@ -41,7 +42,7 @@ def compare(task: Task, folder: Path, shard: int) -> str:
         for path in paths:
             key = path.relative_to(task.images).with_suffix("").as_posix()
             writer.write({"__key__": key, path.suffix[1:].lower(): path.read_bytes(), "cls": 0})
-    more = ("--keep-adapted", "--device", "cpu", "--set", "training.epochs=2", "--set", "data.cache=temporary")
+    more = ("--keep-adapted", "--device", device, "--set", "training.epochs=2", "--set", "data.cache=temporary")
     seconds = []
     for source, out in zip((task.images, shards), outs, strict=True):
         seconds.append(finealign(*replace(task, images=source).adapt(out, *more))["seconds"])
@@ -49,7 +50,7 @@ def compare(task: Task, folder: Path, shard: int) -> str:
     same = all((outs[0] / "model" / name).read_bytes() == (outs[1] / "model" / name).read_bytes() for name in files)
     predicted, out = [], folder / "predicted.csv"
     for source in (task.images, shards):
-        finealign("predict", str(outs[0]), str(source), "--device", "cpu", "--overwrite", "--out", str(out))
+        finealign("predict", str(outs[0]), str(source), "--device", device, "--overwrite", "--out", str(out))
         with out.open(encoding="utf-8", newline="") as file:
             predicted.append([(row["label"], row["confidence"]) for row in csv.DictReader(file)])
     differ = sum(one != other for one, other in zip(*predicted, strict=True))
@@ -80,12 +81,13 @@ def main() -> None:
     parser.add_argument("--set", default="demo", help="demo, or a set of real photos")
     parser.add_argument("--shard", type=int, default=100, help="images a shard")
     parser.add_argument("--list", type=int, default=0, help="list so many files instead")
+    add_device(parser, default="cpu")  # the CPU's runs are the same bit for bit
     known = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         if known.list:
             print(listing(Path(folder), known.list))
         else:
-            print(compare(make_task(known.set, Path(folder)), Path(folder), known.shard))
+            print(compare(make_task(known.set, Path(folder)), Path(folder), known.shard, known.device))
 
 
 if __name__ == "__main__":

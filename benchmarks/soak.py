@@ -15,6 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import psutil
+from on_device import add_device
 from step import resident
 from task import make_task
 
@@ -37,7 +38,7 @@ class Clock(Progress):
         return time.monotonic() > self.end
 
 
-def soak(out: Path, minutes: float) -> list[Row]:
+def soak(out: Path, minutes: float, device: str) -> list[Row]:
     """Adapt until the time is over; what was measured after each epoch."""
     from finealign import FineAlign
     from finealign.config import make_config
@@ -50,6 +51,7 @@ def soak(out: Path, minutes: float) -> list[Row]:
     options = dict(zip(task.texts[::2], task.texts[1::2], strict=True))
     settings = {
         "backbone": task.backbone,
+        "device": device,
         "data": {"cache": str(out / "cache")},
         "training": {"epochs": 100_000, "batch_size": 32, "anchor_steps": 20},
         "views": {"refresh_epochs": 5},
@@ -94,10 +96,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=30)
     parser.add_argument("--out", type=Path, required=True)
+    add_device(parser)
     known = parser.parse_args()
     known.out.mkdir(parents=True)  # a new folder, so that nothing of another soak is mixed in
     keep_freed_memory()
-    rows = soak(known.out, known.minutes)
+    rows = soak(known.out, known.minutes, known.device)
     with (known.out / "soak.csv").open("w", encoding="utf-8", newline="") as file:
         csv.writer(file).writerows([COLUMNS, *rows])
     draw(rows, known.out / "soak.svg")

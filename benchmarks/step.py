@@ -1,6 +1,6 @@
 """The reference step against ours, in turn, in one process: images a second, the ratio, and where the time goes.
 
-    python benchmarks/step.py [--backbones ViT-B-32/random,ViT-B-16/random] [--pairs 5] [--refresh 10] [--json]
+    python benchmarks/step.py [--backbones ViT-B-32/random,ViT-B-16/random] [--refresh 10] [--device cuda] [--json]
 
 The reference is written as the literature writes it: every step decodes its images, makes the weak view, N crops and
 the strong view with Pillow, encodes them all in float32, and learns. Ours is the package's own code: images decoded
@@ -15,8 +15,7 @@ import json
 import resource
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -24,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from on_device import add_device, seconds
 from PIL import Image
 from real_data import miniclip
 from torch import Tensor
@@ -36,7 +36,7 @@ from finealign.config import make_config, resolve
 from finealign.images.pixel_cache import store_pixels
 from finealign.images.views import Views
 from finealign.method.registry import create_method
-from finealign.runtime.devices import choose_precision, keep_freed_memory
+from finealign.runtime.devices import choose_device, choose_precision, choose_workers, keep_freed_memory
 from finealign.runtime.progress import Progress
 from finealign.texts.prompts import make_texts
 from finealign.training.features import EncodingPlan, FeatureBank
@@ -44,7 +44,7 @@ from finealign.training.loop import step
 from finealign.training.state import State, begin
 
 CLASSES = [f"kind {number}" for number in range(10)]
-GFLOP = {"ViT-B-32": 8.73, "ViT-B-16": 34.9}  # products of one forward pass, two operations each
+GFLOP = {"ViT-B-32": 8.73, "ViT-B-16": 34.9, "ViT-L-14": 161.8}  # products of one forward pass, two operations each
 PARTS = ("decode", "views", "label pass", "training pass", "optimiser")
 
 
@@ -64,7 +64,7 @@ class ReferenceStep:
     """The step as papers' code has it: nothing kept, float32, one encoder, Pillow in the training process."""
 
     def __init__(self, backbone: OpenClipBackbone, anchors: Tensor, paths: Sequence[Path], crops: int) -> None:
-        self.model, self.paths, self.crops = backbone.model, paths, crops
+        self.model, self.paths, self.crops, self.device = backbone.model, paths, crops, backbone.device
         size = backbone.input_size
         to_tensor = [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True)]
         normal = v2.Normalize(backbone.preprocess["mean"], backbone.preprocess["std"])
@@ -89,18 +89,18 @@ class ReferenceStep:
             crops += [self.crop(image) for _ in range(self.crops)]
             strong.append(self.strong(image))
         with torch.no_grad():
-            whole = normalize(self.model.encode_image(torch.stack(weak)), dim=-1)
+            whole = normalize(self.model.encode_image(torch.stack(weak).to(self.device)), dim=-1)
             # In parts the size of the batch: all at once needs more memory and is slower.
-            parts = torch.cat([self.model.encode_image(p) for p in torch.split(torch.stack(crops), len(weak))])
+            chunks = torch.split(torch.stack(crops), len(weak))
+            parts = torch.cat([self.model.encode_image(chunk.to(self.device)) for chunk in chunks])
             parts = normalize(parts, dim=-1).reshape(len(weak), self.crops, -1)
             classifier = normalize(self.anchors, dim=-1)
             relevance = torch.softmax(torch.einsum("bd,bnd->bn", whole, parts), 1)
             scores = torch.softmax(100 * torch.einsum("bn,bnd,cd->bc", relevance, parts, classifier), 1)
             best, labels = scores.max(1)
             second = scores.topk(2, 1).values[:, 1]
-        logits = (
-            100 * normalize(self.model.encode_image(torch.stack(strong)), dim=-1) @ normalize(self.anchors, dim=-1).T
-        )
+        seen = normalize(self.model.encode_image(torch.stack(strong).to(self.device)), dim=-1)
+        logits = 100 * seen @ normalize(self.anchors, dim=-1).T
         weighted = ((1 - second / best) * cross_entropy(logits, labels, reduction="none")).mean()
         loss = weighted - torch.softmax(logits, 1).mean(0).log().mean()
         self.optimizer.zero_grad()
@@ -127,7 +127,7 @@ class OurStep:
         views = Views(config.views, size=backbone.input_size, geometry=backbone.geometry, mean=backbone.mean, seed=0)
         texts = backbone.encode_texts(make_texts(CLASSES, None, None))
         method = create_method(config.method, texts, logit_scale=backbone.logit_scale)
-        plan = EncodingPlan(refresh=1, crops=True)
+        plan = EncodingPlan(refresh=1, crops=True, workers=choose_workers("auto", backbone.device))
         source = FeatureBank(stored, views, backbone, plan, folder=folder, progress=Progress())
         return cls(source, begin(backbone, method, config, images=len(paths)), len(paths))
 
@@ -140,18 +140,11 @@ class OurStep:
         step(self.state, self.source.label_features(batch, 0), strong, batch)
 
 
-def seconds(work: Callable[[], object]) -> float:
-    began = time.perf_counter()
-    work()
-    return time.perf_counter() - began
-
-
-def peak(dtype: torch.dtype) -> float:
-    """Products of large matrices in billions of operations a second: the best of several."""
-    size = 3072
-    left, right = torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype)
+def peak(dtype: torch.dtype, device: torch.device, size: int) -> float:
+    """Products of matrices with sides of ``size``, in billions of operations a second: the best of several."""
+    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     left @ right
-    return 2 * size**3 / min(seconds(lambda: left @ right) for _ in range(5)) / 1e9
+    return 2 * size**3 / min(seconds(lambda: left @ right, device) for _ in range(5)) / 1e9
 
 
 def resident() -> float:
@@ -162,13 +155,23 @@ def resident() -> float:
     return float("nan")
 
 
-def measure(name: str, *, batch: int, crops: int, refresh: int, pairs: int, precision: str) -> dict[str, Any]:
+def measure(
+    name: str,
+    *,
+    batch: int,
+    crops: int,
+    refresh: int,
+    pairs: int,
+    precision: str,
+    device: torch.device,
+    matrices: int,
+) -> dict[str, Any]:
     """One backbone, reference and ours in turn."""
-    chosen: Any = choose_precision(precision, torch.device("cpu"))  # type: ignore[arg-type]
-    dtype = torch.bfloat16 if chosen == "bf16" else torch.float32
+    chosen: Any = choose_precision(precision, device)  # type: ignore[arg-type]
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[chosen]
     with tempfile.TemporaryDirectory() as folder:
         paths = photos(Path(folder), batch)
-        plain, fast = load_backbone(name), load_backbone(name, precision=chosen)
+        plain, fast = load_backbone(name, device=device), load_backbone(name, device=device, precision=chosen)
         plain.model.to(memory_format=torch.contiguous_format)  # as open_clip hands it over
         weights = sum(p.numel() for p in fast.model.parameters()) * 4 / 1e9
         anchors = plain.encode_texts(make_texts(CLASSES, None, None)).names
@@ -178,23 +181,30 @@ def measure(name: str, *, batch: int, crops: int, refresh: int, pairs: int, prec
         ours.training_step()
         # The high-water mark holds the loaded library and both models; what came on top is the step's.
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9 - before
+        if device.type == "cuda":
+            memory = torch.cuda.max_memory_allocated(device) / 1e9
         reference = ReferenceStep(plain, anchors, paths, crops)
         reference()
         rows = []
         for number in range(pairs):
-            theirs, label, training = seconds(reference), seconds(ours.label_pass), seconds(ours.training_step)
+            theirs, label, training = (
+                seconds(work, device) for work in (reference, ours.label_pass, ours.training_step)
+            )
             rows.append((theirs, label, training))
             print(
                 f"{name} pair {number + 1}: reference {theirs:.1f} s, label pass {label:.1f} s, step {training:.1f} s",
                 file=sys.stderr,
                 flush=True,
             )
-        optimiser = min(seconds(ours.state.optimizer.step) for _ in range(3))
-        decode = seconds(lambda: [np.array(Image.open(path).convert("RGB")) for path in paths])
+        optimiser = min(seconds(ours.state.optimizer.step, device) for _ in range(3))
+        decode = seconds(lambda: [np.array(Image.open(path).convert("RGB")) for path in paths], device)
         views = ours.source.views
-        label_views = seconds(lambda: [(views.weak(p), views.crops(p, epoch=0, image=0)) for p in ours.source.images])
-        strong_views = seconds(lambda: [views.strong(p, epoch=0, image=0) for p in ours.source.images])
-        best = {kind: peak(kind) for kind in (torch.float32, torch.bfloat16)}
+        label_views = seconds(
+            lambda: [(views.weak(p), views.crops(p, epoch=0, image=0)) for p in ours.source.images], device
+        )
+        strong_views = seconds(lambda: [views.strong(p, epoch=0, image=0) for p in ours.source.images], device)
+        best = {kind: peak(kind, device, matrices) for kind in {torch.float32, dtype, torch.bfloat16}}
+        ours.source.prefetcher.close()
     reference_rate = [batch / theirs for theirs, _, _ in rows]
     our_rate = [batch / (label / refresh + training) for _, label, training in rows]
     label_rate = median(batch * (crops + 1) / label for _, label, _ in rows)
@@ -203,6 +213,7 @@ def measure(name: str, *, batch: int, crops: int, refresh: int, pairs: int, prec
     spent = zip(PARTS, (decode / refresh, views_of_an_epoch, label / refresh, training, optimiser), strict=True)
     found = {
         "backbone": name,
+        "device": str(device),
         "precision": chosen,
         "batch": batch,
         "crops": crops,
@@ -245,11 +256,15 @@ def main() -> None:
     parser.add_argument("--crops", type=int, default=8)
     parser.add_argument("--refresh", type=int, default=10, help="epochs that label features are kept")
     parser.add_argument("--pairs", type=int, default=5)
-    parser.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16"])
+    parser.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16", "fp16"])
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--matrices", type=int, help="side of those whose product is the peak; 3072, on a GPU 8192")
+    add_device(parser)
     known = parser.parse_args()
     keep_freed_memory()
     options = {name: getattr(known, name) for name in ("batch", "crops", "refresh", "pairs", "precision")}
+    options["device"] = device = choose_device(known.device)
+    options["matrices"] = known.matrices or (3072 if device.type == "cpu" else 8192)
     for name in known.backbones.split(","):
         show(measure(name, **options), as_json=known.json)
 

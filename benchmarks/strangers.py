@@ -19,6 +19,7 @@ from statistics import mean
 
 import torch
 from features import Encoded, Sets, trained
+from on_device import add_device
 from torch import Tensor
 
 from finealign.method.alignment import class_means, global_score
@@ -171,10 +172,11 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--shapes", default=",".join(SHAPES))
     parser.add_argument("--adapted", action="store_true")
+    add_device(parser)
     known = parser.parse_args()
     torch.set_num_threads(1)
     sets = {
-        name: Sets(known.frozen, known.frozen, "").encoded(name, 0)
+        name: Sets(known.frozen, known.frozen, "", known.device).encoded(name, 0)
         for name in SETS
         if (known.frozen / f"{name}-0.safetensors").exists()
     }

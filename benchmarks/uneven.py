@@ -19,6 +19,7 @@ import torch
 from features import Encoded, Settings, trained
 from folders import NONE, VARIANTS
 from frozen import Frozen
+from on_device import add_device
 from real_data import require_shared
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -91,9 +92,10 @@ def main() -> None:
     parser.add_argument("--most", type=int, default=45, help="images a class")
     parser.add_argument("--score", default="fused", choices=("las", "fused", "global"))
     parser.add_argument("--weights", default="", help="compare these weights of FAIR's fairness term, and nothing else")
+    add_device(parser)
     known = parser.parse_args()
     weights = [weight for weight in known.weights.split(",") if weight]
-    frozen = Frozen(require_shared(), known.out)
+    frozen = Frozen(require_shared(), known.out, known.device)
     log = known.out / f"uneven{'-weights' if weights else ''}.jsonl"
     rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.exists() else []
     key = ("backbone", "set", "variant", "draw", "most", "score")

@@ -22,6 +22,7 @@ from features import Encoded, Settings, trained
 from folders import NONE, VARIANTS
 from frozen import SETS, Frozen
 from numpy.typing import NDArray
+from on_device import add_device
 from real_data import require_shared
 from sklearn.ensemble import GradientBoostingRegressor
 
@@ -195,8 +196,9 @@ def main() -> None:
     parser.add_argument("--draws", default="0,1")
     parser.add_argument("--settings", default=",".join(SETTINGS))
     parser.add_argument("--folders", nargs="*", type=Path, default=[], help="results of folders.py")
+    add_device(parser)
     known = parser.parse_args()
-    frozen = Frozen(require_shared(), known.out)
+    frozen = Frozen(require_shared(), known.out, known.device)
     log = known.out / "verdict.jsonl"
     rows: list[Row] = (
         [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.exists() else []

@@ -21,6 +21,7 @@ from real_data import ADVICE, shared_folder
 # Seconds after which a test takes what it waits for to be hanging: no machine is so slow. Tests wait for events, and
 # none asserts how long anything takes.
 HANG = 300
+DEVICE = "cpu"  # of ``tiny_config``; ``pytest --device cuda`` changes it
 CLASSES = ["red", "green", "blue"]
 COLOURS = {"red": (200, 40, 40), "green": (40, 200, 40), "blue": (40, 40, 200)}
 CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH = 1, 2
@@ -30,7 +31,44 @@ TEXT_TOWER = {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2
 VISION_TOWERS: dict[str, dict[str, Any]] = {
     "transformer": {"image_size": 32, "layers": 2, "width": 64, "head_width": 32, "patch_size": 16},
     "convolutional": {"image_size": 32, "timm_model_name": "test_resnet", "timm_pool": "avg", "timm_proj": "linear"},
+    "timm": {"image_size": 32, "timm_model_name": "test_vit", "timm_pool": "avg", "timm_proj": "linear"},
+    "siglip": {  # not tiny: for a GPU
+        "image_size": 224,
+        "timm_model_name": "vit_base_patch16_siglip_224",
+        "timm_pool": "map",
+        "timm_proj": "linear",
+    },
 }
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--device", default="cpu", choices=["cpu", "cuda"], help="what runs are made on, where a test does not say it"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Hide GPUs from the tests and from the processes that they start, unless they are asked for."""
+    wanted = config.getoption("--device")
+    if wanted == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        raise pytest.UsageError("--device cuda: PyTorch finds no GPU here. Leave it out.")
+    global DEVICE
+    DEVICE = wanted
+
+
+@pytest.fixture(params=["cpu", "cuda"])
+def device(request: pytest.FixtureRequest) -> Any:
+    """The device of a test of what differs between devices: the CPU, and a GPU where ``--device cuda`` asks for it."""
+    import torch
+
+    if request.param == "cuda" and request.config.getoption("--device") != "cuda":
+        pytest.skip("needs a GPU: pytest --device cuda")
+    return torch.device(request.param)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -52,7 +90,7 @@ def shared() -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_backbone(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
-    """The identifier of a tiny backbone with seeded random weights: ``transformer`` or ``convolutional``."""
+    """The identifier of a tiny backbone with seeded random weights, by a name in ``VISION_TOWERS``."""
     made: dict[str, str] = {}
 
     def make(kind: str) -> str:
@@ -76,7 +114,12 @@ def _write_backbone(folder: Path, vision: dict[str, Any]) -> Path:
         for parameter in model.visual.parameters():
             if parameter.ndim == 1:
                 parameter.data.add_(0.1 * torch.randn_like(parameter))
-    preprocess_cfg = {"size": 32, "mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5], "interpolation": "bicubic"}
+    preprocess_cfg = {
+        "size": vision["image_size"],
+        "mean": [0.5, 0.5, 0.5],
+        "std": [0.5, 0.5, 0.5],
+        "interpolation": "bicubic",
+    }
     described = {"model_cfg": model_cfg, "preprocess_cfg": preprocess_cfg}
     (folder / "open_clip_config.json").write_text(json.dumps(described), encoding="utf-8")
     save_file(model.state_dict(), folder / "open_clip_model.safetensors")
@@ -107,7 +150,7 @@ def tiny_config(backbone: str, **overrides: Any) -> Any:
 
     values: dict[str, Any] = {
         "backbone": backbone,
-        "device": "cpu",
+        "device": DEVICE,
         "precision": "fp32",
         "views__crops": 2,
         "training__epochs": 3,

@@ -287,11 +287,13 @@ def test_truth__the_room_that_reads_it_knows_little_else() -> None:
 
 
 def test_public__is_what_the_reference_lists() -> None:
+    import finealign.integrations.ray
     import finealign.method
 
     listed = re.findall(r"^::: (\S+)$", (TABLE.parent / "python.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
     names = [f"finealign.{name}" for name in finealign.__all__ if name != "__version__"]
     names += [f"finealign.method.{name}" for name in finealign.method.__all__]
+    names += [f"finealign.integrations.ray.{name}" for name in finealign.integrations.ray.__all__]
     assert sorted(listed) == sorted(names)
 
 

@@ -311,7 +311,7 @@ def test_embed__any_chunking_equals_one_piece(
     backbone = load_backbone(tiny_backbone(tower))
     images = pictures(70)
     whole = backbone.encode_images(images)
-    monkeypatch.setattr(room, "IMAGE_CHUNK", chunk)
+    monkeypatch.setattr("finealign.backbone.tower_backbone.IMAGE_CHUNK", chunk)
     torch.testing.assert_close(backbone.embed(images), whole, rtol=0, atol=1e-6)
 
 

@@ -73,7 +73,7 @@ SETTINGS: dict[str, tuple[str | bytes, str]] = {
     "null for a section": ("training:", "training: found None"),
     "number for a method's name": ("method: {name: 3}", r"method\.name: found 3"),
     "section in a section": ("training: {epochs: {steps: {a: 1}}}", r"training\.epochs: found \{'steps': "),
-    "unknown choice": ("precision: fp64", "precision: found 'fp64'.* Valid: auto, fp32, bf16"),
+    "unknown choice": ("precision: fp64", "precision: found 'fp64'.* Valid: auto, fp32, bf16, fp16"),
     "policy that is none": ("views: {randaugment: 'rand-m9); import os'}", r"views\.randaugment: found "),
     # out of range, or no number
     "negative": ("seed: -1", "seed: found -1"),

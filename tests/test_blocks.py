@@ -227,11 +227,11 @@ def counted(monkeypatch: pytest.MonkeyPatch, die_at: int | None = None) -> list[
     chunks: list[list[int]] = []
     views = encoding._LabelViews.__call__
 
-    def watched(self: Any, chunk: Any) -> Any:
+    def watched(self: Any, photos: Any, chunk: Any) -> Any:
         if len(chunks) == die_at:
             raise KilledError
         chunks.append(list(chunk))
-        return views(self, chunk)
+        return views(self, photos, chunk)
 
     monkeypatch.setattr(encoding._LabelViews, "__call__", watched)
     return chunks
@@ -296,11 +296,11 @@ from test_blocks import encoding, fit
 encoding.RENDER_CHUNK, encoding.MARK_SECONDS = 2, 0.0
 views, made = encoding._LabelViews.__call__, []
 
-def watched(self, chunk):
+def watched(self, photos, chunk):
     made.append(chunk)
     if len(made) == 7:
         os.kill(os.getpid(), signal.SIGKILL)
-    return views(self, chunk)
+    return views(self, photos, chunk)
 
 encoding._LabelViews.__call__ = watched
 fit(Path({photos!r}), {backbone!r}, Path({kept!r}))

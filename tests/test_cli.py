@@ -775,7 +775,7 @@ MISTAKES: dict[str, tuple[Arguments, str, str]] = {
         "No configuration file at",
         "ConfigError",
     ),
-    "unknown precision": (lambda made, here: [*made.adapt("--precision", "fp8")], "fp32, bf16", "ConfigError"),
+    "unknown precision": (lambda made, here: [*made.adapt("--precision", "fp8")], "fp32, bf16, fp16", "ConfigError"),
     "unknown device": (lambda made, here: [*made.adapt("--device", "tpu")], "Use auto, cpu", "ConfigError"),
     "unknown architecture": (
         lambda made, here: [*made.adapt("--backbone", "ViT-B-33/openai")],
@@ -960,7 +960,7 @@ def test_doctor__offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
         "cache",
     }  # fmt: skip
     assert found["versions"]["torch"] == torch.__version__.partition("+")[0]
-    assert found["precision"] in ("fp32", "bf16")
+    assert found["precision"] in ("fp32", "bf16", "fp16")
     assert (found["hub"]["reachable"], found["hub"]["reason"]) == (False, "HF_HUB_OFFLINE is set")
     assert found["cache"] == {"folder": str(tmp_path / "none"), "models": []}
     shown = command("doctor").stdout

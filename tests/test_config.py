@@ -133,7 +133,7 @@ config_values = st.fixed_dictionaries(
         "backbone": word,
         "seed": st.integers(0, 2**64 - 1),
         "device": word,
-        "precision": st.sampled_from(["auto", "fp32", "bf16"]),
+        "precision": st.sampled_from(["auto", "fp32", "bf16", "fp16"]),
         "data": data_values,
         "views": views_values,
         "method": st.fixed_dictionaries({"name": word, "an_option": plain}),
@@ -392,7 +392,7 @@ def test_make_config__unknown_key_near_nothing_is_answered_with_all() -> None:
         ("seed", 1.5),
         ("seed", None),
         ("device", ["cpu"]),
-        ("precision", "fp16"),
+        ("precision", "fp8"),
         ("data", 3),
         ("data.max_pixels", 0),
         ("data.working_size", "big"),
@@ -427,7 +427,7 @@ def test_make_config__wrong_value_is_named_in_full(dotted: str, value: object) -
 @pytest.mark.parametrize(
     ("dotted", "choices"),
     [
-        ("precision", "auto, fp32, bf16"),
+        ("precision", "auto, fp32, bf16, fp16"),
         ("training.learn", "norms+anchors, norms, anchors"),
         ("prediction.score", "auto, global, las, fused"),
     ],

@@ -99,7 +99,11 @@ def test_tutorial__its_snippets_run(tmp_path: Path, tiny_backbone: Callable[[str
     run(DOCS / "tutorial.md", begin(tmp_path, tiny_backbone("transformer"), forks))
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize(
+    "page",
+    # A cluster takes a minute to start.
+    [pytest.param(page, id=page.stem, marks=[pytest.mark.nightly] * (page.stem == "ray")) for page in PAGES],
+)
 def test_page__its_snippets_run(page: Path, adapted: Path, chat: ChatServer) -> None:
     run(page, adapted, OPENAI_BASE_URL=chat.url, OPENAI_API_KEY="sk-of-a-test")
 

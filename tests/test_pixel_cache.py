@@ -254,24 +254,39 @@ def test_store_pixels__second_run_decodes_nothing(tmp_path: Path, cache: Path, d
     assert first.cached == 4
 
 
-def test_store_pixels__names_places_and_times_do_not_matter(tmp_path: Path, cache: Path, decoder: Decoder) -> None:
+def test_store_pixels__no_file_is_read_to_find_what_is_kept(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = [*photos(tmp_path), tmp_path / "gone.png"]
+    store(paths, cache)
+
+    def refuse(*_: object) -> NoReturn:
+        raise AssertionError("a file was opened")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("finealign.images.files.open_regular", refuse)
+        patch.setattr("finealign.images.decoding.open_regular", refuse)
+        found = store(paths, cache)
+    check(found, paths)
+
+
+def test_store_pixels__a_folder_may_be_called_otherwise(tmp_path: Path, cache: Path, decoder: Decoder) -> None:
     paths = photos(tmp_path / "here")
     (tmp_path / "here" / "not.png").write_text("an image")
     paths.append(tmp_path / "here" / "not.png")
     store(paths, cache)
     decoder.paths.clear()
-    moved = [tmp_path / "there" / f"{path.stem}.jpg" for path in paths]
-    (tmp_path / "there").mkdir()
-    for old, new in zip(paths, moved, strict=True):
-        old.rename(new)
-        os.utime(new, (1, 1))
+    (tmp_path / "here").rename(tmp_path / "there")
+    moved = [tmp_path / "there" / path.name for path in paths]
     stored, set_aside = store(moved, cache)
     assert decoder.paths == []
     assert set_aside == [SetAside(str(moved[-1]), "not an image")]
     assert stored.paths == moved[:-1]
 
 
-@pytest.mark.parametrize("change", ["content", "order", "fewer", "shorter_side", "max_pixels", "pillow", "gone"])
+@pytest.mark.parametrize(
+    "change", ["content", "replaced", "order", "fewer", "shorter_side", "max_pixels", "pillow", "gone"]
+)
 def test_store_pixels__another_set_is_another_entry(
     tmp_path: Path, cache: Path, decoder: Decoder, monkeypatch: pytest.MonkeyPatch, change: str
 ) -> None:
@@ -284,6 +299,10 @@ def test_store_pixels__another_set_is_another_entry(
         photo(paths[1], seed=7)
         os.utime(paths[1], ns=(before.st_atime_ns, before.st_mtime_ns))
         assert (paths[1].stat().st_size, paths[1].stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+    elif change == "replaced":  # by another file of its name, size and times, as an unpacked archive has them
+        photo(tmp_path / "other.bmp", seed=7)
+        os.utime(tmp_path / "other.bmp", ns=(paths[1].stat().st_atime_ns, paths[1].stat().st_mtime_ns))
+        (tmp_path / "other.bmp").replace(paths[1])
     elif change == "order":
         paths.reverse()
     elif change == "fewer":

@@ -2,22 +2,44 @@
 
 import gc
 import multiprocessing
+import os
+import signal
+import subprocess
+import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
 import torch
 from torch import Tensor
 
-from conftest import HANG
-from finealign.errors import ImageInputError
-from finealign.images.prefetch import prefetch
+from conftest import CLASSES, HANG, tiny_config
+from finealign.classifier import FineAlign
+from finealign.errors import FinealignError, ImageInputError
+from finealign.images import prefetch as prefetching
+from finealign.images.prefetch import Prefetcher
+from finealign.training.loop import adapt
 
 over_workers = pytest.mark.parametrize("workers", [0, 1, 2])
 PATIENCE = HANG
+
+
+def prefetch(work: Callable[[Any], Any], items: Iterable[Any], *, workers: int = 0) -> Iterator[Any]:
+    """What a pool gives that is made for these items alone."""
+    with Prefetcher(work, workers=workers) as pool:
+        yield from pool.map(asked, items)
+
+
+def asked(work: Callable[[Any], Any], item: Any) -> Any:
+    return work(item)
 
 
 def rendered(item: int) -> tuple[Tensor, Tensor]:
@@ -165,4 +187,129 @@ def test_ahead__a_caller_that_stops_leaves_no_process() -> None:
     assert len(multiprocessing.active_children()) == 2
     del results
     gc.collect()
+    assert multiprocessing.active_children() == []
+
+
+# --- one pool for many uses -------------------------------------------------------------------------------------------
+
+
+def process_of(_: object, item: int) -> tuple[int, int]:
+    return os.getpid(), item
+
+
+def shared_with(shared: Any, item: int) -> Any:
+    return shared + item
+
+
+@over_workers
+def test_pool__serves_several_iterators_at_once_and_one_after_the_other(workers: int) -> None:
+    with Prefetcher(100, workers=workers) as pool:
+        first, second = pool.map(shared_with, range(6)), pool.map(shared_with, range(10, 16))
+        assert list(zip(first, second, strict=True)) == [(100 + n, 110 + n) for n in range(6)]
+        assert list(pool.map(shared_with, [1, 2])) == [101, 102]
+
+
+def test_pool__its_processes_are_the_same_for_all_and_end_with_it() -> None:
+    with Prefetcher(None, workers=2) as pool:
+        seen = {pid for _ in range(5) for pid, _ in pool.map(process_of, range(8))}
+        assert len(seen) <= 2 and os.getpid() not in seen
+        # A caller that stops early leaves it usable.
+        list(islice(pool.map(process_of, range(100)), 3))
+        assert {pid for pid, _ in pool.map(process_of, range(4))} <= set(map(_pid, multiprocessing.active_children()))
+    assert multiprocessing.active_children() == []
+
+
+def _pid(process: Any) -> int:
+    return int(process.pid)
+
+
+def dying(_: object, item: int) -> int:
+    if item == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return item
+
+
+def test_pool__a_process_that_dies_is_told_with_what_to_do() -> None:
+    with Prefetcher(None, workers=1) as pool, pytest.raises(FinealignError, match=r"data\.workers"):
+        list(pool.map(dying, range(8)))
+    assert multiprocessing.active_children() == []
+
+
+PARENT = """
+import os, sys
+from finealign.images.prefetch import Prefetcher
+
+def pid(_, item):
+    return os.getpid()
+
+pool = Prefetcher(None, workers=2)
+print(*set(pool.map(pid, range(40))), flush=True)
+sys.stdin.read()
+"""
+
+
+def test_pool__its_processes_end_when_their_parent_is_killed() -> None:
+    parent = subprocess.Popen([sys.executable, "-c", PARENT], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert parent.stdin and parent.stdout
+    with parent:
+        workers = [psutil.Process(int(pid)) for pid in parent.stdout.readline().split()]
+        assert workers
+        parent.kill()
+        _, alive = psutil.wait_procs(workers, timeout=HANG)
+    assert not alive
+
+
+class Counting:
+    """Makes executors, and counts them."""
+
+    def __init__(self, executor: Any) -> None:
+        self.executor, self.made = executor, 0
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        self.made += 1
+        return self.executor(*arguments, **options)
+
+
+@pytest.mark.parametrize(
+    ("workers", "refresh"), [(0, 0), (0, 1), pytest.param(1, 0, marks=pytest.mark.nightly)], ids=str
+)
+def test_fit__makes_one_pool_for_all_its_steps_and_passes(
+    photos: Path, tiny_backbone: Callable[[str], str], monkeypatch: pytest.MonkeyPatch, workers: int, refresh: int
+) -> None:
+    threads, processes = Counting(ThreadPoolExecutor), Counting(ProcessPoolExecutor)
+    config = tiny_config(
+        tiny_backbone("transformer"),
+        views__refresh_epochs=refresh,
+        training__anchor_steps=8 * refresh,
+        data__workers=workers,
+    )
+    model = FineAlign(CLASSES, config=config)
+    before = set(threading.enumerate())
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        with monkeypatch.context() as patch:
+            patch.setattr(prefetching, "ThreadPoolExecutor", threads)
+            patch.setattr(prefetching, "ProcessPoolExecutor", processes)
+            return adapt(*arguments, **options)
+
+    monkeypatch.setattr("finealign.classifier.adapt", counted)
+    model.fit(photos)
+    assert len(model.history_) == 3
+    assert (threads.made, processes.made) == ((0, 1) if workers else (1, 0))
+    assert set(threading.enumerate()) <= before
+    assert multiprocessing.active_children() == []
+
+
+def test_fit__that_fails_leaves_no_worker(
+    photos: Path, tiny_backbone: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_config(tiny_backbone("transformer"), data__workers=2)
+
+    def broken(*_: object) -> None:
+        assert len(multiprocessing.active_children()) == 2
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("finealign.training.loop.step", broken)
+    with pytest.raises(ZeroDivisionError):
+        FineAlign(CLASSES, config=config).fit(photos)
     assert multiprocessing.active_children() == []

@@ -147,12 +147,13 @@ def test_working_copy__in_float32_shares_every_weight(make: Make, kind: str) -> 
 
 
 @over_towers
+@pytest.mark.parametrize("on", ["cpu", "cuda"])
 @pytest.mark.parametrize("gradient", [False, True])
-def test_working_copy__in_bf16_computes_nearly_the_same(make: Make, kind: str, gradient: bool) -> None:
+def test_working_copy__in_bf16_computes_nearly_the_same(make: Make, kind: str, gradient: bool, on: str) -> None:
     tower = make(kind)
     for parameter in norms(tower).values():
         parameter.requires_grad_(gradient)
-    rough = working_copy(tower, dtype=torch.bfloat16)(pixels().bfloat16())
+    rough = working_copy(tower, dtype=torch.bfloat16, on=on)(pixels().bfloat16())
     assert rough.dtype == torch.bfloat16
     assert rough.requires_grad == gradient
     found, wanted = rough.detach().float(), tower(pixels()).detach()
@@ -249,10 +250,11 @@ def test_working_copy__in_float32_gives_the_towers_gradients(make: Make, kind: s
 
 
 @over_towers
-def test_working_copy__in_bf16_gives_nearly_the_towers_gradients(make: Make, kind: str) -> None:
+@pytest.mark.parametrize("on", ["cpu", "cuda"])
+def test_working_copy__in_bf16_gives_nearly_the_towers_gradients(make: Make, kind: str, on: str) -> None:
     tower = make(kind)
     wanted = learned(tower, tower, pixels(8))
-    found = learned(tower, working_copy(tower, dtype=torch.bfloat16), pixels(8).bfloat16())
+    found = learned(tower, working_copy(tower, dtype=torch.bfloat16, on=on), pixels(8).bfloat16())
     assert found.keys() == wanted.keys()
     for name, gradient in wanted.items():
         assert found[name].dtype == torch.float32
@@ -305,6 +307,28 @@ def test_working_copy__in_bf16_leaves_timms_fused_attention(make: Make) -> None:
     assert layers > 0
     assert fused(tower) == fused(exact) == [True] * layers
     assert fused(rough) == [False] * layers
+
+
+@over_towers
+def test_working_copy__for_a_gpu_gives_its_norms_what_cuda_can_compute(make: Make, kind: str) -> None:
+    """CUDA's kernels refuse a float32 scale for values of 16 bits, but BatchNorm's; and what helps a CPU stays away."""
+    made = working_copy(make(kind), dtype=torch.bfloat16, on="cuda")
+    told: list[tuple[nn.Module, torch.dtype, torch.dtype]] = []
+
+    def note(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        told.append((module, inputs[0].dtype, output.dtype))
+
+    for module in made.modules():
+        assert not isinstance(module, Float32Gradient)
+        assert getattr(module, "fused_attn", True) is True
+        if is_normalisation(module):
+            module.register_forward_hook(note)
+    made(pixels().bfloat16())
+    assert told
+    for module, taken, given in told:
+        batch = isinstance(module, nn.modules.batchnorm._BatchNorm)
+        assert taken == (torch.bfloat16 if batch else torch.float32), module
+        assert given == torch.bfloat16, module
 
 
 # --- is_normalisation -------------------------------------------------------------------------------------------------

@@ -16,21 +16,23 @@ import torch
 from conftest import CLASSES, open_clip_backbone, tiny_config, write_photos
 from finealign.backbone.model import OpenClipBackbone
 from finealign.classifier import FineAlign
-from finealign.config import read_config
+from finealign.config import MethodSettings, read_config
 from finealign.errors import ImageInputError, ModelError, NotFiniteError, StoppedError
 from finealign.images.decoding import Pixels, read_image
-from finealign.method.registry import method_settings
+from finealign.images.prefetch import Prefetcher
+from finealign.method.registry import create_method, method_settings
 from finealign.runtime.devices import choose_workers
+from finealign.runtime.distributed import Ranks
 from finealign.runtime.progress import Progress
 from finealign.training import features as encoding
 from finealign.training import loop as training
 from finealign.training.checkpoints import read_last_checkpoint
 from finealign.training.features import EncodingPlan, FeatureBank
-from finealign.training.loop import adapt, settle_anchors
+from finealign.training.loop import adapt, settle_anchors, step
 from finealign.training.memmap import read_memmap
 from finealign.training.schedule import shuffled
-from finealign.training.state import EpochRecord, State, begin
-from finealign.types import Gaze, Loss
+from finealign.training.state import EpochMeter, EpochRecord, State, begin
+from finealign.types import Gaze, ImageFeatures, Loss, TextFeatures
 
 Tiny = Callable[[str], str]
 METHODS = ["fair", "self-training"]
@@ -409,12 +411,11 @@ def test_adapt__views_are_made_by_as_many_processes_as_asked(
 ) -> None:
     seen: list[int] = []
 
-    def watched(work: Any, items: Any, *, workers: int, pinned: bool) -> Any:
-        assert not pinned  # that is for a GPU
+    def watched(shared: Any, *, workers: int, device: torch.device) -> Prefetcher[Any]:
         seen.append(workers)
-        return map(work, items)
+        return Prefetcher(shared, device=device)
 
-    monkeypatch.setattr(encoding, "prefetch", watched)
+    monkeypatch.setattr(encoding, "Prefetcher", watched)
     fit(photos, tiny_backbone("transformer"), data__workers=wanted, training__epochs=1)
     assert set(seen) == {expected}
 
@@ -895,6 +896,36 @@ def test_shuffled__each_image_once_and_no_runt(images: int, count: int) -> None:
     sizes = [len(batch) for batch in batches]
     assert len(sizes) == count
     assert max(sizes) - min(sizes) <= 1
+
+
+@pytest.mark.parametrize("name", ["dpa", "fair", "lafter", "microclip", "self-training"])
+def test_step__looks_at_no_value_of_a_tensor(name: str) -> None:
+    """Those of the device "meta" have none. Looking at one would make the program wait for a GPU at every step."""
+    generator = torch.Generator().manual_seed(0)
+
+    def rows(*shape: int) -> torch.Tensor:
+        return torch.nn.functional.normalize(torch.randn(*shape, 16, generator=generator), dim=-1)
+
+    texts = TextFeatures(names=rows(5), descriptions=rows(15), class_of=torch.arange(5).repeat_interleave(3))
+    method = create_method(MethodSettings(name=name), texts, logit_scale=100.0, token_width=16)
+    if method.surveys:
+        method.survey(rows(8))
+    method = method.to("meta").requires_grad_(True)
+    state = State(
+        norms={},
+        method=method,
+        optimizer=torch.optim.AdamW(method.parameters()),
+        labels=torch.full((8,), -1),
+        meter=EpochMeter(classes=5),
+        ranks=Ranks(),
+        belonging=torch.ones(8),
+        known=torch.full((8,), -1),
+    )
+    features = ImageFeatures(weak=rows(8).to("meta"), crops=rows(8, 4).to("meta"))
+    strong = rows(8).to("meta").requires_grad_()
+    loss, pseudo = step(state, features, strong, torch.arange(8))
+    assert loss.total.device == pseudo.labels.device == torch.device("meta")
+    assert strong.grad is not None
 
 
 @pytest.mark.parametrize("workers", [0, 2])

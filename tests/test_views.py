@@ -25,7 +25,9 @@ from finealign.images.views import (
     Views,
     crop_box,
     cut_and_resize,
+    cut_on,
     draw,
+    padded,
     strong_box,
 )
 
@@ -457,9 +459,27 @@ def test_cut_and_resize__is_the_cpu_s_crops(height: int, width: int, size: int, 
     for _ in range(data.draw(st.integers(1, 4))):
         left, top = data.draw(st.integers(0, width - 1)), data.draw(st.integers(0, height - 1))
         boxes.append((left, top, data.draw(st.integers(left + 1, width)), data.draw(st.integers(top + 1, height))))
-    found = cut_and_resize(torch.from_numpy(pixels).permute(2, 0, 1), boxes, size)
+    (stack,) = padded([(pixels, boxes)])
+    (found,) = cut_and_resize(*stack, size)
     assert found.dtype == torch.uint8 and found.shape == (len(boxes), 3, size, size)
     for one, (left, top, right, bottom) in zip(found, boxes, strict=True):
         part = torch.from_numpy(pixels[top:bottom, left:right]).permute(2, 0, 1)[None]
         expected = interpolate(part, size=(size, size), mode="bicubic", antialias=True)[0]
         assert (one.int() - expected.int()).abs().max() <= 2
+
+
+def test_cut_on__crops_of_many_images_are_those_of_each_whatever_their_sizes() -> None:
+    views = make(crops=3)
+    shapes = [(40, 56), (56, 40), (41, 300), (40, 40), (24, 25), (900, 30)]
+    uncut = [
+        (noise(number, *shape), views.crop_boxes(*shape, epoch=0, image=number)) for number, shape in enumerate(shapes)
+    ]
+    stacks = padded(uncut)
+    assert 1 < len(stacks) < len(shapes)
+    own = sum(height * width for height, width in shapes)
+    assert sum(images[..., 0].numel() for images, _ in stacks) <= 2 * own
+    found = cut_on(torch.device("cpu"), stacks, SIZE)
+    assert found.shape == (18, 3, SIZE, SIZE)
+    wanted = torch.cat([views.crops(pixels, epoch=0, image=number) for number, (pixels, _) in enumerate(uncut)])
+    assert int((found.int() - wanted.int()).abs().max()) <= 2
+    assert padded([]) == []

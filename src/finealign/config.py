@@ -185,8 +185,9 @@ class Config(Settings):
     )
     seed: Annotated[int, Field(ge=0, lt=2**64)] = Field(0, description="decides every random draw")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
-    precision: Literal["auto", "fp32", "bf16"] = Field(
-        "auto", description="auto: bf16 where the processor is good at it"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto",
+        description="auto: bf16 where the processor is good at it, fp16 (gradients in fp32) on GPUs good at that alone",
     )
     data: DataSettings = DataSettings()
     views: ViewSettings = ViewSettings()

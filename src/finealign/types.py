@@ -17,8 +17,8 @@ Score = Literal["global", "las", "fused"]
 Use = Literal["start", "adapted"]  # the model before adaptation, or the adapted one
 # How the images to classify are distributed: as those that were adapted to, or with each class as likely as another.
 ClassPrior = Literal["folder", "even"]
-Precision = Literal["fp32", "bf16"]
-WantedPrecision = Literal["auto", "fp32", "bf16"]  # auto: bf16 where the processor computes it faster than fp32
+Precision = Literal["fp32", "bf16", "fp16"]
+WantedPrecision = Literal["auto", "fp32", "bf16", "fp16"]  # auto: the one that the processor computes fastest
 Reject = Literal["auto"] | float  # refuse what likelier shows no class than one, or this share of the images
 Blank = Literal["black", "white"]
 Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels; right and bottom are exclusive

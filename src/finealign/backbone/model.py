@@ -3,8 +3,8 @@
 import copy
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +16,17 @@ from torch.nn.functional import normalize
 from torch.utils.checkpoint import checkpoint
 
 from finealign.backbone.text_tower import save_text_tower
-from finealign.backbone.tower_backbone import TowerBackbone
+from finealign.backbone.tower_backbone import TowerBackbone, image_chunk
 from finealign.backbone.towers import is_convolutional, token_width, tokens_of, working_copy
 from finealign.errors import BackboneError
 from finealign.method.alignment import saliency_pooled
 from finealign.runtime.atomic import save_tensors
+from finealign.runtime.devices import fast_products
 from finealign.types import Gaze
 
 WEIGHTS, CONFIG = "open_clip_model.safetensors", "open_clip_config.json"
-# Larger chunks no longer fit the processor's caches and are no faster. The chunk size changes results only by rounding.
-IMAGE_CHUNK, TEXT_CHUNK = 32, 256
+TEXT_CHUNK = 256
+_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # The share of memory that a training step may use for activations. A batch that needs more is encoded in chunks, with
 # gradient checkpointing. It is a share of total, not of free memory: a machine must always split a batch the same way.
 ACTIVATION_SHARE = 1 / 6
@@ -122,30 +123,33 @@ class OpenClipBackbone(TowerBackbone):
 
     def _encode(self, images: Tensor, gaze: Gaze | None = None) -> Tensor:
         dtype = self._working_type
-        mean, std = self._normal
         layout = torch.channels_last if self.convolutional else torch.contiguous_format
-        pixels = images.to(self.device, non_blocking=True).float().div_(255).sub_(mean).div_(std)
-        pixels = pixels.to(dtype).contiguous(memory_format=layout)
-        autocast = self.precision == "bf16" and dtype == torch.float32
+        pixels = self.pixels(images).to(dtype).contiguous(memory_format=layout)
         encoder = self._encoder(dtype)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=autocast):
-            if gaze is None or not self.token_width:
-                features = encoder.encode_image(pixels)
-            else:
-                features = _gazed(encoder, pixels, gaze, scale=self.logit_scale)
-        return normalize(features.float(), dim=-1)
+        asked = gaze if self.token_width else None  # other towers ignore it
+        with fast_products(self.device) if dtype == torch.float32 else nullcontext():
+            if asked is None:
+                return normalize(encoder.encode_image(pixels).float(), dim=-1)
+            with tokens_of(encoder.visual, asked.prompts) as recorded:
+                features = normalize(encoder.encode_image(pixels).float(), dim=-1)
+        if not asked.salient:
+            return normalize(features, dim=-1)
+        # Without the class token. Which patches are salient is computed in float32, whatever the tower is in.
+        patches = encoder.visual.ln_post(recorded[0][:, 1:]) @ encoder.visual.proj
+        return normalize(features + saliency_pooled(patches.float(), scale=self.logit_scale), dim=-1)
 
-    @cached_property  # copying them to a GPU at every call would make it wait
-    def _normal(self) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of the channels, each (3, 1, 1)."""
-        mean, std = torch.tensor([self.preprocess["mean"], self.preprocess["std"]], device=self.device)
-        return mean[:, None, None], std[:, None, None]
+    @property
+    def _learns(self) -> bool:
+        """Whether gradients are recorded for any parameter of the tower."""
+        return torch.is_grad_enabled() and any(p.requires_grad for p in self.model.visual.parameters())
 
     @property
     def _working_type(self) -> torch.dtype:
-        """The dtype of the working copy. For bf16 on a CPU the tower is cast once: autocast casts at every call."""
-        cast_once = self.precision == "bf16" and self.device.type == "cpu"
-        return torch.bfloat16 if cast_once else torch.float32
+        """The dtype of the working copy, whose weights are cast once; autocast would cast them at every call.
+
+        In fp16 gradients would vanish, of which the smallest are below what it can hold, so what learns is in fp32.
+        """
+        return torch.float32 if self.precision == "fp16" and self._learns else _TYPES[self.precision]
 
     def _encoder(self, dtype: torch.dtype) -> Any:
         """The model with its image tower replaced by a working copy in ``dtype``."""
@@ -153,7 +157,7 @@ class OpenClipBackbone(TowerBackbone):
             encoder = copy.copy(self.model)
             # ``embed`` may be the first caller: buffers copied in inference mode could never take part in a gradient.
             with torch.inference_mode(False):
-                visual = working_copy(self.model.visual, dtype=dtype)
+                visual = working_copy(self.model.visual, dtype=dtype, on=self.device.type)
             # ``copy.copy`` shares ``_modules`` with the model: replace the dictionary, do not change it.
             encoder._modules = {**self.model._modules, "visual": visual}
             self._encoders[dtype] = encoder
@@ -161,7 +165,7 @@ class OpenClipBackbone(TowerBackbone):
 
     def _gradient_chunk(self, images: Tensor) -> int:
         """How many images may be encoded at once; all of them if no gradient is recorded."""
-        if not torch.is_grad_enabled() or not any(p.requires_grad for p in self.model.visual.parameters()):
+        if not self._learns:
             return len(images)
         dtype = self._working_type
         if dtype not in self._kept_bytes:
@@ -172,7 +176,7 @@ class OpenClipBackbone(TowerBackbone):
     @torch.inference_mode()
     def embed(self, images: Tensor, gaze: Gaze | None = None) -> Tensor:
         """Encode images as ``encode_images`` does, without gradients, in chunks that bound the memory used."""
-        return torch.cat([self._encode(chunk, gaze) for chunk in torch.split(images, IMAGE_CHUNK)])
+        return torch.cat([self._encode(chunk, gaze) for chunk in torch.split(images, image_chunk(self.device))])
 
     @torch.inference_mode()
     def encode_sentences(self, sentences: Sequence[str]) -> Tensor:
@@ -247,17 +251,6 @@ class OpenClipBackbone(TowerBackbone):
         wrapped: Any = getattr(self.tokenizer, "tokenizer", None)
         if hasattr(wrapped, "save_pretrained"):
             wrapped.save_pretrained(folder)
-
-
-def _gazed(encoder: Any, pixels: Tensor, gaze: Gaze, *, scale: float) -> Tensor:
-    """Features (B, D) of the images with the prompts, plus those of the salient patches if asked for."""
-    visual = encoder.visual
-    with tokens_of(visual, gaze.prompts) as recorded:
-        features = normalize(encoder.encode_image(pixels).float(), dim=-1)
-    if not gaze.salient:
-        return features
-    patches = visual.ln_post(recorded[0][:, 1:]) @ visual.proj  # without the class token
-    return features + saliency_pooled(patches.float(), scale=scale)
 
 
 def _memory(device: torch.device) -> int:

@@ -25,37 +25,46 @@ def is_convolutional(tower: nn.Module) -> bool:
     return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in tower.modules())
 
 
-def working_copy(tower: nn.Module, *, dtype: torch.dtype) -> nn.Module:
+def working_copy(tower: nn.Module, *, dtype: torch.dtype, on: str = "cpu") -> nn.Module:
     """A copy of ``tower`` that shares its normalisation parameters and holds its other weights in ``dtype``.
 
     In float32 all weights are shared and none is copied. Gradients through the copy reach the shared parameters. The
-    copy takes images in ``dtype``.
+    copy takes images in ``dtype``, and is arranged for devices of the type ``on``.
     """
     # ``deepcopy`` does not copy the objects that its memo already holds, so the copy shares all parameters.
     shared: dict[int, Any] = {id(parameter): parameter for parameter in tower.parameters()}
     copied = copy.deepcopy(tower, shared)
-    _arrange(copied, dtype)
+    _arrange(copied, dtype, on)
     return copied
 
 
-def _arrange(module: nn.Module, dtype: torch.dtype) -> None:
+def _arrange(module: nn.Module, dtype: torch.dtype, on: str) -> None:
     """Cast and replace the layers of a working copy, in place and recursively."""
     # Without ``_qkv_same_embed_dim`` there is no ``in_proj_weight``, which SelfAttention needs.
     if type(module) is nn.MultiheadAttention and module._qkv_same_embed_dim:
         module.__class__ = SelfAttention
     if dtype != torch.float32:
-        if getattr(module, "fused_attn", False) is True:  # timm's switch for the fused kernel; see ``attend``
+        # timm's switch for the fused kernel; see ``attend``.
+        if on == "cpu" and getattr(module, "fused_attn", False) is True:
             setattr(module, "fused_attn", False)  # noqa: B010, nn.Module declares no such attribute
-        if isinstance(module, _root_mean_squares()):  # the only kind that cannot apply a float32 scale to bf16
+        if isinstance(module, _needing_float32(on)):
             module.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(), *inputs[1:]))
             module.register_forward_hook(lambda _, __, output: output.to(dtype))
         if not is_normalisation(module):
             _cast_own(module, dtype)
     for name, child in module.named_children():
-        if dtype != torch.float32 and _is_strided_depthwise(child):
+        if on == "cpu" and dtype != torch.float32 and _is_strided_depthwise(child):
             setattr(module, name, Float32Gradient(child, dtype))
         else:
-            _arrange(child, dtype)
+            _arrange(child, dtype, on)
+
+
+def _needing_float32(on: str) -> tuple[type[nn.Module], ...]:
+    """The normalisation layers that cannot apply a float32 scale to values of fewer bits, on devices of this type.
+
+    BatchNorm can everywhere, and on a CPU all but the RMS layers can.
+    """
+    return _root_mean_squares() if on == "cpu" else (nn.LayerNorm, nn.GroupNorm, *_root_mean_squares())
 
 
 def _root_mean_squares() -> tuple[type[nn.Module], ...]:

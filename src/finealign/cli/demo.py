@@ -9,7 +9,7 @@ from rich.markup import escape
 
 from finealign.cli.app import app
 from finealign.cli.guards import print_json, refuse_launcher, working
-from finealign.cli.options import AsJson
+from finealign.cli.options import AsJson, Device
 from finealign.errors import FinealignError
 
 
@@ -21,6 +21,7 @@ def demo(
     seed: Annotated[int, typer.Option(min=0, help="Decides every random draw, the world's included.")] = 0,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer images and steps: a look, not a measurement.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the demo in --out.")] = False,
+    device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
     """Compare the methods on drawn birds with the small model that ships along: no download, no labels."""
@@ -32,7 +33,7 @@ def demo(
 
         folder = out or default_folder(seed=seed, quick=quick)
         try:
-            result = run_demo(folder, seed=seed, quick=quick, overwrite=overwrite, progress=Bars())
+            result = run_demo(folder, seed=seed, quick=quick, device=device, overwrite=overwrite, progress=Bars())
         except KeyboardInterrupt:
             raise FinealignError(
                 f"Interrupted. The same command with --overwrite starts the demo in {folder} again."

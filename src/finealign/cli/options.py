@@ -7,7 +7,9 @@ import typer
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")]
-Precision = Annotated[Literal["auto", "fp32", "bf16"], typer.Option(help="auto: bf16 where it is fast.")]
+Precision = Annotated[
+    Literal["auto", "fp32", "bf16", "fp16"], typer.Option(help="auto: bf16 where it is fast, fp16 on older GPUs.")
+]
 ScoreKind = Annotated[
     Literal["global", "las", "fused"] | None,
     typer.Option("--score", help="global: one pass; las: crops; fused: a mean of both. Default: the model's."),

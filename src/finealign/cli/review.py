@@ -126,7 +126,7 @@ def _begin(
     wanted: Mapping[str, Any],
     *,
     device: str,
-    precision: Literal["auto", "fp32", "bf16"],
+    precision: Literal["auto", "fp32", "bf16", "fp16"],
 ) -> "Review":
     """Let both models label the images, and choose those to ask about."""
     from finealign.classifier import FineAlign

@@ -63,11 +63,17 @@ def default_folder(*, seed: int, quick: bool) -> Path:
 
 
 def run_demo(
-    folder: Path, *, seed: int = 0, quick: bool = False, overwrite: bool = False, progress: Progress | None = None
+    folder: Path,
+    *,
+    seed: int = 0,
+    quick: bool = False,
+    device: str = "auto",
+    overwrite: bool = False,
+    progress: Progress | None = None,
 ) -> DemoResult:
     """Draw the world, run every method on it, and write picture, results and report into ``folder``.
 
-    ``quick`` uses fewer images and crops.
+    ``quick`` uses fewer images and crops. ``device`` is as in the settings.
 
     Raises OutputError when ``folder`` holds a demo and ``overwrite`` is not given, when it holds anything else, or when
     it cannot be written; ModelError when the weights that ship with the package are missing or damaged; ConfigError for
@@ -76,7 +82,8 @@ def run_demo(
     progress = progress or Progress()
     began = time.perf_counter()
     settings = QUICK_SETTINGS if quick else DEMO_SETTINGS
-    configs = _configs(settings, wca_crops=QUICK_WCA_CROPS if quick else DEMO_WCA_CROPS, seed=seed)
+    wca_crops = QUICK_WCA_CROPS if quick else DEMO_WCA_CROPS
+    configs = _configs({**settings, "device": device}, wca_crops=wca_crops, seed=seed)
     make_room(folder, _replaced(folder, overwrite=overwrite))
     _write_json({"status": "running", "seed": seed, "quick": quick}, folder / RESULT)
     images = QUICK_IMAGES if quick else DEMO_IMAGES

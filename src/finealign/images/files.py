@@ -77,6 +77,31 @@ def fingerprint(path: ImagePath) -> int | str:
         return -1
 
 
+def stamp(path: ImagePath) -> tuple[str, int]:
+    """What tells that an image's bytes are still the same, without reading them; and when they or it last changed.
+
+    Of a file it is the file's number, size and times; of a member of an archive, those of the archive. One of the times
+    is the system's own, which a change of the bytes moves on whatever else is put back. The second value is the later
+    time in nanoseconds. A held image has no times, so its bytes are hashed, and the second value is 0.
+
+    Raises ImageReadError where it is certain that the image cannot be read.
+    """
+    if isinstance(path, HeldImage):
+        return checksum(path), 0
+    shard = find_shard(path)
+    file = path if shard is None else shard
+    status = stat_of(file)
+    if not stat.S_ISREG(status.st_mode):
+        raise ImageReadError("not a regular file")
+    if status.st_size == 0:
+        raise ImageReadError("empty file")
+    if not os.access(file, os.R_OK, effective_ids=os.access in os.supports_effective_ids):
+        raise ImageReadError("permission denied")
+    member = "" if shard is None else path.relative_to(shard)
+    told = f"{status.st_ino} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns} {member}"
+    return told, max(status.st_mtime_ns, status.st_ctime_ns)
+
+
 def checksum(path: ImagePath) -> str:
     """A hash of the bytes at ``path``. Raises ImageReadError."""
     with open_regular(path) as file:

@@ -1,8 +1,9 @@
 """The pixel cache: the images of a training set are decoded once into one file on disk, which is memory-mapped.
 
 Memory use does not grow with the number of images, and a second run on the same images decodes nothing. The cache
-folder has one entry per set of images: a folder named by a hash of the images' contents. It holds ``pixels.u8``, the
-pixels of all images back to back, and ``index.json``.
+folder has one entry per set of images: a folder named by a hash of what tells that the files are still the same, for
+which none of them is read (``files.stamp``). It holds ``pixels.u8``, the pixels of all images back to back, and
+``index.json``.
 """
 
 import hashlib
@@ -27,13 +28,13 @@ import PIL
 from finealign.errors import ImageInputError, OutputError, display_path
 from finealign.images.channels import White
 from finealign.images.decoding import Pixels, heif_version, read_pixels
-from finealign.images.files import ImageReadError, checksum
+from finealign.images.files import ImageReadError, stamp
 from finealign.images.paths import chosen
 from finealign.images.prefetch import in_order
 from finealign.runtime.atomic import save_text
 from finealign.types import ImagePath, SetAside
 
-FORMAT = 4  # part of the key; to be raised when images are decoded differently, so that old entries are not used
+FORMAT = 5  # part of the key; to be raised when images are decoded differently, so that old entries are not used
 PIXELS, INDEX = "pixels.u8", "index.json"
 
 _ENTRY = re.compile(r"[0-9a-f]{64}")
@@ -295,16 +296,32 @@ def _nothing_readable(paths: Sequence[ImagePath], reasons: Sequence[_Record]) ->
 
 
 def _key(paths: Sequence[ImagePath], settings: str) -> tuple[str, dict[ImagePath, str]]:
-    """The name of the entry, a hash of the settings and the files' contents, and the reasons for unreadable files."""
-    key = hashlib.blake2b(f"{settings}\n".encode(), digest_size=32)
+    """The name of the entry, a hash of the settings and the files' stamps, and the reasons for unreadable files.
+
+    Where a file has changed so recently that another change could bear the same time, this waits and looks again.
+    """
+    key, unreadable, newest = _stamped(paths, settings)
+    # Some file systems count whole seconds, or two; others as often as the system's clock ticks.
+    settled = (0.1 if newest % 10**9 else 2.0) - (time.time() - newest / 1e9)
+    if 0 < settled <= 2.0:
+        time.sleep(settled)
+        key, unreadable, _ = _stamped(paths, settings)
+    return key, unreadable
+
+
+def _stamped(paths: Sequence[ImagePath], settings: str) -> tuple[str, dict[ImagePath, str], int]:
+    """The key and the reasons of ``_key``, and the time in nanoseconds at which the last of the files changed."""
+    key, newest = hashlib.blake2b(f"{settings}\n".encode(), digest_size=32), 0
     unreadable = {}
-    with closing(in_order(checksum, paths)) as results:
-        for path, result in results:
-            if isinstance(result, SetAside):
-                unreadable[path] = result.reason
-                result = f"cannot be read: {result.reason}"
-            key.update(f"{result}\n".encode())
-    return key.hexdigest(), unreadable
+    for path in paths:
+        try:
+            told, changed = stamp(path)
+            newest = max(newest, changed)
+        except ImageReadError as error:
+            unreadable[path] = str(error)
+            told = f"cannot be read: {error}"
+        key.update(f"{told}\n".encode(errors="surrogateescape"))
+    return key.hexdigest(), unreadable, newest
 
 
 def _load(

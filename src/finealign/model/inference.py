@@ -22,14 +22,15 @@ from finealign.errors import ImageInputError, display_path
 from finealign.images.decoding import Photo, decode_image, read_photo, to_photo
 from finealign.images.files import ImageReadError
 from finealign.images.prefetch import in_order
-from finealign.images.views import PREDICTED_AS, PREDICTION_EPOCH, Views, blank_of
+from finealign.images.views import PREDICTED_AS, PREDICTION_EPOCH, Uncut, Views, blank_of, cut_on, padded
 from finealign.method.registry import choose_score
 from finealign.model.fitted import FittedModel
 from finealign.runtime.distributed import Ranks
 from finealign.types import Blank, Box, Explanation, ImageFeatures, ImagePath, Prediction, Score, SetAside
 
 Item = TypeVar("Item")
-Rendered = tuple[Tensor, Tensor]  # uint8: the weak view (3, S, S) and the crops (N, 3, S, S)
+# uint8: the weak view (3, S, S), and the crops (N, 3, S, S) or the image and the boxes that they are cut from late.
+Rendered = tuple[Tensor, Tensor | Uncut]
 Outcome = tuple[
     ImagePath, str | None, Blank | None
 ]  # an image, why it cannot be read (None if it can), and if it is blank
@@ -45,6 +46,7 @@ class Predictor:
         """``ranks`` share the encoding; every rank gets all results."""
         self.model, self.start = model, model.start()
         self.ranks = ranks or Ranks()
+        self.cut_late = model.backbone.device.type == "cuda"  # a GPU cuts crops in next to no time
         settings, backbone = model.inference, model.backbone
         self.views = Views(
             ViewSettings(crops=settings.crops, crop_low=settings.crop_low, crop_high=settings.crop_high),
@@ -92,17 +94,24 @@ class Predictor:
     def render(self, photo: Photo, *, crops: bool) -> Rendered:
         """Make the weak view of an image and, with ``crops``, its crops; otherwise (0, 3, S, S) in their place.
 
-        Every image gets the same random draws, so its scores do not depend on other images or on its place in a list.
+        Where the crops are cut on a GPU, the image and their boxes stand there. Every image gets the same random draws,
+        so its scores do not depend on other images or on its place in a list.
         """
         weak = self.views.weak(photo.pixels)
         if not crops:
             return weak, weak.new_empty(0, *weak.shape)
+        if self.cut_late:
+            return weak, (photo.pixels, self._boxes(photo))
         return weak, self.views.crops(photo.pixels, epoch=PREDICTION_EPOCH, image=PREDICTED_AS)
+
+    def _boxes(self, photo: Photo) -> list[Box]:
+        """The boxes of the crops in the image as it is at the working size."""
+        return self.views.crop_boxes(*photo.pixels.shape[:2], epoch=PREDICTION_EPOCH, image=PREDICTED_AS)
 
     def crop_boxes(self, photo: Photo) -> tuple[Box, ...]:
         """Return the boxes of the crops that ``render`` makes, in pixels of the original image, upright by its EXIF."""
         height, width = photo.pixels.shape[:2]
-        boxes = self.views.crop_boxes(height, width, epoch=PREDICTION_EPOCH, image=PREDICTED_AS)
+        boxes = self._boxes(photo)
         if (width, height) == (photo.width, photo.height):
             return tuple(boxes)
         across, down = photo.width / width, photo.height / height
@@ -123,9 +132,14 @@ class Predictor:
             return ImageFeatures(weak=empty, crops=empty[:, None].expand(0, count, -1))
         with model.backbone.lend(model.norms):
             weak = model.backbone.embed(torch.stack([view for view, _ in rendered]), model.method.gaze)
-            crop_views = torch.cat([views for _, views in rendered]) if look.crops else weak[:0]
-            crops = model.backbone.embed(crop_views) if look.crops else crop_views
+            crops = model.backbone.embed(self._crops(rendered)) if look.crops else weak[:0]
         return ImageFeatures(weak=weak, crops=crops.reshape(len(rendered), count, weak.shape[1]))
+
+    def _crops(self, rendered: Sequence[Rendered]) -> Tensor:
+        """The crops of all images: (B * N, 3, S, S) uint8."""
+        cut = [views for _, views in rendered if isinstance(views, Tensor)]
+        uncut = [views for _, views in rendered if not isinstance(views, Tensor)]
+        return cut_on(self.model.backbone.device, padded(uncut), self.views.size) if uncut else torch.cat(cut)
 
     @staticmethod
     def scored(model: FittedModel, features: ImageFeatures, score: Score) -> tuple[Rows, Rows]:

@@ -17,7 +17,7 @@ from finealign.testing.methods import _Stopping
 from finealign.testing.toy import COLOURS, draw_images
 from finealign.types import Gaze, Texts
 
-ROUNDING = {"fp32": 1e-3, "bf16": 0.03}
+ROUNDING = {"fp32": 1e-3, "bf16": 0.03, "fp16": 0.01}
 
 
 def check_backbone(backbone: Backbone) -> None:
@@ -66,7 +66,7 @@ def _check_properties(backbone: Backbone, found: Findings) -> None:
         isinstance(backbone.device, torch.device), f"Its device is {backbone.device!r}. Wanted: a torch.device."
     )
     found.expect(
-        backbone.precision in ("fp32", "bf16"), f"Its precision is {backbone.precision!r}. Wanted: fp32 or bf16."
+        backbone.precision in ROUNDING, f"Its precision is {backbone.precision!r}. Wanted: {', '.join(ROUNDING)}."
     )
     checksum = backbone.checksum
     found.expect(

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Protocol, Self
 
 import numpy as np
 import torch
@@ -19,18 +19,13 @@ from torch import Tensor
 from finealign.backbone.base import Backbone, own_norms
 from finealign.errors import ModelError, OutputError, StoppedError, display_path
 from finealign.images.decoding import Pixels
-from finealign.images.prefetch import prefetch
-from finealign.images.views import PREDICTED_AS, PREDICTION_EPOCH, Views, blank_of, cut_and_resize
+from finealign.images.prefetch import Prefetcher
+from finealign.images.views import PREDICTED_AS, PREDICTION_EPOCH, Padded, Views, blank_of, cut_on, padded
 from finealign.runtime.atomic import make_folder
 from finealign.runtime.distributed import Ranks
 from finealign.runtime.progress import Progress
 from finealign.training.memmap import MemmapTensors, finished_memmap, forget, read_memmap
-from finealign.types import Blank, Box, Gaze, ImageFeatures
-
-Item = TypeVar("Item")
-Result = TypeVar("Result")
-
-Uncut = tuple[Tensor, list[Box]]  # an image (3, H, W) uint8 and the boxes of its crops
+from finealign.types import Blank, Gaze, ImageFeatures
 
 RENDER_CHUNK = 32  # images per chunk of a label pass; their views are in memory together
 MARK_SECONDS = 10.0  # between two notes of how far a label pass is, behind which a killed run does not fall back
@@ -90,7 +85,8 @@ class Seen:
 class FeatureBank:
     """The feature bank of a run: label features are kept on disk for ``refresh`` epochs, then encoded anew.
 
-    If ``refresh`` in the plan is 0, none are kept: label features are encoded at every step.
+    If ``refresh`` in the plan is 0, none are kept: label features are encoded at every step. One pool of workers makes
+    the views of the whole run; a ``with`` block ends it.
     """
 
     def __init__(
@@ -112,10 +108,18 @@ class FeatureBank:
         # See ``strong_features``.
         self.halved = self.ranks.count == 1 and backbone.device.type == "cpu"
         self.cut_late = backbone.device.type == "cuda"  # a GPU cuts crops in next to no time
+        self.prefetcher = Prefetcher(Photos(images, views), workers=plan.workers, device=backbone.device)
         self.bank: dict[str, Tensor] = {}  # "weak" (n, D) and "crops" (n, N, D), memory-mapped
         self.bank_file = ""  # the name of the file that ``bank`` is mapped from
         self.banked: Tensor | None = None  # (n,) positions of the images in ``bank``, ascending; None: all images
         self._start_key = self._fingerprint(0, range(len(images)))  # the encoder has not learned yet
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End the workers that make views."""
+        self.prefetcher.close()
 
     def start_epoch(self, epoch: int, images: Tensor | None = None) -> bool:
         """Run a label pass every ``refresh`` epochs, or if no features are kept yet. Returns whether it ran."""
@@ -234,17 +238,14 @@ class FeatureBank:
 
     def strong_features(self, epoch: int, batches: Sequence[Tensor]) -> Iterator[Tensor]:
         """Yield the features (B, D) of the strong views of each batch, with gradient where the encoder learns."""
-        shares = [self.ranks.share(batch) for batch in batches]
-        strong = self._prefetch(_StrongViews(self.images, self.views, epoch), shares)
+        shares = [self.ranks.share(batch).tolist() for batch in batches]
+        strong = self.prefetcher.map(_StrongViews(epoch), shares)
         for batch, views in zip(batches, strong, strict=True):
             # On a CPU, a single process encodes a batch in the two halves that two ranks would encode. Both then round
             # alike and their runs are the same bit for bit; the optimiser would amplify a difference in rounding.
             halves = views.tensor_split(2) if self.halved and len(views) > 1 else [views]
             part = torch.cat([self.backbone.encode_images(half, self.plan.strongly) for half in halves])
             yield self.ranks.gather(part, self.ranks.sizes(len(batch)))
-
-    def _prefetch(self, work: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]:
-        return prefetch(work, items, workers=self.plan.workers, pinned=self.backbone.device.type == "cuda")
 
     def _encode(
         self, indices: Sequence[int], epoch: int, *, crops: bool, blanks: bool = False
@@ -262,11 +263,12 @@ class FeatureBank:
         rounds = [chunks[start : start + count] for start in range(0, len(chunks), count)]
         # The last round may have fewer chunks than there are ranks: the others encode an image that ``gather`` drops.
         own = [chunks[index] if index < len(chunks) else chunks[0][:1] for chunks in rounds]
-        views = self._prefetch(_LabelViews(self.images, self.views, epoch, crops, self.cut_late), own)
+        views = self.prefetcher.map(_LabelViews(epoch, crops, self.cut_late), own)
         for round_chunks, (weak_views, crop_views) in zip(rounds, views, strict=True):
             weak = self.backbone.embed(weak_views, self.plan.weakly)
-            pixels = crop_views if isinstance(crop_views, Tensor) else self._cut(crop_views)
-            crop_features = self.backbone.embed(pixels) if crops else weak.new_zeros(0, weak.shape[1])
+            if not isinstance(crop_views, Tensor):
+                crop_views = cut_on(self.backbone.device, crop_views, self.views.size)
+            crop_features = self.backbone.embed(crop_views) if crops else weak.new_zeros(0, weak.shape[1])
             crop_features = crop_features.reshape(len(weak), -1, weak.shape[1])
             sizes = [len(chunk) for chunk in round_chunks] + [0] * (count - len(round_chunks))
             part = {"weak": weak, "crops": crop_features}
@@ -275,52 +277,50 @@ class FeatureBank:
                 part["blank"] = torch.tensor(numbers, device=weak.device)
             yield {name: self.ranks.gather(value, sizes) for name, value in part.items()}
 
-    def _cut(self, uncut: "list[Uncut]") -> Tensor:
-        """The crops of these images, cut on the backbone's device: (B * N, 3, S, S)."""
-        device = self.backbone.device
-        return torch.cat(
-            [cut_and_resize(pixels.to(device, non_blocking=True), boxes, self.views.size) for pixels, boxes in uncut]
-        )
+
+@dataclass(frozen=True)
+class Photos:
+    """What all views of a run are made of: decoded images, and what cuts them. Picklable, for worker processes."""
+
+    images: Sequence[Pixels]
+    views: Views
 
 
 @dataclass(frozen=True)
 class _StrongViews:
-    """Makes the strong views of a batch in one epoch: (B, 3, S, S) uint8. Picklable, for worker processes."""
+    """Makes the strong views of a batch in one epoch: (B, 3, S, S) uint8."""
 
-    images: Sequence[Pixels]
-    views: Views
     epoch: int
 
-    def __call__(self, batch: Tensor) -> Tensor:
-        return torch.stack([self.views.strong(self.images[i], epoch=self.epoch, image=i) for i in batch.tolist()])
+    def __call__(self, photos: Photos, batch: Sequence[int]) -> Tensor:
+        return torch.stack([photos.views.strong(photos.images[i], epoch=self.epoch, image=i) for i in batch])
 
 
 @dataclass(frozen=True)
 class _LabelViews:
-    """Makes the views for label features, uint8: weak views (B, 3, S, S) and crops (B * N, 3, S, S). Picklable.
+    """Makes the views for label features, uint8: weak views (B, 3, S, S) and crops (B * N, 3, S, S).
 
     Without ``crops`` the second tensor is (0, 3, S, S). With ``cut_late`` the crops are left to be cut on the device:
-    the second value is then each image (3, H, W) with the boxes of its crops.
+    the second value is then what ``padded`` makes of the images and the boxes of their crops.
     """
 
-    images: Sequence[Pixels]
-    views: Views
     epoch: int
     crops: bool
     cut_late: bool
 
-    def __call__(self, chunk: Sequence[int]) -> tuple[Tensor, Tensor | list[Uncut]]:
-        decoded = [(i, self.images[i]) for i in chunk]
-        weak = torch.stack([self.views.weak(pixels) for _, pixels in decoded])
+    def __call__(self, photos: Photos, chunk: Sequence[int]) -> tuple[Tensor, Tensor | list[Padded]]:
+        views = photos.views
+        decoded = [(i, photos.images[i]) for i in chunk]
+        weak = torch.stack([views.weak(pixels) for _, pixels in decoded])
         if not self.crops:
             return weak, weak[:0]
         if self.cut_late:
-            return weak, [(torch.from_numpy(pixels).permute(2, 0, 1), self._boxes(i, pixels)) for i, pixels in decoded]
-        cut = [self.views.crops(pixels, epoch=self.epoch, image=self._drawn_as(i)) for i, pixels in decoded]
+            boxes = [
+                views.crop_boxes(*pixels.shape[:2], epoch=self.epoch, image=self._drawn_as(i)) for i, pixels in decoded
+            ]
+            return weak, padded([(pixels, own) for (_, pixels), own in zip(decoded, boxes, strict=True)])
+        cut = [views.crops(pixels, epoch=self.epoch, image=self._drawn_as(i)) for i, pixels in decoded]
         return weak, torch.cat(cut)
-
-    def _boxes(self, image: int, pixels: Pixels) -> list[Box]:
-        return self.views.crop_boxes(*pixels.shape[:2], epoch=self.epoch, image=self._drawn_as(image))
 
     def _drawn_as(self, image: int) -> int:
         """The image that the crops of this one are drawn for."""

@@ -84,9 +84,12 @@ def adapt(
     backbone, method, config = learner.backbone, learner.method, learner.config
     schedule = schedule_of(config, len(images))
     ranks = ranks or Ranks()
-    with _folder_of_all(checkpoints, ranks) as folder:
+    with ExitStack() as ending:
+        folder = ending.enter_context(_folder_of_all(checkpoints, ranks))
         plan = _encoding_plan(learner, schedule)
-        source = FeatureBank(images, learner.views, backbone, plan, folder=folder, progress=progress, ranks=ranks)
+        source = ending.enter_context(
+            FeatureBank(images, learner.views, backbone, plan, folder=folder, progress=progress, ranks=ranks)
+        )
         if not method.trains:
             _survey(method, source.whole_images(0), known)
             return []
@@ -324,10 +327,11 @@ def settle_anchors(
             batches = np.array_split(rng.permutation(len(images)), batch_count)
         batch = images[torch.from_numpy(batches[number % batch_count])]
         features = source.label_features(batch, epoch)
-        chosen = torch.from_numpy(rng.integers(features.crops.shape[1], size=len(batch))).to(features.crops.device)
-        whole = torch.from_numpy(rng.random(len(batch)) < odds).to(features.crops.device)
+        device = features.crops.device
+        chosen = torch.from_numpy(rng.integers(features.crops.shape[1], size=len(batch))).to(device, non_blocking=True)
+        whole = torch.from_numpy(rng.random(len(batch)) < odds).to(device, non_blocking=True)
         _set_learning_rates(state.optimizer, number / training.anchor_steps, final=training.final_learning_rate)
-        crop = features.crops[torch.arange(len(batch)), chosen]
+        crop = features.crops[torch.arange(len(batch), device=device), chosen]
         view = torch.where(whole[:, None], features.weak, crop)
         loss, _ = step(state, features, view, batch)
         step_batches.append(batch)
@@ -351,10 +355,12 @@ def step(state: State, features: ImageFeatures, strong: Tensor, batch: Tensor) -
     a label that is known is kept.
     """
     pseudo = state.method.pseudo_label(features)
-    belonging = state.belonging[batch].to(pseudo.weights)
+    # Without waiting: not even a GPU that is busy with the steps before holds this one up.
+    belonging = state.belonging[batch].to(pseudo.weights, non_blocking=True)
     pseudo = replace(pseudo, weights=pseudo.weights * belonging, belonging=belonging)
     if state.known is not None:
-        pseudo = with_known(pseudo, state.known[batch].to(pseudo.labels), state.method.label_weight)
+        known = state.known[batch].to(pseudo.labels, non_blocking=True)
+        pseudo = with_known(pseudo, known, state.method.label_weight)
     loss = state.method.loss(strong, pseudo)
     state.optimizer.zero_grad(set_to_none=True)
     torch.autograd.backward(loss.total)
