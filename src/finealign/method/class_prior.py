@@ -8,8 +8,6 @@ the first ended, is sparse and leaves out too many. The estimate is the mean of 
 n images, C classes, D embedding width, Q principal directions.
 """
 
-from math import log2
-
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -27,9 +25,11 @@ PLAIN_IMAGES, SPARSE_IMAGES = 2.0, 10.0  # images that the prior of a class's me
 SPARSITY = 0.1  # of the Dirichlet prior: images that each class has before any is seen
 LAPLACE = 0.5  # images added to each class at the end: a share of zero would be a claim that no folder supports
 # An estimate is believed only if it differs from even shares, in total variation, by more than it does on even folders,
-# where the start errs: 0.03 to 0.16 for ten to twenty classes, 0.08 to 0.25 for 37 to 400, and 0.36 for a hundred with
-# four images each. So the bound grows by MANY_CLASSES for every doubling beyond ten classes, and with fewer images.
-EVEN_ENOUGH, MANY_CLASSES, FEWER_IMAGES = 0.16, 0.04, 0.15
+# where the start errs: 0.03 to 0.19 for ten to 21 classes, 0.08 to 0.25 for 37 to 400, up to 0.33 of ten classes with
+# four images each, and 0.38 of a hundred with six. So the bound grows with classes, up to ``MANY`` of them, and with
+# fewer images. It is no higher, as a folder taken for even that is not loses more than one taken for uneven.
+EVEN_ENOUGH, MANY_CLASSES, FEWER_IMAGES = 0.15, 0.2, 0.15
+MANY = 100
 # And only if it rests on clusters of many images, FEW_A_CLASS for each class that it sees, or claims much: one class
 # with DOMINANT of the images, or half of the classes not seen. With few images a class, clusters of siblings merge, and
 # smaller claims follow the mergers.
@@ -116,13 +116,12 @@ def even_or(shares: Tensor, images: float) -> Tensor:
     """Return even shares unless the estimate from ``images`` images is to be believed.
 
     shares (C,), sum 1 -> (C,). It has to differ from even shares, in total variation, by more than ``EVEN_ENOUGH +
-    MANY_CLASSES log2(C / 10) + FEWER_IMAGES sqrt(C / n)``, of which the second part is at least 0. The classes that it
-    sees, whose number is the exponential of its entropy, must have ``FEW_A_CLASS`` images each or be at most half of
-    all, or its largest share must be ``DOMINANT``.
+    MANY_CLASSES min(C / MANY, 1) + FEWER_IMAGES sqrt(C / n)``. The classes that it sees, whose number is the
+    exponential of its entropy, must have ``FEW_A_CLASS`` images each or be at most half of all, or its largest share
+    must be ``DOMINANT``.
     """
     even, images = even_shares(len(shares)).to(shares), max(images, 1.0)
-    bound = EVEN_ENOUGH + MANY_CLASSES * max(0.0, log2(len(shares) / 10))
-    bound += FEWER_IMAGES * (len(shares) / images) ** 0.5
+    bound = EVEN_ENOUGH + MANY_CLASSES * min(len(shares) / MANY, 1.0) + FEWER_IMAGES * (len(shares) / images) ** 0.5
     differs = total_variation(shares, even) > bound
     seen = float(torch.special.entr(shares).sum().exp())
     claims_much = float(shares.max()) >= DOMINANT or seen <= len(shares) / 2
