@@ -16,7 +16,7 @@ import torch
 from features import Encoded, Sets, encoded_views
 from folders import COPIES, NONE, STRANGERS, VARIANTS, chosen_per_class
 from safetensors.torch import load_file, save_file
-from transductive import SPLITS, read
+from transductive import SPLITS, whole_images
 
 from finealign.backbone.base import Backbone
 from finealign.classifier import FineAlign
@@ -151,26 +151,6 @@ class Frozen:
             paths += [photos[place] for place in sorted(order)]
             labels += [label] * len(order)
         return paths, labels
-
-
-def whole_images(name: str) -> Encoded:
-    """A set by CLIP's ViT-B/32, learned from and tested on the same images.
-
-    There are no crops and no strong views of them: the whole image stands in for a single one of each.
-    """
-    images, classes, texts = read(name, 1)
-    weak, vectors = images.float(), texts.names.float()
-    return Encoded(
-        weak=weak,
-        crops=weak[:, None],
-        strong=weak[None],
-        test_weak=weak,
-        test_crops=weak[:, None],
-        labels=classes,
-        hidden=classes,
-        texts=TextFeatures(vectors, vectors, texts.class_of),
-        logit_scale=100.0,
-    )
 
 
 def _rows(encoded: Encoded, rows: torch.Tensor) -> Encoded:

@@ -1,6 +1,6 @@
 """Uneven folders on frozen features: the start, StatA, and self-training with an even, an estimated and the true prior.
 
-    python benchmarks/uneven.py --out runs/frozen [--backbones clip-b16,miniclip] [--sets ...] [--draws 3]
+    python benchmarks/uneven.py --out runs/frozen [--backbones clip-b16,miniclip] [--draws 3] [--methods fair]
 
 Own top-1: on the images that are learned from, without strangers. A run takes a second or two; results go to
 OUT/uneven.jsonl, a line a run, and are not computed again. StatA sees whole images, and once more the sum of the whole
@@ -9,8 +9,9 @@ image and its mean crop. FAIR's figures are those of the score ``--score``.
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -31,6 +32,7 @@ from finealign.types import ImageFeatures, Score
 
 FEWEST = 20  # images of a folder
 SETS = "eurosat,dtd10,flowers12,ucmerced"
+LEARNERS = "fair,dpa"
 
 
 Ways = dict[str, tuple[Encoded, Settings, Tensor | None]]  # the images seen, the settings, the class prior if given
@@ -44,8 +46,8 @@ def by_weight(encoded: Encoded, weights: Sequence[str]) -> Ways:
     }
 
 
-def ways(encoded: Encoded) -> Ways:
-    """What is compared."""
+def ways(encoded: Encoded, learners: Sequence[str]) -> Ways:
+    """What is compared: the methods that train nothing, and ``learners`` by each class prior."""
     counts = torch.bincount(encoded.hidden[encoded.hidden != NONE], minlength=encoded.texts.num_classes).float()
     both = normalize(encoded.weak + normalize(encoded.crops.mean(1), dim=1), dim=1)
     found: Ways = {
@@ -53,7 +55,7 @@ def ways(encoded: Encoded) -> Ways:
         "stata, with crops": (replace(encoded, weak=both), {"method": {"name": "stata"}}, None),
         "transclip": (encoded, {"method": {"name": "transclip"}}, None),
     }
-    for name in ("fair", "dpa"):
+    for name in learners:
         for prior in ("even", "auto"):
             found[f"{name}, {prior}"] = (encoded, {"method": {"name": name, "class_prior": prior}}, None)
         even = {"method": {"name": name, "class_prior": "even"}}
@@ -70,13 +72,13 @@ def top1(method: Method, encoded: Encoded, score: Score) -> float:
     return 100 * float(right[belongs].float().mean())
 
 
-def run(encoded: Encoded, seed: int, score: Score, weights: Sequence[str]) -> dict[str, float]:
+def run(encoded: Encoded, seed: int, score: Score, compared: Callable[[Encoded], Ways]) -> dict[str, float]:
     """Own top-1 in percent of everything that is compared."""
     start = create_method(
         make_config({"method": {"name": "cupl"}}).method, encoded.texts, logit_scale=encoded.logit_scale
     )
     found = {"start": top1(start, encoded, "global")}
-    for name, (seen, settings, shares) in (by_weight(encoded, weights) if weights else ways(encoded)).items():
+    for name, (seen, settings, shares) in compared(encoded).items():
         method, _ = trained(seen, settings, seed, shares=shares)
         found[name] = top1(method, seen, score)
     return found
@@ -92,11 +94,15 @@ def main() -> None:
     parser.add_argument("--most", type=int, default=45, help="images a class")
     parser.add_argument("--score", default="fused", choices=("las", "fused", "global"))
     parser.add_argument("--weights", default="", help="compare these weights of FAIR's fairness term, and nothing else")
+    parser.add_argument("--methods", default=LEARNERS, help="that learn, each by an even, an estimated, the true prior")
     add_device(parser)
     known = parser.parse_args()
     weights = [weight for weight in known.weights.split(",") if weight]
+    learners = known.methods.split(",")
+    compared = partial(by_weight, weights=weights) if weights else partial(ways, learners=learners)
+    kind = "-weights" if weights else "" if known.methods == LEARNERS else "-" + "-".join(learners)
     frozen = Frozen(require_shared(), known.out, known.device)
-    log = known.out / f"uneven{'-weights' if weights else ''}.jsonl"
+    log = known.out / f"uneven{kind}.jsonl"
     rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.exists() else []
     key = ("backbone", "set", "variant", "draw", "most", "score")
     done = {tuple(row[name] for name in key) for row in rows}
@@ -110,7 +116,9 @@ def main() -> None:
                     encoded = frozen.folder(backbone, name, variant, draw, most=known.most)
                     if len(encoded.weak) < FEWEST:
                         continue
-                    rows.append({**dict(zip(key, this, strict=True)), "top1": run(encoded, draw, known.score, weights)})
+                    rows.append(
+                        {**dict(zip(key, this, strict=True)), "top1": run(encoded, draw, known.score, compared)}
+                    )
                     with log.open("a", encoding="utf-8") as opened:
                         opened.write(json.dumps(rows[-1]) + "\n")
     for backbone in known.backbones.split(","):

@@ -188,10 +188,10 @@ def test_estimated_shares__of_any_folder_are_shares(
 # --- even or not ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("classes", [4, 10, 100])
+@pytest.mark.parametrize("classes", [4, 10, 100, 400])
 def test_even_or__keeps_what_differs_by_more_than_it_may_err(classes: int) -> None:
-    images = 1000 if classes < 100 else 20_000
-    bound = 0.14 + 0.06 * max(0.0, math.log2(classes / 10)) + 0.25 * math.sqrt(classes / images)
+    images = 1000 if classes < 100 else 200 * classes
+    bound = 0.15 + 0.2 * min(1.0, classes / 100) + 0.15 * math.sqrt(classes / images)
     for part, kept in ((0.99, False), (1.01, True)):
         moved = 2 * part * bound / classes  # from each of one half of the classes to one of the other half
         shares = torch.tensor([1 / classes + moved, 1 / classes - moved] * (classes // 2), dtype=torch.float64)
@@ -204,12 +204,14 @@ def test_even_or__keeps_what_differs_by_more_than_it_may_err(classes: int) -> No
     ("shares", "images", "kept"),
     [
         ([0.19] * 5 + [0.01] * 5, 100, True),  # 5 to 6 classes are seen, of some 18 images each
-        ([0.23] * 4 + [0.02] * 4, 45, False),  # 5 of 8 are seen, of 9 images each
-        ([0.23] * 4 + [0.02] * 4, 60, True),
+        ([0.23] * 4 + [0.02] * 4, 28, False),  # 5 of 8 are seen, of 5 to 6 images each
+        ([0.23] * 4 + [0.02] * 4, 35, True),
         ([0.45] + [0.55 / 9] * 9, 40, True),  # one class stands out
         ([0.24] * 4 + [0.04 / 16] * 16, 30, True),  # most classes are not seen at all
         ([0.15] * 5 + [0.05] * 5, 10_000, True),
         ([0.11] * 5 + [0.09] * 5, 10_000, False),  # as good as even
+        ([0.0095] * 98 + [0.0007] * 98, 825, True),  # as far from even as where half of 196 classes are absent,
+        ([0.0077] * 98 + [0.0025] * 98, 1600, False),  # and where all are there
     ],
 )
 def test_even_or__believes_few_images_only_a_large_claim(shares: list[float], images: int, kept: bool) -> None:
@@ -264,6 +266,14 @@ def test_real_features__an_even_folder_of_many_classes_that_are_hard_to_tell(sha
     weak, texts, _ = real(shared, "dtd", kind)
     found = estimated_shares(weak, None, texts, logit_scale=100.0)
     assert torch.equal(even_or(found, len(weak)), even_shares(len(texts)))
+
+
+def test_real_features__most_of_many_classes_absent_are_believed(shared: Path) -> None:
+    weak, texts, labels = real(shared, "stanford_cars", "val")
+    there = labels % 10 == 0
+    truth = torch.bincount(labels[there], minlength=len(texts)) / there.sum()
+    found = estimated_shares(weak[there], None, texts, logit_scale=100.0)
+    assert away(even_or(found, int(there.sum())), truth) < 0.5 * away(even_shares(len(texts)), truth)
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,6 @@ the first ended, is sparse and leaves out too many. The estimate is the mean of 
 n images, C classes, D embedding width, Q principal directions.
 """
 
-from math import log2
-
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -26,14 +24,16 @@ PLAIN_DIRECTIONS, SPARSE_DIRECTIONS = 32, 24  # Q
 PLAIN_IMAGES, SPARSE_IMAGES = 2.0, 10.0  # images that the prior of a class's mean counts as
 SPARSITY = 0.1  # of the Dirichlet prior: images that each class has before any is seen
 LAPLACE = 0.5  # images added to each class at the end: a share of zero would be a claim that no folder supports
-# An estimate is believed only if it differs from even shares, in total variation, by more than the errors of the start
-# and the draw of n images explain; drawing alone gives about 0.4 sqrt(C / n).
-# The start errs more among more classes: MANY_CLASSES for every doubling beyond ten of them.
-EVEN_ENOUGH, MANY_CLASSES, DRAWN = 0.14, 0.06, 0.25
+# An estimate is believed only if it differs from even shares, in total variation, by more than it does on even folders,
+# where the start errs: 0.03 to 0.19 for ten to 21 classes, 0.08 to 0.25 for 37 to 400, up to 0.33 of ten classes with
+# four images each, and 0.38 of a hundred with six. So the bound grows with classes, up to ``MANY`` of them, and with
+# fewer images. It is no higher, as a folder taken for even that is not loses more than one taken for uneven.
+EVEN_ENOUGH, MANY_CLASSES, FEWER_IMAGES = 0.15, 0.2, 0.15
+MANY = 100
 # And only if it rests on clusters of many images, FEW_A_CLASS for each class that it sees, or claims much: one class
 # with DOMINANT of the images, or half of the classes not seen. With few images a class, clusters of siblings merge, and
 # smaller claims follow the mergers.
-FEW_A_CLASS, DOMINANT = 10.0, 1 / 3
+FEW_A_CLASS, DOMINANT = 6.0, 1 / 3
 
 
 def even_shares(num_classes: int) -> Tensor:
@@ -116,12 +116,12 @@ def even_or(shares: Tensor, images: float) -> Tensor:
     """Return even shares unless the estimate from ``images`` images is to be believed.
 
     shares (C,), sum 1 -> (C,). It has to differ from even shares, in total variation, by more than ``EVEN_ENOUGH +
-    MANY_CLASSES log2(C / 10) + DRAWN sqrt(C / n)``, of which the second part is at least 0. The classes that it sees,
-    whose number is the exponential of its entropy, must have ``FEW_A_CLASS`` images each or be at most half of all, or
-    its largest share must be ``DOMINANT``.
+    MANY_CLASSES min(C / MANY, 1) + FEWER_IMAGES sqrt(C / n)``. The classes that it sees, whose number is the
+    exponential of its entropy, must have ``FEW_A_CLASS`` images each or be at most half of all, or its largest share
+    must be ``DOMINANT``.
     """
     even, images = even_shares(len(shares)).to(shares), max(images, 1.0)
-    bound = EVEN_ENOUGH + MANY_CLASSES * max(0.0, log2(len(shares) / 10)) + DRAWN * (len(shares) / images) ** 0.5
+    bound = EVEN_ENOUGH + MANY_CLASSES * min(len(shares) / MANY, 1.0) + FEWER_IMAGES * (len(shares) / images) ** 0.5
     differs = total_variation(shares, even) > bound
     seen = float(torch.special.entr(shares).sum().exp())
     claims_much = float(shares.max()) >= DOMINANT or seen <= len(shares) / 2
