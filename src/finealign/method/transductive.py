@@ -1,6 +1,6 @@
 """The common part of the methods that label all images jointly, as a mixture of Gaussians, and train nothing."""
 
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from pydantic import Field
@@ -40,6 +40,7 @@ class TransductiveMethod(Method):
     options: TransductiveOptions
     scores: ClassVar[tuple[Score, ...]] = ("global",)
     training_options: ClassVar[tuple[str, ...]] = (*Method.training_options, "rounds", "assignments")
+    sized_by_images = ("images", "assigned", "reaches")
     prototypes: Tensor  # (C, D), the means of the descriptions
     means: Tensor  # (C, D), mu
     variance: Tensor  # (C, D), or (D,) for all classes: v
@@ -103,13 +104,6 @@ class TransductiveMethod(Method):
         votes = votes_for_newcomers(weak, self.images, self.assigned, self.reaches, self.options.neighbours)
         logits = self._without_votes(log_by_texts, weak) + votes / self._most_votes
         return torch.log_softmax(logits, dim=1) / self.logit_scale
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        """Resize the buffers first: PyTorch refuses a state with another number of fitted images."""
-        for name in ("images", "assigned", "reaches"):
-            if f"{prefix}{name}" in state_dict:
-                setattr(self, name, self.prototypes.new_empty(state_dict[f"{prefix}{name}"].shape))
-        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     @property
     def _most_votes(self) -> int:

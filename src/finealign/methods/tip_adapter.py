@@ -116,13 +116,6 @@ class TipAdapter(Method):
                 optimizer.step()
         self.keys = keys.detach()
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        """Resize the buffers first: PyTorch refuses a state with another number of labelled images."""
-        for name in ("keys", "classes"):
-            if f"{prefix}{name}" in state_dict:
-                setattr(self, name, torch.empty_like(state_dict[f"{prefix}{name}"], device=self.prototypes.device))
-        super()._load_from_state_dict(state_dict, prefix, *rest)
-
 
 def _tried(asked: float | Auto, values: tuple[float, ...]) -> tuple[float, ...]:
     return values if asked == "auto" else (asked,)
