@@ -1,5 +1,7 @@
 """MUST: a teacher that follows, and labels that count where it is sure."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -9,7 +11,7 @@ from finealign.types import TextFeatures
 from test_methods import SCALE, best, description_means, dot, images, make, move, softmax, texts, unit, unit_of
 
 
-def must(known: TextFeatures | None = None, **options: object) -> Must:
+def must(known: TextFeatures | None = None, **options: Any) -> Must:
     method = make("must", known, **{"logit_scale": SCALE} | options)
     assert isinstance(method, Must)
     return method

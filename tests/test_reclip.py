@@ -1,6 +1,8 @@
 """ReCLIP, and the spreading of labels that it labels by, against NumPy's dense algebra."""
 
+import math
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +19,7 @@ Array = NDArray[np.float64]
 
 
 def rows(values: Array) -> Array:
-    found: Array = values / np.linalg.norm(values, axis=1, keepdims=True)
+    found: Array = np.array([value / math.sqrt(float(value @ value)) for value in values])
     return found
 
 
@@ -31,8 +33,8 @@ def spread(nodes: Array, labels: Array, count: int, alpha: float) -> Array:
             graph[i, j] += (1 + nodes[i] @ nodes[j]) / 4
             graph[j, i] += (1 + nodes[i] @ nodes[j]) / 4
     degrees = graph.sum(1)
-    solved: Array = np.linalg.solve(np.eye(size) - alpha * graph / np.sqrt(np.outer(degrees, degrees)), labels)
-    return solved
+    shares = graph / np.sqrt(np.outer(degrees, degrees))
+    return np.asarray(np.linalg.solve(np.eye(size) - alpha * shares, labels), dtype=np.float64)
 
 
 def projected(texts_there: Array, features: Array) -> Array:
@@ -73,7 +75,7 @@ def test_without_common_direction__of_one_class_and_of_many() -> None:
     assert without_common_direction(unit(500, 300, seed=5), unit(2, 300, seed=6)).shape == (2, 299)
 
 
-def reclip(known: TextFeatures | None = None, **options: object) -> Reclip:
+def reclip(known: TextFeatures | None = None, **options: Any) -> Reclip:
     method = make("reclip", known, **{"logit_scale": SCALE, "neighbours": 3, "solver_steps": 200} | options)
     assert isinstance(method, Reclip)
     return method

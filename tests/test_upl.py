@@ -1,5 +1,7 @@
 """UPL: which images are learned from, and that the loss is a mean over these."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -10,7 +12,7 @@ from test_methods import SCALE, Matrix, best, description_means, global_row, ima
 from test_peers import whole
 
 
-def upl(known: TextFeatures | None = None, **options: object) -> Upl:
+def upl(known: TextFeatures | None = None, **options: Any) -> Upl:
     method = make("upl", known, **{"logit_scale": SCALE} | options)
     assert isinstance(method, Upl)
     return method

@@ -40,7 +40,7 @@ class TransductiveMethod(Method):
     options: TransductiveOptions
     scores: ClassVar[tuple[Score, ...]] = ("global",)
     training_options: ClassVar[tuple[str, ...]] = (*Method.training_options, "rounds", "assignments")
-    sized_by_images = ("images", "assigned", "reaches")
+    sized_by_images: ClassVar[tuple[str, ...]] = ("images", "assigned", "reaches")
     prototypes: Tensor  # (C, D), the means of the descriptions
     means: Tensor  # (C, D), mu
     variance: Tensor  # (C, D), or (D,) for all classes: v

@@ -53,6 +53,7 @@ class TipAdapter(Method):
         "fine-tuned": {"method": {"key_steps": 20}},
     }
     training_options = (*Method.training_options, "votes_weight", "sharpness", "key_steps", "key_learning_rate")
+    sized_by_images = ("keys", "classes")
     prototypes: Tensor  # (C, D), T
     keys: Tensor  # (L, D), F
     classes: Tensor  # (L,) int64, y
