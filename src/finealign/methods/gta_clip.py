@@ -15,11 +15,11 @@ from torch.nn.functional import normalize, one_hot
 
 from finealign.method.alignment import class_means
 from finealign.method.base import Anchors
-from finealign.methods.transclip import Transclip, TransclipOptions
+from finealign.method.transductive import SharedVarianceMethod, SharedVarianceOptions
 from finealign.types import ImageFeatures, Loss, PseudoLabels, TextFeatures
 
 
-class GtaClipOptions(TransclipOptions):
+class GtaClipOptions(SharedVarianceOptions):
     """Options of GTA-CLIP; the defaults are the published values."""
 
     confident: Annotated[int, Field(ge=0)] = Field(
@@ -30,7 +30,7 @@ class GtaClipOptions(TransclipOptions):
     )
 
 
-class GtaClip(Transclip):
+class GtaClip(SharedVarianceMethod):
     """TransCLIP with yhat_i = softmax_c(s mean_j <f_i, t_cj>); before each epoch z is found anew.
 
     Then descriptions t and images learn of each other, from the ``tuned_on`` images of largest z_c of each class c: an
@@ -40,9 +40,9 @@ class GtaClip(Transclip):
 
     Options = GtaClipOptions
     options: GtaClipOptions
-    training_options = (*Transclip.training_options, "tuned_on")
+    training_options = (*SharedVarianceMethod.training_options, "tuned_on")
     training_state = ("picked",)
-    sized_by_images = (*Transclip.sized_by_images, "picked")
+    sized_by_images = (*SharedVarianceMethod.sized_by_images, "picked")
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         # The rates are the authors' of the towers and of their last layers.
         "published": {
