@@ -29,6 +29,7 @@ PURE_MATHS = [
     "method.joint",
     "method.losses",
     "method.mixture",
+    "method.propagation",
     "method.pseudo_labels",
     "method.strangers",
 ]

@@ -167,7 +167,13 @@ def test_setting__even_from_the_start_holds_after_fit_and_in_the_saved_model(
     np.testing.assert_allclose(back, load(saved).predict_proba(album), rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("method", ["dpa", "self-training", "lafter", "microclip"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        *("dpa", "self-training", "lafter", "microclip", "pouf"),
+        *(pytest.param(name, marks=pytest.mark.nightly) for name in ("must", "reclip", "upl")),
+    ],
+)
 def test_even__every_method_that_is_taught_shares(
     method: str, album: Path, tiny_backbone: Tiny, tmp_path: Path
 ) -> None:
@@ -406,7 +412,7 @@ def test_adapt__what_is_no_prior_is_refused_with_the_valid_values(
     result = adapting("--class-prior", "even", "--method", "cupl", "--out", tmp_path / "run")
     assert result.exit_code == 1
     assert "the method 'cupl' expects no shares of classes" in result.stderr
-    assert "Methods that do: dpa, fair, lafter, microclip, self-training." in result.stderr
+    assert "Methods that do: dpa, fair, lafter, microclip, must, pouf, reclip, self-training, upl." in result.stderr
     assert not (tmp_path / "run").exists()
 
 

@@ -357,14 +357,22 @@ def test_capabilities__are_what_is_overridden() -> None:
     assert {name for name, (trains, _) in told.items() if trains} == {
         "dpa",
         "fair",
+        "gta-clip",
         "lafter",
         "microclip",
+        "must",
+        "pouf",
+        "reclip",
         "self-training",
+        "upl",
     }
     assert {name for name, (_, surveys) in told.items() if surveys} == {
         "dpa",
+        "gta-clip",
+        "reclip",
         "stata",
         "transclip",
+        "upl",
         "linear-probe",
         "tip-adapter",
         "transclip-few-shot",

@@ -61,6 +61,8 @@ class Method(nn.Module):
     # What a saved model leaves out, as classifying does not need it: names of options, and of parameters and buffers.
     training_options: ClassVar[tuple[str, ...]] = ("logit_scale",)
     training_state: ClassVar[tuple[str, ...]] = ()
+    # Buffers with a row for each image that was surveyed: a state with another number of them is loaded all the same.
+    sized_by_images: ClassVar[tuple[str, ...]] = ()
     # Whether known labels of some images are refused, taken where there are any, or needed.
     known_labels: ClassVar[Literal["refused", "taken", "needed"]] = "refused"
     label_weight: float = 1.0  # of a known label in the loss, where it is 1 of a sure pseudo-label
@@ -148,6 +150,12 @@ class Method(nn.Module):
         if expected.keys() != values.keys():
             raise ValueError(f"the method's tensors are {sorted(values)}, wanted {sorted(expected)}")
         self.load_state_dict({**self.state_dict(), **values})
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        for name in self.sized_by_images:
+            if (given := state_dict.get(f"{prefix}{name}")) is not None:
+                setattr(self, name, self.get_buffer(name).new_empty(given.shape))
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def survey(self, weak: Tensor, known: Tensor | None = None) -> None:
         """Process the weak features of all images, (n, D), as the backbone encodes them at this moment.
@@ -345,10 +353,7 @@ class SelfTrainingMethod(Method):
         cross_entropy = weighted_cross_entropy(logits, pseudo.labels, pseudo.weights)
         if self.options.fairness == "off":
             return Loss(cross_entropy, {"cross_entropy": cross_entropy.detach()})
-        mean = mean_over(torch.softmax(logits / self.options.fairness_temperature, dim=1), pseudo.belonging)
-        if self.options.fairness == "running":
-            mean = running_mean(self.mean_prediction, mean, momentum=self._momentum(strong.shape[0]))
-            self.mean_prediction.copy_(mean.detach())
+        mean = self._mean_of(logits, pseudo)
         balance = fairness(mean, self.class_prior)
         total = cross_entropy + self._pull_at(mean.detach()) * balance
         return Loss(total, {"cross_entropy": cross_entropy.detach(), "fairness": balance.detach()})
@@ -361,6 +366,17 @@ class SelfTrainingMethod(Method):
             weights=torch.ones_like(probabilities[:, 0]),
             probabilities=probabilities,
         )
+
+    def _mean_of(self, logits: Tensor, pseudo: PseudoLabels) -> Tensor:
+        """The mean prediction (C,) that the fairness term judges; the running one is brought up to date with it.
+
+        logits (B, C). Images count as far as they belong to the classes.
+        """
+        mean = mean_over(torch.softmax(logits / self.options.fairness_temperature, dim=1), pseudo.belonging)
+        if self.options.fairness == "running":
+            mean = running_mean(self.mean_prediction, mean, momentum=self._momentum(len(logits)))
+            self.mean_prediction.copy_(mean.detach())
+        return mean
 
     def _pull_at(self, mean: Tensor) -> Tensor:
         """The weight of the fairness term, (), at a mean prediction (C,)."""

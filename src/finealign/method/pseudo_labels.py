@@ -4,10 +4,13 @@ Step 6 of docs/method.md. The paper states that ambiguous pseudo-labels get a lo
 reconstruction [R], and can be chosen by its name.
 """
 
+from dataclasses import replace
 from typing import Literal
 
 import torch
 from torch import Tensor
+
+from finealign.types import PseudoLabels
 
 WeightKind = Literal[
     "none", "margin", "agreement", "confusion", "margin*agreement", "confusion*agreement", "margin*agreement*confusion"
@@ -77,6 +80,15 @@ def balanced(probabilities: Tensor, mean: Tensor, class_prior: Tensor, strength:
     tiny = torch.finfo(mean.dtype).tiny
     weighted = probabilities * (class_prior.clamp_min(tiny) / mean.clamp_min(tiny)) ** strength
     return weighted / weighted.sum(1, keepdim=True).clamp_min(tiny)
+
+
+def over_counted(pseudo: PseudoLabels) -> PseudoLabels:
+    """Scale the weights so that the loss, a mean over the batch, is one over the images whose labels weigh anything.
+
+    UPL, ReCLIP and MUST leave images out of their losses altogether. A batch without a label that counts stays at 0.
+    """
+    counted = (pseudo.weights > 0).sum().clamp_min(1)
+    return replace(pseudo, weights=pseudo.weights * (len(pseudo.weights) / counted))
 
 
 def count_pairs(probabilities: Tensor) -> Tensor:

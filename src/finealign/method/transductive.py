@@ -1,15 +1,25 @@
 """The common part of the methods that label all images jointly, as a mixture of Gaussians, and train nothing."""
 
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from pydantic import Field
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from finealign.method.alignment import class_means
 from finealign.method.base import Anchors, Method, MethodOptions
 from finealign.method.few_labels import assigned_as_known
-from finealign.method.mixture import log_likelihood, mutual_votes, neighbours, reach, votes_for_newcomers
+from finealign.method.mixture import (
+    LEAST_VARIANCE,
+    log_likelihood,
+    mutual_votes,
+    neighbours,
+    reach,
+    squared_deviations,
+    votes_for_newcomers,
+    weighted_means,
+)
 from finealign.types import ImageFeatures, Score, TextFeatures
 
 
@@ -40,6 +50,7 @@ class TransductiveMethod(Method):
     options: TransductiveOptions
     scores: ClassVar[tuple[Score, ...]] = ("global",)
     training_options: ClassVar[tuple[str, ...]] = (*Method.training_options, "rounds", "assignments")
+    sized_by_images: ClassVar[tuple[str, ...]] = ("images", "assigned", "reaches")
     prototypes: Tensor  # (C, D), the means of the descriptions
     means: Tensor  # (C, D), mu
     variance: Tensor  # (C, D), or (D,) for all classes: v
@@ -104,13 +115,6 @@ class TransductiveMethod(Method):
         logits = self._without_votes(log_by_texts, weak) + votes / self._most_votes
         return torch.log_softmax(logits, dim=1) / self.logit_scale
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        """Resize the buffers first: PyTorch refuses a state with another number of fitted images."""
-        for name in ("images", "assigned", "reaches"):
-            if f"{prefix}{name}" in state_dict:
-                setattr(self, name, self.prototypes.new_empty(state_dict[f"{prefix}{name}"].shape))
-        super()._load_from_state_dict(state_dict, prefix, *rest)
-
     @property
     def _most_votes(self) -> int:
         """2k, the sum of an image's votes where it is chosen as often as it chooses and all cosines are 1."""
@@ -124,3 +128,42 @@ class TransductiveMethod(Method):
         """Log z without the votes, up to a constant: (B, C), (B, D) -> (B, C)."""
         by_means = log_likelihood(weak, self.means, self.variance)
         return self.options.text_power * log_by_texts + by_means / self.options.damping
+
+
+class SharedVarianceOptions(TransductiveOptions):
+    """Options of TransCLIP and GTA-CLIP; the defaults are those of TransCLIP's authors' solver."""
+
+    confident: Annotated[int, Field(ge=0)] = Field(
+        0, description="most confident images a class, the paper's 8, that its mean starts from; 0: from the text"
+    )
+
+
+class SharedVarianceMethod(TransductiveMethod):
+    """The assignments of ``TransductiveMethod``, with one diagonal covariance that all classes share."""
+
+    Options: ClassVar[type[MethodOptions]] = SharedVarianceOptions
+    options: SharedVarianceOptions
+    training_options: ClassVar[tuple[str, ...]] = (*TransductiveMethod.training_options, "confident")
+
+    def __init__(self, options: SharedVarianceOptions, texts: TextFeatures, *, logit_scale: float) -> None:
+        width = texts.descriptions.shape[1]
+        super().__init__(options, texts, logit_scale=logit_scale, variance_shape=(width,))
+
+    def begin(self) -> None:
+        """Start from the texts, or from each class's most confident images weighted by confidence; v is 1 / D."""
+        self.means.copy_(self.prototypes)
+        if self.options.confident:
+            best = self.assigned.topk(min(self.options.confident, len(self.images)), dim=0)  # (confident, C)
+            means = torch.zeros_like(self.means)
+            for confidence, image in zip(best.values, best.indices, strict=True):
+                means += confidence[:, None] * self.images[image]
+            self.means.copy_(normalize(means, dim=1))
+        self.variance.fill_(1 / self.images.shape[1])
+
+    def refit(self) -> None:
+        """mu_c is the unit mean of the images by their share in class c, v the mean squared deviation from them."""
+        some = self.assigned.sum(0)[:, None] > 1e-6  # a class that nothing is assigned to keeps its mean
+        means = normalize(weighted_means(self.assigned, self.images), dim=1)
+        self.means.copy_(torch.where(some, means, self.means))
+        deviations = squared_deviations(self.assigned, self.images, self.means)
+        self.variance.copy_((deviations.sum(0) / len(self.images)).clamp_min(LEAST_VARIANCE))

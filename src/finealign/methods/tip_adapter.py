@@ -53,6 +53,7 @@ class TipAdapter(Method):
         "fine-tuned": {"method": {"key_steps": 20}},
     }
     training_options = (*Method.training_options, "votes_weight", "sharpness", "key_steps", "key_learning_rate")
+    sized_by_images = ("keys", "classes")
     prototypes: Tensor  # (C, D), T
     keys: Tensor  # (L, D), F
     classes: Tensor  # (L,) int64, y
@@ -115,13 +116,6 @@ class TipAdapter(Method):
                 torch.autograd.backward(self._loss(keys, alpha, beta))
                 optimizer.step()
         self.keys = keys.detach()
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        """Resize the buffers first: PyTorch refuses a state with another number of labelled images."""
-        for name in ("keys", "classes"):
-            if f"{prefix}{name}" in state_dict:
-                setattr(self, name, torch.empty_like(state_dict[f"{prefix}{name}"], device=self.prototypes.device))
-        super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
 def _tried(asked: float | Auto, values: tuple[float, ...]) -> tuple[float, ...]:
