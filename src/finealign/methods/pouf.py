@@ -65,7 +65,7 @@ class Pouf(SelfTrainingMethod):
             return Loss(total, parts)
         mean = self._mean_of(logits, pseudo).clamp_min(torch.finfo(logits.dtype).tiny)
         unfair = (mean * (mean / self.class_prior.clamp_min(torch.finfo(logits.dtype).tiny)).log()).sum()
-        return Loss(total + self.pull * unfair, {**parts, "fairness": unfair.detach()})
+        return Loss(total + self._pull_at(mean.detach()) * unfair, {**parts, "fairness": unfair.detach()})
 
 
 def transport_cost(cosines: Tensor, logits: Tensor, counts: Tensor) -> Tensor:
