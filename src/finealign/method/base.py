@@ -224,8 +224,8 @@ class SelfTrainingOptions(MethodOptions):
     )
     fairness_weight: Annotated[float, Field(ge=0)] | Auto = Field(
         "auto",
-        description=f"lambda; auto: {PULL:g}, but to shares that are estimated and uneven from {ESTIMATED_PULL:g} up to "
-        f"{PULL:g}, the more the further predictions are from them",
+        description=f"lambda; auto: {PULL:g}, but to shares that are estimated and uneven between "
+        f"{ESTIMATED_PULL:g} and {PULL:g}, the more the further predictions are from them",
     )
     fairness_temperature: Annotated[float, Field(gt=0)] = Field(
         1.0, description="divides the logits the fairness term looks at; above 1 it also hears of second choices"
