@@ -16,7 +16,7 @@ from conftest import CLASSES, tiny_config, write_photos
 from finealign import FineAlign
 from finealign.errors import CautionWarning, ConfigError, ImageInputError, OutputError
 from finealign.images.listing import list_images
-from finealign.method.class_prior import estimated_shares
+from finealign.method.class_prior import estimate_shares
 from finealign.method.few_labels import STRANGER, UNKNOWN, begun_anchors, with_known
 from finealign.model.known_labels import check_taken, read_known_labels
 from finealign.run.adapt import adapt_into
@@ -203,7 +203,7 @@ def test_estimated_shares__follow_the_known_labels() -> None:
     for large in (0, 1):
         known = torch.full((40,), UNKNOWN)
         known[:3], known[30:33] = large, 1 - large
-        shares = estimated_shares(images, None, texts, logit_scale=1.0, known=known)
+        shares = estimate_shares(images, None, texts, logit_scale=1.0, known=known).shares
         assert float(shares[large]) == pytest.approx(0.75, abs=0.05)
 
 

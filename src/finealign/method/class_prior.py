@@ -8,6 +8,8 @@ the first ended, is sparse and leaves out too many. The estimate is the mean of 
 n images, C classes, D embedding width, Q principal directions.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -24,11 +26,12 @@ PLAIN_DIRECTIONS, SPARSE_DIRECTIONS = 32, 24  # Q
 PLAIN_IMAGES, SPARSE_IMAGES = 2.0, 10.0  # images that the prior of a class's mean counts as
 SPARSITY = 0.1  # of the Dirichlet prior: images that each class has before any is seen
 LAPLACE = 0.5  # images added to each class at the end: a share of zero would be a claim that no folder supports
-# An estimate is believed only if it differs from even shares, in total variation, by more than it does on even folders,
-# where the start errs: 0.03 to 0.19 for ten to 21 classes, 0.08 to 0.25 for 37 to 400, up to 0.33 of ten classes with
-# four images each, and 0.38 of a hundred with six. So the bound grows with classes, up to ``MANY`` of them, and with
-# fewer images. It is no higher, as a folder taken for even that is not loses more than one taken for uneven.
-EVEN_ENOUGH, MANY_CLASSES, FEWER_IMAGES = 0.15, 0.2, 0.15
+# An estimate is believed only if it differs from even shares, in total variation, by more than it does on even folders.
+# There it differs because the start errs, which shows where the mixture names images otherwise than their texts do: by
+# 0.03 to 0.19 for ten to 21 classes that it names alike, 0.25 for 24 of which it names two fifths alike, 0.38 for a
+# hundred with six images each. So the bound grows with what is named otherwise, with classes, up to ``MANY`` of them,
+# and with fewer images.
+EVEN_ENOUGH, NAMED_OTHERWISE, MANY_CLASSES, FEWER_IMAGES = 0.09, 0.25, 0.2, 0.15
 MANY = 100
 # And only if it rests on clusters of many images, FEW_A_CLASS for each class that it sees, or claims much: one class
 # with DOMINANT of the images, or half of the classes not seen. With few images a class, clusters of siblings merge, and
@@ -41,8 +44,16 @@ def even_shares(num_classes: int) -> Tensor:
     return torch.full((num_classes,), 1 / num_classes)
 
 
+@dataclass(frozen=True)
+class ShareEstimate:
+    """An estimate of the share of the images that each class has, and what tells how far to believe it."""
+
+    shares: Tensor  # (C,), all above 0, sum 1
+    named_alike: float  # share of images whose class by the plain mixture is that by the start's texts, in [0, 1]
+
+
 @torch.no_grad()
-def estimated_shares(
+def estimate_shares(
     weak: Tensor,
     mean_crops: Tensor | None,
     anchors: Tensor,
@@ -50,14 +61,14 @@ def estimated_shares(
     logit_scale: float,
     weights: Tensor | None = None,
     known: Tensor | None = None,
-) -> Tensor:
-    """Estimate the share of the images that each class has: (C,), all above 0, sum 1.
+) -> ShareEstimate:
+    """Estimate the share of the images that each class has.
 
     The arguments are those of ``mixture_assignments``; of more than ``MOST_IMAGES`` images, evenly spaced ones are
     looked at. Nothing is drawn. Shares are even where that function assigns all images evenly.
     """
     if not len(weak):
-        return even_shares(len(anchors))
+        return ShareEstimate(even_shares(len(anchors)), 0.0)
     step = -(-len(weak) // MOST_IMAGES)
     crops = None if mean_crops is None else mean_crops[::step]
     counts, told = (None if each is None else each[::step] for each in (weights, known))
@@ -66,7 +77,8 @@ def estimated_shares(
     )
     counts = torch.ones_like(first[:, 0]) if counts is None or float(counts.sum()) < 1 else counts.to(first)
     shares = (_smoothed(first, counts) + _laplace(second, counts)) / 2
-    return (shares / shares.sum()).float()
+    alike = first.argmax(1) == (normalize(weak[::step].to(first), dim=1) @ anchors.to(first).T).argmax(1)
+    return ShareEstimate((shares / shares.sum()).float(), float((counts * alike).sum() / counts.sum()))
 
 
 @torch.no_grad()
@@ -112,19 +124,21 @@ def mixture_assignments(
     return first, second
 
 
-def even_or(shares: Tensor, images: float) -> Tensor:
-    """Return even shares unless the estimate from ``images`` images is to be believed.
+def even_or(estimate: ShareEstimate, images: float) -> Tensor:
+    """Return the shares of an estimate from ``images`` images, (C,), or even shares where it is not to be believed.
 
-    shares (C,), sum 1 -> (C,). It has to differ from even shares, in total variation, by more than ``EVEN_ENOUGH +
-    MANY_CLASSES min(C / MANY, 1) + FEWER_IMAGES sqrt(C / n)``. The classes that it sees, whose number is the
-    exponential of its entropy, must have ``FEW_A_CLASS`` images each or be at most half of all, or its largest share
-    must be ``DOMINANT``.
+    They have to differ from even shares, in total variation, by more than ``EVEN_ENOUGH + NAMED_OTHERWISE (1 - a) +
+    MANY_CLASSES min(C / MANY, 1) + FEWER_IMAGES sqrt(C / n)``, with a the estimate's ``named_alike``. The classes that
+    it sees, whose number is the exponential of its entropy, must have ``FEW_A_CLASS`` images each or be at most half of
+    all, or its largest share must be ``DOMINANT``.
     """
-    even, images = even_shares(len(shares)).to(shares), max(images, 1.0)
-    bound = EVEN_ENOUGH + MANY_CLASSES * min(len(shares) / MANY, 1.0) + FEWER_IMAGES * (len(shares) / images) ** 0.5
+    shares, images = estimate.shares, max(images, 1.0)
+    even, classes = even_shares(len(shares)).to(shares), len(shares)
+    bound = EVEN_ENOUGH + NAMED_OTHERWISE * (1 - estimate.named_alike)
+    bound += MANY_CLASSES * min(classes / MANY, 1.0) + FEWER_IMAGES * (classes / images) ** 0.5
     differs = total_variation(shares, even) > bound
     seen = float(torch.special.entr(shares).sum().exp())
-    claims_much = float(shares.max()) >= DOMINANT or seen <= len(shares) / 2
+    claims_much = float(shares.max()) >= DOMINANT or seen <= classes / 2
     return shares if differs and (claims_much or images / seen >= FEW_A_CLASS) else even
 
 

@@ -14,7 +14,7 @@ from torch.nn.functional import normalize
 
 from finealign.config import Config
 from finealign.method.base import SelfTrainingMethod
-from finealign.method.class_prior import estimated_shares, even_or
+from finealign.method.class_prior import estimate_shares, even_or
 from finealign.method.copies import Floats, Ints, copies
 from finealign.method.crop_trust import chosen_share, explained_by_share
 from finealign.method.few_labels import begun_anchors, belonging_as_known
@@ -77,9 +77,9 @@ def take_stock(
         state.belonging[images] = belonging_as_known(state.belonging[images], known, LEAST_BELONGING)
     groups = copies(weak.float().cpu().numpy())
     counts = state.belonging[images] / torch.from_numpy(np.bincount(groups)[groups])
-    shares = estimated_shares(weak, mean_crops, anchors, logit_scale=method.logit_scale, weights=counts, known=known)
+    estimate = estimate_shares(weak, mean_crops, anchors, logit_scale=method.logit_scale, weights=counts, known=known)
     if learner and estimates:
-        learner.expect(even_or(shares, float(counts.sum())).to(learner.class_prior), estimated=True)
+        learner.expect(even_or(estimate, float(counts.sum())).to(learner.class_prior), estimated=True)
     explained = {} if mean_crops is None else explained_by_share(weak, mean_crops, anchors, weights=counts)
     if learner and trusts and explained:
         learner.trust_whole(chosen_share(explained, float(counts.sum())))
@@ -89,7 +89,9 @@ def take_stock(
     if on_stock is not None:
         probabilities = method.probabilities(weak @ anchors.T)
         weak, probabilities, anchors = weak.float().cpu(), probabilities.float().cpu(), anchors.float().cpu()
-        found = Stock(weak.numpy(), probabilities.numpy(), shares.cpu().numpy(), anchors.numpy(), groups, explained)
+        found = Stock(
+            weak.numpy(), probabilities.numpy(), estimate.shares.cpu().numpy(), anchors.numpy(), groups, explained
+        )
         state.outset = on_stock(found)
 
 
