@@ -31,7 +31,7 @@ LAPLACE = 0.5  # images added to each class at the end: a share of zero would be
 # 0.03 to 0.19 for ten to 21 classes that it names alike, 0.25 for 24 of which it names two fifths alike, 0.38 for a
 # hundred with six images each. So the bound grows with what is named otherwise, with classes, up to ``MANY`` of them,
 # and with fewer images.
-EVEN_ENOUGH, NAMED_OTHERWISE, MANY_CLASSES, FEWER_IMAGES = 0.09, 0.25, 0.2, 0.15
+EVEN_ENOUGH, NAMED_OTHERWISE, MANY_CLASSES, FEWER_IMAGES = 0.09, 0.25, 0.17, 0.15
 MANY = 100
 # And only if it rests on clusters of many images, FEW_A_CLASS for each class that it sees, or claims much: one class
 # with DOMINANT of the images, or half of the classes not seen. With few images a class, clusters of siblings merge, and
