@@ -96,7 +96,7 @@ def test_survey__labels_from_learned_and_fixed_texts_and_averages() -> None:
     method.survey(weak)
     by_learned, _ = labels_from(learned, weak.numpy())
     by_fixed, _ = labels_from(fixed, weak.numpy())
-    assert method.labels.tolist() == by_learned
+    assert method.reached.tolist() == by_learned
     assert method.agreed.tolist() == [a == b for a, b in zip(by_learned, by_fixed, strict=True)]
     assert 0 < int(method.agreed.sum()) < 15
     for c, centroid in enumerate(method.centroids[:, 0].numpy()):
@@ -114,11 +114,11 @@ def test_survey__labels_from_learned_and_fixed_texts_and_averages() -> None:
 def test_survey__labels_spread_from_images_whose_class_is_known() -> None:
     method, weak = reclip(), unit(15, 6, seed=8)
     method.survey(weak)
-    before = method.labels.clone()
+    before = method.reached.clone()
     known = torch.full((15,), -1)
     known[4] = (int(before[4]) + 1) % 4
     method.survey(weak, known)
-    assert method.labels[4] == known[4]
+    assert method.reached[4] == known[4]
     assert bool(method.agreed[4])
 
 
@@ -127,10 +127,10 @@ def test_survey__of_few_classes_and_of_fewer_images_than_classes(classes: int, n
     known = texts(classes)
     method = reclip(known, neighbours=10)
     method.survey(unit(n, 6, seed=8))
-    assert method.labels.shape == (n,)
+    assert method.reached.shape == (n,)
     for name, value in method.state_dict().items():
         assert bool(value.isfinite().all()), name
-    there = set(method.labels.tolist())
+    there = set(method.reached.tolist())
     absent = [c for c in range(classes) if c not in there]
     torch.testing.assert_close(method.centroids[absent], method.fixed[absent])
 

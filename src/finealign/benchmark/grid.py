@@ -131,6 +131,7 @@ def run_grid(
     for name, method, seed in product(grid.datasets, grid.methods, grid.seeds):
         path = grid.path(name, method, seed)
         if path.exists():
+            _drop_dead(path.with_suffix(CLAIM))  # of a process that was killed just after it wrote the cell
             continue
         with _claimed(path) as claimed:
             # Checked again, because another process may have finished the cell just before it was claimed.
@@ -200,8 +201,7 @@ def _claimed(cell: Path) -> Iterator[bool]:
     """Claim a cell; gives whether this process may run it: no other live process has claimed it."""
     claim = cell.with_suffix(CLAIM)
     cell.parent.mkdir(parents=True, exist_ok=True)
-    if claim.exists() and _dead(claim):
-        claim.unlink(missing_ok=True)
+    _drop_dead(claim)
     try:
         handle = os.open(claim, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
     except FileExistsError:
@@ -213,6 +213,12 @@ def _claimed(cell: Path) -> Iterator[bool]:
     try:
         yield True
     finally:
+        claim.unlink(missing_ok=True)
+
+
+def _drop_dead(claim: Path) -> None:
+    """Remove a claim whose process is known to have ended."""
+    if claim.exists() and _dead(claim):
         claim.unlink(missing_ok=True)
 
 

@@ -39,8 +39,8 @@ class Reclip(SelfTrainingMethod):
     Options = ReclipOptions
     options: ReclipOptions
     training_options = (*SelfTrainingMethod.training_options, "neighbours", "spreading", "solver_steps")
-    training_state = (*SelfTrainingMethod.training_state, "fixed", "images", "labels", "agreed")
-    sized_by_images = ("images", "labels", "agreed")
+    training_state = (*SelfTrainingMethod.training_state, "fixed", "images", "reached", "agreed")
+    sized_by_images = ("images", "reached", "agreed")
     begin_with_anchors = ("fixed", "centroids")
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         # The authors train with SGD at a rate of 1e-3, which says nothing of the rate here. Their number of epochs is
@@ -54,7 +54,7 @@ class Reclip(SelfTrainingMethod):
     fixed: Tensor  # (C, 1, D), the means of the descriptions
     centroids: Tensor  # (C, 1, D), P
     images: Tensor  # (n, D), as they were surveyed
-    labels: Tensor  # (n,) int64, from the learned texts
+    reached: Tensor  # (n,) int64, the class that spread to each image from the learned texts
     agreed: Tensor  # (n,) bool, whether the fixed texts give the same
 
     def __init__(self, options: ReclipOptions, texts: TextFeatures, *, logit_scale: float) -> None:
@@ -63,7 +63,7 @@ class Reclip(SelfTrainingMethod):
         self.register_buffer("fixed", means[:, None])
         self.register_buffer("centroids", means[:, None].clone())
         self.register_buffer("images", means[:0])  # n is 0 until the method has surveyed
-        self.register_buffer("labels", torch.zeros(0, dtype=torch.int64, device=means.device))
+        self.register_buffer("reached", torch.zeros(0, dtype=torch.int64, device=means.device))
         self.register_buffer("agreed", torch.zeros(0, dtype=torch.bool, device=means.device))
 
     @torch.no_grad()
@@ -74,8 +74,8 @@ class Reclip(SelfTrainingMethod):
         """
         self.images = weak.to(self.fixed)
         by_learned, by_fixed = (self._spread(texts, known) for texts in (self.classifier(), self.fixed))
-        self.labels = by_learned[self.num_classes :]
-        self.agreed = self.labels == by_fixed[self.num_classes :]
+        self.reached = by_learned[self.num_classes :]
+        self.agreed = self.reached == by_fixed[self.num_classes :]
         nodes = torch.cat([self.fixed[:, 0], self.images])
         self.centroids.copy_(class_means(nodes, by_fixed, self.num_classes)[:, None])
 
@@ -99,7 +99,7 @@ class Reclip(SelfTrainingMethod):
         if not len(self.images):
             return self.fully_believed(self.probabilities(self.score(features, "global")))
         nearest = (features.weak @ self.images.T).argmax(1)
-        labels, weights = self.labels[nearest], self.agreed[nearest].to(self.fixed)
+        labels, weights = self.reached[nearest], self.agreed[nearest].to(self.fixed)
         return PseudoLabels(labels, weights, one_hot(labels, self.num_classes).to(self.fixed))
 
     def loss(self, strong: Tensor, pseudo: PseudoLabels) -> Loss:
