@@ -61,6 +61,14 @@ def pytest_configure(config: pytest.Config) -> None:
     DEVICE = wanted
 
 
+@pytest.fixture(scope="module")
+def usual_memory() -> Iterator[None]:
+    """For modules that run verbs, which tune the allocator of their own process; a test's has other tests to run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("finealign.runtime.devices.keep_freed_memory", lambda: False)
+        yield
+
+
 @pytest.fixture(params=["cpu", "cuda"])
 def device(request: pytest.FixtureRequest) -> Any:
     """The device of a test of what differs between devices: the CPU, and a GPU where ``--device cuda`` asks for it."""

@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
@@ -33,6 +33,8 @@ from finealign.config import DEFAULT_BACKBONE
 from finealign.images.decoding import read_image
 from finealign.images.listing import list_images
 from finealign.method.registry import method_names
+
+pytestmark = pytest.mark.usefixtures("usual_memory")
 
 Tiny = Callable[[str], str]
 CLASSES = ["red", "green", "blue", "cyan", "magenta", "yellow", "black"]  # of the last four there is no photo
@@ -83,14 +85,6 @@ class Made:
             "--keep-adapted",
             *options,
         ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def usual_memory() -> Iterator[None]:
-    """The verbs tune the allocator of their own process; this one has other tests to run."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("finealign.runtime.devices.keep_freed_memory", lambda: False)
-        yield
 
 
 @pytest.fixture(scope="module")

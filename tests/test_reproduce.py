@@ -31,6 +31,8 @@ from finealign.images.decoding import read_image
 from stand_ins import LAYOUTS, accept_small_sets
 from test_cli import command, only_json
 
+pytestmark = pytest.mark.usefixtures("usual_memory")
+
 Tiny = Callable[[str], str]
 SETS = ("dtd", "oxford_pets")
 SMALL = {"views.crops": 2, "training.encoder": "frozen", "training.epochs": 1, "training.anchor_steps": 1,
@@ -56,13 +58,6 @@ class Desk:
         }  # fmt: skip
         words = [part for name, value in (options | changed).items() for part in (f"--{name.replace('_', '-')}", value)]
         return ["reproduce", *words, *SETTINGS]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def usual_memory() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("finealign.runtime.devices.keep_freed_memory", lambda: False)
-        yield
 
 
 @pytest.fixture(scope="module")
