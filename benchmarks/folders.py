@@ -12,7 +12,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 from tempfile import TemporaryDirectory
@@ -31,6 +31,7 @@ from finealign.images.listing import list_images
 from finealign.model.inference import readable
 from finealign.run.verdict import judge_model, why_unjudged
 from finealign.texts.prompts import read_classes, read_descriptions
+from finealign.types import Prediction, SetAside
 
 SETS = ("eurosat", "dtd10", "pets37-small", "cifar100", "flowers12", "food10", "ucmerced")
 VARIANTS = ("even", "tail", "half", "dominated", "three", "one", "strangers", "copies")
@@ -83,9 +84,9 @@ def drawn(data: Path, name: str, variant: str, seed: int, folder: Path) -> dict[
     return found
 
 
-def measured(model: FineAlign, images: Mapping[Path, int], *, score: str | None = None) -> dict[str, Any]:
+def measured(told: Iterator[Prediction | SetAside], images: Mapping[Path, int]) -> dict[str, Any]:
     """Top-1 and balanced accuracy of the adapted model and of the start in percent, on the images of the classes."""
-    predictions = list(readable(model.iter_predictions(list(images), with_start=True), []))
+    predictions = list(readable(told, []))
     truth = np.array([images[Path(prediction.path)] for prediction in predictions])
     belongs = truth != NONE
     found: dict[str, Any] = {"images": int(belongs.sum())}
@@ -123,7 +124,7 @@ def run(
 ) -> dict[str, Any] | None:
     """Adapt to a variant and measure; None if it has too few images."""
     began = time.perf_counter()
-    with TemporaryDirectory() as scratch:
+    with TemporaryDirectory() as scratch, TemporaryDirectory() as kept:
         images = drawn(data, name, variant, seed, Path(scratch))
         if len(images) < FEWEST:
             return None
@@ -141,9 +142,9 @@ def run(
         model = FineAlign(classes, descriptions=read_descriptions(data / name / "descriptions.json"), config=config)
         if known.backbone not in loaded:
             loaded[known.backbone] = model.load_backbone(config)
-        model.fit(model.prepare(list(images), backbone=loaded[known.backbone]))
+        model.fit(model.prepare(list(images), backbone=loaded[known.backbone]), checkpoints=Path(kept))
         verdict = None if why_unjudged(model) else judge_model(model, list(images))
-        own = measured(model, images)
+        own = measured(model.predictions_of_adapted(), images)
         most = -(-known.test_images // len(classes))
         tested = {
             photo: label for label, c in enumerate(classes) for photo in list_images(data / name / "test" / c)[:most]
@@ -151,7 +152,7 @@ def run(
         return {
             "images": len(images),
             "own": own,
-            "test": measured(model, tested),
+            "test": measured(model.iter_predictions(list(tested), with_start=True), tested),
             "verdict": {"call": verdict.call, "evidence": verdict.evidence} if verdict else None,
             "calibration": [model.calibration_.accuracy, model.calibration_.start_accuracy]
             if model.calibration_
