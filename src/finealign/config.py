@@ -22,6 +22,7 @@ from finealign.types import ClassPrior
 Auto = Literal["auto"]
 Positive = Annotated[int, Field(ge=1, lt=2**63)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
+OR_OFF = BeforeValidator(lambda value: "off" if value is False else value)  # YAML reads an unquoted off as false
 
 DEFAULT_BACKBONE = "ViT-B-32-quickgelu/openai"
 # Label passes in a run (each encodes weak views and crops anew) when `refresh_epochs` is "auto".
@@ -138,6 +139,11 @@ class TrainingSettings(Settings):
     max_epochs: Positive = Field(60, description="bound on the epochs when they are auto")
     batch_size: Positive = Field(64, description="images a step")
     learning_rate: Annotated[float, Field(gt=0)] = Field(2e-4, description="of the normalisation parameters")
+    drift_limit: Annotated[Annotated[float, Field(gt=0)] | Literal["off"], OR_OFF] = Field(
+        1.0,
+        description="how far the encoder may move images, in the mean and as a multiple of how far it saw their crops "
+        "from them; what it learns beyond is halved before label passes and at the end, where features are kept",
+    )
     anchor_learning_rate: Annotated[float, Field(gt=0)] | Auto = Field(
         "auto",
         description=f"of the anchors; auto: {ANCHOR_RATE:g}, less in proportion below {IMAGES_A_CLASS} images a class",
@@ -155,8 +161,7 @@ class TrainingSettings(Settings):
     checkpoint_minutes: Annotated[float, Field(ge=0)] = Field(
         10.0, description="between checkpoints within an epoch; the end of each epoch leaves one in any case"
     )
-    # YAML reads an unquoted off as false.
-    strangers: Annotated[Literal["auto", "off"], BeforeValidator(lambda v: "off" if v is False else v)] = Field(
+    strangers: Annotated[Literal["auto", "off"], OR_OFF] = Field(
         "auto", description="auto: images that seem to show none of the classes count less in training; off: all alike"
     )
     strong_views: Positive = Field(4, description="strong views encoded per image when the encoder is frozen")

@@ -4,24 +4,26 @@ from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from finealign.config import Auto, Settings
+from finealign.config import OR_OFF, Auto, Settings
 from finealign.method.alignment import crop_relevance, crop_weights, global_score, learned_alignment_score
 from finealign.method.crop_trust import EQUAL
 from finealign.method.losses import fairness, mean_over, running_mean, weighted_cross_entropy
 from finealign.types import Gaze, ImageFeatures, Loss, PseudoLabels, Score, TextFeatures
 
 Anchors = Tensor  # (C, J, D), rows of length 1
-# Training settings that the authors of DPA, LaFTer and microCLIP report alike. PUBLISHED_DECAY: DPA and microCLIP.
+# Training settings that the authors of DPA, LaFTer and microCLIP report alike, and nothing of ours. PUBLISHED_DECAY: of
+# DPA and microCLIP.
 PUBLISHED_PACE = {
     "epochs": 15,
     "batch_size": 64,
     "learning_rate": 1e-4,
     "anchor_learning_rate": 1e-4,
     "strangers": "off",
+    "drift_limit": "off",
 }
 PUBLISHED_DECAY = {"weight_decay": 0.1, "norm_weight_decay": 0.1}
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -218,9 +220,8 @@ class Method(nn.Module):
 class SelfTrainingOptions(MethodOptions):
     """Options of the loss: step 7 of the method [R]."""
 
-    # YAML reads an unquoted off as false.
-    fairness: Annotated[Literal["running", "batch", "off"], BeforeValidator(lambda v: "off" if v is False else v)] = (
-        Field("running", description="mean prediction the term judges")
+    fairness: Annotated[Literal["running", "batch", "off"], OR_OFF] = Field(
+        "running", description="mean prediction the term judges"
     )
     fairness_weight: Annotated[float, Field(ge=0)] | Auto = Field(
         "auto",

@@ -201,6 +201,14 @@ def _charts(epochs: Sequence[dict[str, Any]], classes: Sequence[str]) -> list[di
             lambda record: max(record["class_share"]),
             True,
         ),
+        (
+            "Distance from the start",
+            "How far the encoder has moved images, as a multiple of how far it saw their crops from them. Beyond the "
+            "limit it is held back.",
+            [record for record in epochs if record.get("drift") is not None],
+            lambda record: record["drift"],
+            False,
+        ),
     ]
     charts = []
     for title, about, records, value, percent in kinds:

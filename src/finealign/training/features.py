@@ -27,6 +27,7 @@ from finealign.runtime.progress import Progress
 from finealign.training.memmap import MemmapTensors, finished_memmap, forget, read_memmap
 from finealign.types import Blank, Gaze, ImageFeatures
 
+PROBED = 64  # images by which it is told how far the encoder has moved all
 RENDER_CHUNK = 32  # images per chunk of a label pass; their views are in memory together
 MARK_SECONDS = 10.0  # between two notes of how far a label pass is, behind which a killed run does not fall back
 
@@ -123,10 +124,14 @@ class FeatureBank:
 
     def start_epoch(self, epoch: int, images: Tensor | None = None) -> bool:
         """Run a label pass every ``refresh`` epochs, or if no features are kept yet. Returns whether it ran."""
-        due = self.plan.refresh > 0 and (not self.bank or epoch % self.plan.refresh == 0)
+        due = self.due(epoch)
         if due:
             self.label_pass(epoch, images)
         return due
+
+    def due(self, epoch: int) -> bool:
+        """Whether ``start_epoch`` will run a label pass."""
+        return self.plan.refresh > 0 and (not self.bank or epoch % self.plan.refresh == 0)
 
     def renew(self, epoch: int, images: Tensor | None = None) -> bool:
         """Run a label pass if the plan keeps features that grow old. Returns whether it does."""
@@ -180,6 +185,25 @@ class FeatureBank:
             final=ImageFeatures(weak=last["weak"], crops=last["crops"]),
             blanks=[_BLANKS[int(number)] for number in last["blank"]],
         )
+
+    def probe(self, first: Tensor | None) -> tuple[Tensor, ImageFeatures] | None:
+        """Return positions (n,) of ``PROBED`` images at most, and their features as the first label pass kept them.
+
+        ``first`` are the positions of the images of that pass; None for all. None where it kept nothing, or no crops.
+        """
+        try:
+            found = read_memmap(self.folder / _name_of_pass(0)) if self.plan.refresh else {}
+        except (OSError, ValueError):
+            return None
+        if not found or not found["crops"].shape[1]:
+            return None
+        rows = torch.linspace(0, len(found["weak"]) - 1, min(PROBED, len(found["weak"]))).long()
+        positions = rows if first is None else first[rows]
+        return positions, ImageFeatures(weak=found["weak"][rows], crops=found["crops"][rows])
+
+    def encode_whole(self, images: Tensor) -> Tensor:
+        """Encode the weak views of images (n,), positions, by the encoder as it is now: (n, D), without gradient."""
+        return torch.cat([part["weak"] for part in self._encode(images.tolist(), 0, crops=False)])
 
     def _fingerprint(self, epoch: int, positions: Sequence[int]) -> str:
         """What the features of a label pass depend on, as a checksum: images, views, and the encoder as it is now."""

@@ -28,6 +28,7 @@ from finealign.training.features import EncodingPlan, FeatureBank, FrozenBank, I
 from finealign.training.outset import Stock, take_stock, tell_strangers
 from finealign.training.schedule import Schedule, schedule_of
 from finealign.training.state import EpochRecord, State, begin
+from finealign.training.trust_region import TrustRegion
 from finealign.types import ImageFeatures, Loss, PseudoLabels
 
 # With (seed, epoch), seeds the generator that draws for the steps of the anchors alone. The one that shuffles an epoch
@@ -94,6 +95,9 @@ def adapt(
             _survey(method, source.whole_images(0), known)
             return []
         state = begin(backbone, method, config, images=len(images), known=known, ranks=ranks)
+        hold_back = _trust_region(
+            state, source, config, schedule, progress
+        )  # made before the norms are those of a checkpoint
         if checkpoints:
             state.restore(checkpoints, source, schedule)
             if state.outset:
@@ -113,6 +117,7 @@ def adapt(
             schedule=schedule,
             after_step=keeper.after_step,
             before_last_pass=keeper.save,
+            hold_back=hold_back,
             on_stock=on_stock,
             name_of=name_of,
         ):
@@ -125,6 +130,17 @@ def adapt(
             on_seen(seen)
         ranks.wait()  # before the first rank deletes a temporary folder that the others still read
         return records
+
+
+def _trust_region(
+    state: State, source: FeatureBank, config: Config, schedule: Schedule, progress: Progress
+) -> Callable[[int], None]:
+    """What holds the encoder back before the epoch of a number, and at the end."""
+    limit = config.training.drift_limit
+    if limit == "off" or not state.norms:
+        return lambda epoch: None
+    region = TrustRegion(state, source, limit, progress, schedule.labelled(0))
+    return lambda epoch: region.hold(epoch, ended=epoch == schedule.rounds)
 
 
 @contextmanager
@@ -196,6 +212,7 @@ def run_epochs(
     schedule: Schedule | None = None,
     after_step: Callable[[], None] = lambda: None,
     before_last_pass: Callable[[], None] = lambda: None,
+    hold_back: Callable[[int], None] = lambda epoch: None,
     on_stock: Callable[[Stock], dict[str, Any]] | None = None,
     name_of: Callable[[int], str] = lambda image: f"number {image}",
 ) -> Iterator[EpochRecord]:
@@ -204,8 +221,9 @@ def run_epochs(
     Epochs are the rounds of the ``schedule``, by default of ``epochs.stop`` epochs without blocks. The first of them
     may have begun earlier: ``state.step`` of its steps are done. ``after_step`` is called after a check that all values
     are finite, which on a GPU is not after every step. ``before_last_pass`` is called after the last step, before the
-    last label pass and the anchors' last steps. ``on_stock`` is passed to ``take_stock``. ``name_of`` gives the name of
-    an image from its position. Raises NotFiniteError.
+    last label pass and the anchors' last steps. ``hold_back`` is called with the number of epochs done: before each
+    epoch but the first, and after the last step. ``on_stock`` is passed to ``take_stock``. ``name_of`` gives the name
+    of an image from its position. Raises NotFiniteError.
     """
     training, images = config.training, len(state.labels)
     schedule = schedule or Schedule(images, epochs.stop, training.batch_size, config.seed)
@@ -219,6 +237,8 @@ def run_epochs(
             began = time.perf_counter()
             state.ranks.follow(state.tensors().values())  # rounding may have made the ranks differ
             if not state.step:
+                if epoch:
+                    hold_back(epoch)
                 _refresh_labels(state, source, config, schedule, name_of, on_stock)
             batches = schedule.batches(epoch)
             images_left = sum(map(len, batches[state.step :]))
@@ -235,6 +255,8 @@ def run_epochs(
             last = epoch + 1 == epochs.stop and training.last_label_pass and _settles(state.method, config)
             if last:
                 before_last_pass()
+            if epoch + 1 == epochs.stop:
+                hold_back(epoch + 1)
             labelled = schedule.labelled(epoch + 1)
             if last and source.renew(epoch + 1, labelled):
                 settle_anchors(state, source, config, epoch + 1, images=labelled, name_of=name_of)

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,9 @@ class EpochRecord:
     learning_rate: float  # at the end: of the normalisation parameters, or of the anchors if those alone learn
     seconds: float  # duration; for an epoch that was stopped and resumed, the time since it was resumed
     images_per_second: float
+    # How far images were moved when last looked at, as a multiple of how far crops lie from them; None: not looked at.
+    drift: float | None = None
+    kept: float = 1.0  # share of what the normalisation parameters had learned by then that was kept
 
 
 def begin(
@@ -91,6 +94,8 @@ class State:
     epoch: int = 0  # finished epochs
     step: int = 0  # finished steps of the current epoch
     outset: dict[str, Any] = field(default_factory=dict)  # JSON values: what ``take_stock`` was told to keep
+    drift: float | None = None  # as in ``EpochRecord``, of this epoch; likewise ``kept``
+    kept: float = 1.0
 
     @property
     def device(self) -> torch.device:
@@ -144,6 +149,8 @@ class State:
         """
         order, found = torch.cat(self.meter.batches), torch.cat(self.meter.found).cpu()
         record = self.meter.record(self.epoch + 1, found, self.labels[order], learning_rate, images, began)
+        record = replace(record, drift=self.drift, kept=self.kept)
+        self.drift, self.kept = None, 1.0
         self.labels = self.labels.scatter(0, order, found)
         self.epoch, self.step = self.epoch + 1, 0
         self.meter = EpochMeter(classes=self.method.num_classes)
@@ -159,6 +166,8 @@ class State:
             "record": asdict(record) if record else None,
             "features": source.bank_file,
             "outset": self.outset,
+            "drift": self.drift,
+            "kept": self.kept,
         }
         write_checkpoint(folder, Checkpoint(self.epoch, tensors, values, step=self.step))
 
@@ -183,6 +192,7 @@ class State:
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
         self.epoch, self.step = checkpoint.epoch, checkpoint.step
         self.outset = checkpoint.values.get("outset", {})  # those of 0.1 have none
+        self.drift, self.kept = checkpoint.values.get("drift"), checkpoint.values.get("kept", 1.0)
         if checkpoint.step:
             self.meter.load(sections["meter"], self.device)
         # Where a label pass is due at once, the kept features are not needed.

@@ -1,0 +1,122 @@
+"""How far the encoder may move images: the measure, and that runs which go too far are held back."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from conftest import CLASSES, tiny_config, write_photos
+from finealign.classifier import FineAlign
+from finealign.training.state import EpochRecord
+from finealign.training.trust_region import drift
+from finealign.types import ImageFeatures
+
+WILD: dict[str, Any] = {"training__learning_rate": 0.5, "training__epochs": 4, "views__refresh_epochs": 2}
+
+
+def images(spread: float, *, seed: int = 0) -> Tensor:
+    """20 images in a cone: (20, 8)."""
+    drawn = torch.from_numpy(np.random.default_rng(seed).standard_normal((20, 8)))
+    return normalize(torch.ones(8) + spread * drawn, dim=1)
+
+
+def test_drift__is_one_for_images_that_lie_where_their_crops_lay() -> None:
+    whole, crops = images(0.3), images(0.3, seed=1)
+    start = ImageFeatures(weak=whole, crops=torch.stack([crops, images(0.3, seed=2)], dim=1))
+    assert drift(crops, start) == pytest.approx(1)
+    assert drift(whole, start) == pytest.approx(0, abs=1e-12)
+
+
+def test_drift__does_not_depend_on_how_wide_the_cone_is() -> None:
+    """As whole features have length 1, a narrow cone is flat, and there the measure is the same at any width."""
+
+    def measured(width: float) -> float:
+        start = ImageFeatures(weak=images(width), crops=(images(width) + width * images(0.3, seed=1))[:, None])
+        return drift(images(width) + 0.5 * width * images(0.3, seed=2), start)
+
+    assert measured(0.01) == pytest.approx(measured(0.001), rel=0.05)
+
+
+def test_drift__by_its_definition() -> None:
+    whole, crops, now = (images(0.3, seed=seed).numpy() for seed in (0, 1, 2))
+    centre = whole.mean(0)
+
+    def apart(first: np.ndarray[Any, Any], second: np.ndarray[Any, Any]) -> float:
+        cosines = [a @ b / math.sqrt((a @ a) * (b @ b)) for a, b in zip(first - centre, second - centre, strict=True)]
+        return 1 - float(np.mean(cosines))
+
+    start = ImageFeatures(weak=torch.from_numpy(whole), crops=torch.from_numpy(crops)[:, None])
+    assert drift(3 * torch.from_numpy(now), start) == pytest.approx(apart(now, whole) / apart(crops, whole))
+
+
+def test_drift__where_there_is_nothing_to_compare() -> None:
+    whole = images(0.3)
+    alike = ImageFeatures(weak=whole, crops=whole[:, None])
+    assert drift(whole, alike) == pytest.approx(0, abs=1e-9)
+    assert drift(images(0.3, seed=1), alike) > 1e6
+    assert drift(torch.full_like(whole, math.nan), ImageFeatures(weak=whole, crops=images(0.3, seed=1)[:, None])) > 1e6
+
+
+# --- runs -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_photos(tmp_path_factory.mktemp("trust") / "photos")
+
+
+def fitted(photos: Path, backbone: str, folder: Path | None = None, **settings: Any) -> FineAlign:
+    return FineAlign(CLASSES, config=tiny_config(backbone, **settings)).fit(photos, checkpoints=folder)
+
+
+def moved(model: FineAlign, photos: Path) -> float:
+    """How far the model has moved the photos, by what the package shows of features."""
+    return drift(model.features(photos)[0].weak, model.features(photos, at_start=True)[0])
+
+
+def test_adapt__a_run_that_goes_too_far_is_held_back(photos: Path, tiny_backbone: Any) -> None:
+    backbone = tiny_backbone("transformer")
+    free = fitted(photos, backbone, **WILD, training__drift_limit="off")
+    held = fitted(photos, backbone, **WILD)
+    assert all(record.drift is None and record.kept == 1 for record in free.history_)
+    looked = [record for record in held.history_ if record.drift is not None]
+    assert looked
+    assert max(record.drift or 0 for record in looked) > 1
+    assert min(record.kept for record in looked) < 1
+    assert moved(held, photos) < moved(free, photos)
+
+
+def test_adapt__a_run_that_stays_near_is_left_alone(photos: Path, tiny_backbone: Any) -> None:
+    backbone = tiny_backbone("transformer")
+    free, near = (fitted(photos, backbone, training__drift_limit=limit) for limit in ("off", 1.0))
+    assert all(record.kept == 1 and (record.drift or 0) < 1 for record in near.history_)
+    assert any(record.drift for record in near.history_)
+    for name, value in free.norms_.items():
+        assert torch.equal(value, near.norms_[name])
+
+
+def test_adapt__held_back_and_resumed_is_bit_for_bit_the_uninterrupted(
+    photos: Path, tiny_backbone: Any, tmp_path: Path
+) -> None:
+    backbone = tiny_backbone("transformer")
+    whole = fitted(photos, backbone, tmp_path / "whole", **WILD)
+
+    def stop(record: EpochRecord) -> None:
+        if record.epoch == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        FineAlign(CLASSES, config=tiny_config(backbone, **WILD)).fit(
+            photos, checkpoints=tmp_path / "killed", on_epoch=stop
+        )
+    resumed = fitted(photos, backbone, tmp_path / "killed", **WILD)
+    for name, value in whole.norms_.items():
+        assert torch.equal(value, resumed.norms_[name])
+    assert [(record.drift, record.kept) for record in whole.history_[2:]] == [
+        (record.drift, record.kept) for record in resumed.history_
+    ]
