@@ -116,6 +116,7 @@ training_values = st.fixed_dictionaries(
         "last_label_pass": st.booleans(),
         "checkpoint_minutes": st.just(0.0) | rate,
         "strangers": st.sampled_from(["auto", "off"]),
+        "drift_limit": rate.filter(bool) | st.just("off"),
         "strong_views": count,
     }
 )
@@ -614,3 +615,14 @@ def test_resolve__twice_is_once() -> None:
 def test_resolve__anchors_learn_the_slower_the_fewer_images_a_class(images: int, classes: int, share: float) -> None:
     rate = resolve(all_auto(), images=images, classes=classes, input_size=224).training.anchor_learning_rate
     assert rate == pytest.approx(ANCHOR_RATE * share)
+
+
+@pytest.mark.parametrize("name", ["strangers", "drift_limit"])
+def test_read_config__off_without_quotes_is_off(name: str, tmp_path: Path) -> None:
+    """YAML reads it as false."""
+    file = tmp_path / "config.yaml"
+    file.write_text(f"training: {{{name}: off}}", encoding="utf-8")
+    assert getattr(read_config(file).training, name) == "off"
+    assert getattr(read_config(None, [f"training.{name}=off"]).training, name) == "off"
+    with pytest.raises(ConfigError, match=name):
+        read_config(None, [f"training.{name}=on"])

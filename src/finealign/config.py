@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
 from finealign.errors import ConfigError, unknown_name
@@ -22,7 +22,6 @@ from finealign.types import ClassPrior
 Auto = Literal["auto"]
 Positive = Annotated[int, Field(ge=1, lt=2**63)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
-OR_OFF = BeforeValidator(lambda value: "off" if value is False else value)  # YAML reads an unquoted off as false
 
 DEFAULT_BACKBONE = "ViT-B-32-quickgelu/openai"
 # Label passes in a run (each encodes weak views and crops anew) when `refresh_epochs` is "auto".
@@ -43,8 +42,9 @@ def without_folder(backbone: str) -> str:
     return f"{architecture}/{Path(path).name}" if is_file else backbone
 
 
-def _is_number(annotation: Any) -> bool:
-    return annotation in (int, float) or any(_is_number(part) for part in get_args(annotation))
+def _has(annotation: Any, *wanted: Any) -> bool:
+    """Whether one of these is among what an annotation allows: a type, or a value of a ``Literal``."""
+    return annotation in wanted or any(_has(part, *wanted) for part in get_args(annotation))
 
 
 class Settings(BaseModel):
@@ -55,11 +55,15 @@ class Settings(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _refuse_truth_as_number(cls, value: Any, info: ValidationInfo) -> Any:
-        """Refuse booleans for numbers: Python takes true for 1, and YAML reads yes, no, on and off as booleans."""
+        """Refuse booleans for numbers: Python takes true for 1, and YAML reads yes, no, on and off as booleans.
+
+        False where "off" is allowed is that word.
+        """
+        annotation = cls.model_fields[info.field_name or ""].annotation
+        if value is False and _has(annotation, "off"):
+            return "off"
         given = value.values() if isinstance(value, Mapping) else (value,)
-        if any(isinstance(one, bool) for one in given) and _is_number(
-            cls.model_fields[info.field_name or ""].annotation
-        ):
+        if any(isinstance(one, bool) for one in given) and _has(annotation, int, float):
             raise PydanticCustomError("truth", "A number is wanted, not true or false (yes, no, on and off are those)")
         return value
 
@@ -139,7 +143,7 @@ class TrainingSettings(Settings):
     max_epochs: Positive = Field(60, description="bound on the epochs when they are auto")
     batch_size: Positive = Field(64, description="images a step")
     learning_rate: Annotated[float, Field(gt=0)] = Field(2e-4, description="of the normalisation parameters")
-    drift_limit: Annotated[Annotated[float, Field(gt=0)] | Literal["off"], OR_OFF] = Field(
+    drift_limit: Annotated[float, Field(gt=0)] | Literal["off"] = Field(
         1.0,
         description="how far the encoder may move images, in the mean and as a multiple of how far it saw their crops "
         "from them; what it learns beyond is halved before label passes and at the end, where features are kept",
@@ -161,7 +165,7 @@ class TrainingSettings(Settings):
     checkpoint_minutes: Annotated[float, Field(ge=0)] = Field(
         10.0, description="between checkpoints within an epoch; the end of each epoch leaves one in any case"
     )
-    strangers: Annotated[Literal["auto", "off"], OR_OFF] = Field(
+    strangers: Literal["auto", "off"] = Field(
         "auto", description="auto: images that seem to show none of the classes count less in training; off: all alike"
     )
     strong_views: Positive = Field(4, description="strong views encoded per image when the encoder is frozen")

@@ -8,7 +8,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from finealign.config import OR_OFF, Auto, Settings
+from finealign.config import Auto, Settings
 from finealign.method.alignment import crop_relevance, crop_weights, global_score, learned_alignment_score
 from finealign.method.crop_trust import EQUAL
 from finealign.method.losses import fairness, mean_over, running_mean, weighted_cross_entropy
@@ -220,9 +220,7 @@ class Method(nn.Module):
 class SelfTrainingOptions(MethodOptions):
     """Options of the loss: step 7 of the method [R]."""
 
-    fairness: Annotated[Literal["running", "batch", "off"], OR_OFF] = Field(
-        "running", description="mean prediction the term judges"
-    )
+    fairness: Literal["running", "batch", "off"] = Field("running", description="mean prediction the term judges")
     fairness_weight: Annotated[float, Field(ge=0)] | Auto = Field(
         "auto",
         description=f"lambda; auto: {PULL:g}, but to shares that are estimated and uneven between "
