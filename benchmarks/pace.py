@@ -4,8 +4,8 @@
     python benchmarks/pace.py --out runs/pace --backbone local-dir:CLIP-B16 --images 120 --set training.batch_size=16
 
 Own top-1: on the images that are learned from, all classes evenly. `--rates` of 0 leave the encoder frozen. A run is a
-line of OUT/pace.jsonl and is not done again. ``drift`` is how far images were moved when last looked at, before the
-encoder was held back, and ``kept`` the share of what it had learned that was kept then.
+line of OUT/pace.jsonl and is not done again. ``drift`` is how far images were moved at most, before
+the encoder was held back, and ``kept`` the least share of what it had learned that was kept.
 """
 
 import argparse
@@ -46,7 +46,7 @@ def run(folder: Path, images: int, backbone: str, device: str, seed: int, settin
         "images": len(own),
         "start": 100 * float((start == truth).mean()),
         "adapted": 100 * float((adapted == truth).mean()),
-        "drift": looked[-1].drift if looked else None,
+        "drift": max((record.drift for record in looked if record.drift is not None), default=None),
         "kept": min((record.kept for record in looked), default=1.0),
     }
 

@@ -12,8 +12,9 @@ from torch.nn.functional import normalize
 
 from conftest import CLASSES, tiny_config, write_photos
 from finealign.classifier import FineAlign
+from finealign.training.features import FeatureBank
 from finealign.training.state import EpochRecord
-from finealign.training.trust_region import drift
+from finealign.training.trust_region import FARTHEST, drift
 from finealign.types import ImageFeatures
 
 WILD: dict[str, Any] = {"training__learning_rate": 0.5, "training__epochs": 4, "views__refresh_epochs": 2}
@@ -35,7 +36,7 @@ def test_drift__is_one_for_images_that_lie_where_their_crops_lay() -> None:
 def test_drift__does_not_depend_on_how_wide_the_cone_is() -> None:
     """As whole features have length 1, a narrow cone is flat, and there the measure is the same at any width."""
 
-    def measured(width: float) -> float:
+    def measured(width: float) -> float | None:
         start = ImageFeatures(weak=images(width), crops=(images(width) + width * images(0.3, seed=1))[:, None])
         return drift(images(width) + 0.5 * width * images(0.3, seed=2), start)
 
@@ -56,10 +57,16 @@ def test_drift__by_its_definition() -> None:
 
 def test_drift__where_there_is_nothing_to_compare() -> None:
     whole = images(0.3)
-    alike = ImageFeatures(weak=whole, crops=whole[:, None])
-    assert drift(whole, alike) == pytest.approx(0, abs=1e-9)
-    assert drift(images(0.3, seed=1), alike) > 1e6
-    assert drift(torch.full_like(whole, math.nan), ImageFeatures(weak=whole, crops=images(0.3, seed=1)[:, None])) > 1e6
+    assert drift(images(0.3, seed=1), ImageFeatures(weak=whole, crops=whole[:, None])) is None
+    start = ImageFeatures(weak=whole, crops=images(0.3, seed=1)[:, None])
+    assert drift(torch.full_like(whole, math.nan), start) == FARTHEST
+
+
+def test_drift__of_images_that_are_all_alike() -> None:
+    one, crop = images(0.3)[:1].expand(5, -1), images(0.3, seed=1)[:1].expand(5, -1)
+    start = ImageFeatures(weak=one, crops=crop[:, None])
+    assert drift(one, start) == pytest.approx(0, abs=1e-9)
+    assert drift(crop, start) == pytest.approx(1)
 
 
 # --- runs -------------------------------------------------------------------------------------------------------------
@@ -76,7 +83,9 @@ def fitted(photos: Path, backbone: str, folder: Path | None = None, **settings: 
 
 def moved(model: FineAlign, photos: Path) -> float:
     """How far the model has moved the photos, by what the package shows of features."""
-    return drift(model.features(photos)[0].weak, model.features(photos, at_start=True)[0])
+    found = drift(model.features(photos)[0].weak, model.features(photos, at_start=True)[0])
+    assert found is not None
+    return found
 
 
 def test_adapt__a_run_that_goes_too_far_is_held_back(photos: Path, tiny_backbone: Any) -> None:
@@ -120,3 +129,32 @@ def test_adapt__held_back_and_resumed_is_bit_for_bit_the_uninterrupted(
     assert [(record.drift, record.kept) for record in whole.history_[2:]] == [
         (record.drift, record.kept) for record in resumed.history_
     ]
+
+
+def test_adapt__killed_in_the_last_label_pass_is_held_back_alike(
+    photos: Path, tiny_backbone: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backbone = tiny_backbone("transformer")
+    whole = fitted(photos, backbone, tmp_path / "whole", **WILD)
+    with monkeypatch.context() as patch:
+        patch.setattr(FeatureBank, "renew", killed)
+        with pytest.raises(KeyboardInterrupt):
+            fitted(photos, backbone, tmp_path / "killed", **WILD)
+    resumed = fitted(photos, backbone, tmp_path / "killed", **WILD)
+    assert resumed.history_[-1].kept == whole.history_[-1].kept
+    for name, value in whole.norms_.items():
+        assert torch.equal(value, resumed.norms_[name])
+
+
+def killed(*_: Any) -> bool:
+    raise KeyboardInterrupt
+
+
+def test_adapt__looked_at_twice_in_an_epoch_tells_the_farther(photos: Path, tiny_backbone: Any) -> None:
+    """With a label pass before every epoch, the last epoch is looked at before it and at the end."""
+    model = fitted(photos, tiny_backbone("transformer"), **WILD | {"training__epochs": 2, "views__refresh_epochs": 1})
+    first, last = model.history_
+    assert first.drift is None
+    assert last.drift is not None
+    assert last.drift > 1
+    assert last.kept < 1

@@ -60,7 +60,7 @@ class Settings(BaseModel):
         False where "off" is allowed is that word.
         """
         annotation = cls.model_fields[info.field_name or ""].annotation
-        if value is False and _has(annotation, "off"):
+        if value is False and _has(annotation, "off") and not _has(annotation, bool):
             return "off"
         given = value.values() if isinstance(value, Mapping) else (value,)
         if any(isinstance(one, bool) for one in given) and _has(annotation, int, float):
@@ -146,7 +146,8 @@ class TrainingSettings(Settings):
     drift_limit: Annotated[float, Field(gt=0)] | Literal["off"] = Field(
         1.0,
         description="how far the encoder may move images, in the mean and as a multiple of how far it saw their crops "
-        "from them; what it learns beyond is halved before label passes and at the end, where features are kept",
+        "from them; where it has gone further, what it learned is halved before label passes and at the end. Methods "
+        "without crops, and runs that keep no features of crops, know no limit",
     )
     anchor_learning_rate: Annotated[float, Field(gt=0)] | Auto = Field(
         "auto",

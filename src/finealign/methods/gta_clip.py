@@ -56,6 +56,7 @@ class GtaClip(SharedVarianceMethod):
                 "weight_decay": 1e-4,
                 "norm_weight_decay": 1e-4,
                 "strangers": "off",
+                "drift_limit": "off",
             },
         }
     }

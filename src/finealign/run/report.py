@@ -203,8 +203,8 @@ def _charts(epochs: Sequence[dict[str, Any]], classes: Sequence[str]) -> list[di
         ),
         (
             "Distance from the start",
-            "How far the encoder has moved images, as a multiple of how far it saw their crops from them. Beyond the "
-            "limit it is held back.",
+            "How far the encoder had moved images, as a multiple of how far it saw their crops from them. Beyond "
+            "training.drift_limit it is held back.",
             [record for record in epochs if record.get("drift") is not None],
             lambda record: record["drift"],
             False,

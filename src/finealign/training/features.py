@@ -8,6 +8,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, Self
@@ -189,13 +190,15 @@ class FeatureBank:
     def probe(self, first: Tensor | None) -> tuple[Tensor, ImageFeatures] | None:
         """Return positions (n,) of ``PROBED`` images at most, and their features as the first label pass kept them.
 
-        ``first`` are the positions of the images of that pass; None for all. None where it kept nothing, or no crops.
+        ``first`` are the positions of the images of that pass; None for all. None where it kept nothing, or no crops
+        by the gaze of the whole images.
         """
-        try:
-            found = read_memmap(self.folder / _name_of_pass(0)) if self.plan.refresh else {}
-        except (OSError, ValueError):
-            return None
-        if not found or not found["crops"].shape[1]:
+        found: dict[str, Tensor] = {}
+        if self.plan.refresh and self.plan.crops and not self.plan.weakly:
+            with suppress(OSError, ValueError):
+                found = read_memmap(self.folder / _name_of_pass(0))
+        # Every rank has to answer alike, as they encode together what is asked for.
+        if self.ranks.any(not found):
             return None
         rows = torch.linspace(0, len(found["weak"]) - 1, min(PROBED, len(found["weak"]))).long()
         positions = rows if first is None else first[rows]

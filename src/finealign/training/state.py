@@ -37,9 +37,9 @@ class EpochRecord:
     learning_rate: float  # at the end: of the normalisation parameters, or of the anchors if those alone learn
     seconds: float  # duration; for an epoch that was stopped and resumed, the time since it was resumed
     images_per_second: float
-    # How far images were moved when last looked at, as a multiple of how far crops lie from them; None: not looked at.
+    # How far images were moved, at most, as a multiple of how far crops lie from them; None: not looked at.
     drift: float | None = None
-    kept: float = 1.0  # share of what the normalisation parameters had learned by then that was kept
+    kept: float = 1.0  # least share of what the normalisation parameters had learned that was kept
 
 
 def begin(

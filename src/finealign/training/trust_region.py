@@ -18,22 +18,28 @@ from finealign.training.state import State
 from finealign.types import ImageFeatures
 
 HALVINGS = 6  # then the start is as good as reached
+FARTHEST = 1e6  # stands for what is no longer finite, so that it can be written as JSON
+LEAST_APART = 0.01  # crops no further from their images than this are no measure
+LEAST_SPREAD = 1e-6  # images that lie no further from their mean than this are all alike
 
 
-def drift(now: Tensor, start: ImageFeatures) -> float:
+def drift(now: Tensor, start: ImageFeatures) -> float | None:
     """Compute how far images were moved, as a multiple of how far their crops lie from them at the start.
 
     now (n, D) are the features of whole images by the encoder as it is, ``start`` those of the same images and their
-    crops before it learned; rows need not have length 1. 0 for images that were not moved; infinity where a feature is
-    not finite, or for images that were moved though their crops do not differ from them.
+    crops before it learned; rows need not have length 1. 0 for images that were not moved, ``FARTHEST`` at most, also
+    where a feature is not finite. None where crops are hardly told from their images. Images that are all alike have
+    no spread to compare with, and are measured around the origin.
     """
     whole = normalize(start.weak.double(), dim=1)
     centre = whole.mean(0)
-    moved = _apart(normalize(now.to(whole), dim=1) - centre, whole - centre)
+    if float((whole - centre).norm(dim=1).max()) < LEAST_SPREAD:
+        centre = torch.zeros_like(centre)
     crops = _apart(normalize(start.crops[:, 0].double(), dim=1) - centre, whole - centre)
-    if not math.isfinite(moved):
-        return math.inf
-    return moved / crops if crops > 0 else (math.inf if moved > 0 else 0.0)
+    if not crops > LEAST_APART:
+        return None
+    moved = _apart(normalize(now.to(whole), dim=1) - centre, whole - centre) / crops
+    return min(moved, FARTHEST) if math.isfinite(moved) else FARTHEST
 
 
 def _apart(first: Tensor, second: Tensor) -> float:
@@ -61,27 +67,34 @@ class TrustRegion:
 
         To be called before each epoch but the first, and looks where a label pass is due, and when training has
         ``ended``. ``state.drift`` becomes how far images were moved, and ``state.kept`` the share of what was learned
-        that is kept. Nothing is done where no features of the start are kept.
+        that is kept; of several looks in an epoch the largest and the smallest. Nothing is done where no features of
+        the start are kept, or crops are hardly told from images.
         """
         if not (ended or self.source.due(epoch)):
             return
         probe = self.source.probe(self.first)
-        if probe is None:
+        found = left = probe and self._drift(*probe)
+        if probe is None or found is None or left is None:
             return
-        images, seen = probe
         learned = {name: parameter.detach().clone() for name, parameter in self.state.norms.items()}
-        self.state.drift = left = drift(self.source.encode_whole(images), seen)
-        self.state.kept = 1.0
+        kept = 1.0
         for _ in range(HALVINGS):
             if left <= self.limit:
                 break
-            self.state.kept /= 2
+            kept /= 2
             for name, parameter in self.state.norms.items():
-                parameter.copy_(torch.lerp(self.start[name], learned[name], self.state.kept))
-            left = drift(self.source.encode_whole(images), seen)
-        if self.state.kept < 1:
+                parameter.copy_(torch.lerp(self.start[name], learned[name], kept))
+            left = self._drift(*probe) or 0.0
+        self.state.drift = max(self.state.drift or 0.0, found)
+        self.state.kept = min(self.state.kept, kept)
+        if kept < 1:
             self.progress.caution(
-                f"The encoder had moved images {self.state.drift:.1f} times as far as it saw their crops from them, so "
-                f"{self.state.kept:.0%} of what it had learned is kept (training.drift_limit={self.limit:g}). If this "
-                "comes again, lower training.learning_rate."
+                f"The encoder had moved images {found:.1f} times as far as it saw their crops from them, so {kept:.0%} "
+                f"of what it had learned is kept, by which it is {left:.1f} times (training.drift_limit="
+                f"{self.limit:g}). If this comes again, lower training.learning_rate."
             )
+
+    def _drift(self, images: Tensor, start: ImageFeatures) -> float | None:
+        """``drift`` of these images, the same on all ranks, which decide by it how often they encode together."""
+        told = self.state.ranks.texts(repr(drift(self.source.encode_whole(images), start)))[0]
+        return None if told == "None" else float(told)
