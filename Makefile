@@ -7,7 +7,7 @@ CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 # `make install CONSTRAINTS=constraints.txt` installs the versions that the suite was last run with.
 CONSTRAINTS ?=
 
-.PHONY: install test nightly lowest lint types workflows demo docs wheel wheel-check tag-check clean
+.PHONY: install test nightly mutants lowest lint types workflows demo docs wheel wheel-check tag-check clean
 
 install: $(VENV)/.installed
 
@@ -27,6 +27,14 @@ test: install
 # Every test, the costly cases as well.
 nightly: install
 	$(BIN)/pytest --numprocesses auto --dist worksteal
+
+# Deliberate bugs that the tests do not find, of some drawn by SEED: `make mutants MUTANTS=40 SEED=1`. An hour or two.
+# Goes on where it was stopped; runs/mutants has what it found. Coverage says which tests reach a line, once.
+MUTANTS ?= 100
+SEED ?= 0
+mutants: install
+	$(BIN)/pip install --quiet 'coverage>=7.6'
+	$(BIN)/python benchmarks/mutation.py --out runs/mutants --mutants $(MUTANTS) --seed $(SEED)
 
 # The suite with the lowest versions that pyproject.toml allows, in an environment of its own.
 lowest:

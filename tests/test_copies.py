@@ -104,6 +104,16 @@ def test_copies__in_a_cloud_are_those_with_the_same_features() -> None:
     assert np.sort(counts)[-5] <= 2 and 400 - len(counts) < 10
 
 
+def test_copies__the_same_features_amid_a_chain_are_those_alone() -> None:
+    """A chain of images, each near the next and without a gap around any, in which one occurs twice."""
+    chain = np.zeros((120, 7))
+    chain[:, 6] = 0.004 * np.arange(
+        120
+    )  # neighbours are nearer than the narrowest level, the ends farther than any gap
+    chain[80] = chain[3]
+    assert copies(np.concatenate([np.eye(6, 7), chain])).tolist() == [*range(86), 9, *range(86, 125)]
+
+
 def test_copies__most_images_being_copies_is_no_matter() -> None:
     weak = photos(30)
     assert sizes(np.concatenate([weak, moved(weak[:1], 200, 3e-4)]))[:2] == [201, 1]

@@ -78,6 +78,12 @@ def test_read_known_labels__paths_are_found_from_the_file_the_images_and_here(
     assert (known != UNKNOWN).sum() == 4
 
 
+def test_read_known_labels__a_row_that_names_an_image_means_no_other_link_to_it(photos: Path) -> None:
+    (photos / "blue" / "again.png").symlink_to(photos / "red" / "0.png")
+    paths = [photos / "red" / "0.png", photos / "blue" / "again.png"]
+    assert known_of({"red/0.png": "red"}, paths, folder=photos) == {"0.png": 0}
+
+
 def test_read_known_labels__as_a_mapping_or_one_for_each_image(album: Path) -> None:
     paths = list_images(album)
     one_each = [None] * len(paths)

@@ -44,6 +44,13 @@ class Pairs(Dataset[Any]):
         return self.images[index], index
 
 
+class Iterated(Pairs):
+    """One that can be gone through as well, which would be to read all of it."""
+
+    def __iter__(self) -> Iterator[Any]:
+        raise AssertionError("gone through")
+
+
 class Lists(Pairs):
     def __getitem__(self, index: int) -> Any:
         return list(super().__getitem__(index))
@@ -239,6 +246,10 @@ def test_find_images__names_and_order() -> None:
     assert found[0] == find_images(found)[0] != found[2]
     assert found[1:3] == [found[1], found[2]]
     assert find_images(["b.png", "a.png"]) == [Path("b.png"), Path("a.png")]
+
+
+def test_dataset__is_asked_by_index_even_where_it_could_be_gone_through() -> None:
+    assert len(pixels(Iterated([ramp(), ramp()]))) == 2
 
 
 def test_find_images__a_dataset_is_asked_when_an_image_is_read() -> None:

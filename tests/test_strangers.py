@@ -152,6 +152,28 @@ def test_the_model_comes_back_from_its_tensors() -> None:
         StrangerModel.from_tensors({"mean": model.mean})
 
 
+@pytest.mark.parametrize(
+    ("name", "place", "value", "message"),
+    [
+        ("mean", 1, math.nan, "mean .* not finite"),
+        ("cosine_deviation", 1, 0.0, "cosine_deviation .* not above 0"),
+        ("claim_deviation", 1, -1.0, "claim_deviation .* not above 0"),
+        ("scale", (), 0.0, "scale .* not above 0"),
+        ("openness", (), 1.5, r"openness .* not in \[0, 1\]"),
+        ("share", (), -0.5, r"share .* not in \[0, 1\]"),
+        ("quantiles", -1, 1.5, r"quantiles .* not in \[0, 1\]"),
+    ],
+)
+def test_from_tensors__one_value_that_cannot_be_is_refused(
+    name: str, place: object, value: float, message: str
+) -> None:
+    weak, crops, anchors, _ = folder([EACH] * CLASSES, 40)
+    tensors = {key: tensor.clone() for key, tensor in fit(weak, crops, anchors).tensors().items()}
+    tensors[name][place] = value  # type: ignore[index]
+    with pytest.raises(ValueError, match=message):
+        StrangerModel.from_tensors(tensors)
+
+
 def test_no_gradient_and_no_change_of_what_is_given() -> None:
     weak, crops, anchors, _ = folder([EACH] * CLASSES, 40)
     before = [value.clone() for value in (weak, crops, anchors)]
