@@ -12,6 +12,7 @@ from finealign.errors import ConfigError
 from finealign.method.base import Method
 from finealign.method.few_labels import UNKNOWN
 from finealign.method.registry import find_method, method_names
+from finealign.model.fitted import what_learned
 from finealign.model.known_labels import check_taken
 from finealign.testing import check_method
 from finealign.types import ImageFeatures
@@ -205,3 +206,8 @@ def test_methods_that_need_labels__load_what_they_have_learned(name: str) -> Non
     method, other = surveyed(name, weak, known), make(name, logit_scale=SCALE)
     other.load_inference_tensors(method.inference_tensors())
     close(scored(other, near_texts(4, seed=3)), scored(method, near_texts(4, seed=3)))
+
+
+@over_all
+def test_what_learned__to_classify_images_from_labelled_ones(name: str) -> None:
+    assert what_learned(make(name), {}) == "to classify images, from those with a label"

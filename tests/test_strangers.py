@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from finealign.method import strangers
-from finealign.method.strangers import StrangerModel, fit, p_none, upper_component
+from finealign.method.strangers import StrangerModel, _logistic, fit, p_none, upper_component
 
 D, CLASSES, EACH = 48, 8, 30
 
@@ -172,6 +172,16 @@ def test_from_tensors__one_value_that_cannot_be_is_refused(
     tensors[name][place] = value  # type: ignore[index]
     with pytest.raises(ValueError, match=message):
         StrangerModel.from_tensors(tensors)
+
+
+def test_logistic__ends_where_the_loss_is_level() -> None:
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(200, 3, generator=generator)
+    target = torch.sigmoid(inputs @ torch.tensor([3.0, -5.0, 1.0]) + 2)
+    weights, bias = _logistic(inputs, target, ridge=0.5)
+    error = torch.sigmoid(inputs.double() @ weights.double() + bias.double()) - target.double().clamp(1e-3, 1 - 1e-3)
+    torch.testing.assert_close(inputs.double().T @ error, -0.5 * weights.double(), atol=1e-4, rtol=0)
+    assert float(error.sum()) == pytest.approx(-1e-3 * float(bias), abs=1e-4)
 
 
 def test_no_gradient_and_no_change_of_what_is_given() -> None:
