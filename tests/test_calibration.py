@@ -14,10 +14,13 @@ from hypothesis import strategies as st
 
 from conftest import CLASSES, predictions, tiny_config
 from finealign import FineAlign
+from finealign.config import make_config, resolve
 from finealign.images.listing import list_images
+from finealign.method.base import Method
 from finealign.model.calibration import (
     COOLEST,
     HOTTEST,
+    adapted_witnesses,
     confidences,
     confirmed,
     estimate_accuracy,
@@ -28,6 +31,7 @@ from finealign.model.calibration import (
 from finealign.model.folder import MANIFEST
 from finealign.run.verdict import judge_model
 from finealign.types import TextFeatures
+from test_methods import images, make_trained, texts
 
 Tiny = Callable[[str], str]
 nightly = pytest.mark.nightly
@@ -225,6 +229,26 @@ def test_fit__the_encoder_is_left_as_it_was(photos: Path, tiny_backbone: Tiny) -
         assert parameter.grad is None
         assert not parameter.requires_grad
     assert not any(parameter.requires_grad for parameter in model.method_.parameters())
+
+
+def test_adapted_witnesses__expect_and_trust_what_the_adapted_one_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And their anchors learn even if those of the run take no steps, as where it keeps no features of crops."""
+    config = make_config({"method": {"name": "fair"}, "training": {"anchor_steps": 0, "batch_size": 8}})
+    config = resolve(config, images=16, classes=4, input_size=32)
+    like = make_trained("fair")
+    like.whole_share.fill_(0.25)
+    like.expect(torch.tensor([0.4, 0.3, 0.2, 0.1]))
+    backbone: Any = None  # nothing of it learns
+
+    def witnesses(steps: int) -> list[Method]:
+        monkeypatch.setattr("finealign.model.calibration.ANCHOR_STEPS", steps)
+        return adapted_witnesses(images(16), texts(), config, backbone, like=like, images=16)
+
+    for still, moved in zip(witnesses(0), witnesses(3), strict=True):
+        assert float(moved.share_of_whole()) == 0.25
+        assert moved.class_prior is not None
+        torch.testing.assert_close(moved.class_prior.float(), torch.tensor([0.4, 0.3, 0.2, 0.1]))
+        assert not torch.equal(moved.classifier(), still.classifier())
 
 
 @pytest.mark.parametrize("name", ["eurosat", pytest.param("pets37-small", marks=nightly)])

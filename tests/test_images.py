@@ -32,6 +32,7 @@ from finealign.images.prefetch import in_order
 from finealign.images.tables import read_table, set_aside_csv
 from finealign.run import contract
 from finealign.types import SetAside
+from hostile import tiff
 
 ORIENTATION = 0x0112
 KINDS = ["JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "AVIF", "JPEG2000", "PPM"]
@@ -1123,3 +1124,12 @@ def test_set_aside_csv__can_be_read_as_a_table(tmp_path: Path) -> None:
 def test_set_aside_csv__place_that_cannot_be_written(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match=r"s\.csv.*no such file.*Choose"):
         set_aside_csv([], tmp_path / "gone" / "s.csv")
+
+
+@pytest.mark.parametrize(("width", "height", "reason"), [(2, 2, "not supported"), (0, 2, "damaged"), (2, 0, "damaged")])
+def test_read_image__a_tiff_without_pixels_is_damaged_whatever_its_kind(
+    tmp_path: Path, width: int, height: int, reason: str
+) -> None:
+    (tmp_path / "a.tif").write_bytes(tiff(width, height, b"some data", compression=34_661))
+    with pytest.raises(ImageReadError, match=reason):
+        read_image(tmp_path / "a.tif")

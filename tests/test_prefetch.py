@@ -27,6 +27,7 @@ from finealign.errors import FinealignError, ImageInputError
 from finealign.images import prefetch as prefetching
 from finealign.images.prefetch import Prefetcher
 from finealign.training.loop import adapt
+from finealign.types import SetAside
 
 over_workers = pytest.mark.parametrize("workers", [0, 1, 2])
 PATIENCE = HANG
@@ -313,3 +314,8 @@ def test_fit__that_fails_leaves_no_worker(
     with pytest.raises(ZeroDivisionError):
         FineAlign(CLASSES, config=config).fit(photos)
     assert multiprocessing.active_children() == []
+
+
+def test_pinned__what_holds_no_tensor_is_as_it_was() -> None:
+    result = [3, ("name", None), SetAside("a.png", "empty file")]
+    assert prefetching._pinned(result) == result

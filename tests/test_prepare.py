@@ -2,7 +2,7 @@
 
 import io
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,11 @@ from finealign.images.left_out import LeftOut
 from finealign.images.listing import Listing, list_images
 from finealign.images.paths import PathList
 from finealign.images.training_set import decode_training_set
+from finealign.model.prepare import unknown_words
 from finealign.run.adapt import plan
 from finealign.runtime import devices
 from finealign.runtime.devices import choose_device
+from finealign.types import Texts
 
 Tiny = Callable[[str], str]
 
@@ -251,6 +253,20 @@ def test_prepare__names_in_latin_letters_are_not_told_of(tiny_backbone: Tiny, ph
     with warnings.catch_warnings():
         warnings.simplefilter("error", CautionWarning)
         model.prepare(photos)
+
+
+def test_unknown_words__three_names_are_shown_and_all_are_counted() -> None:
+    class SpellsOut:
+        def spelled_out(self, names: Sequence[str]) -> dict[str, int]:
+            return {name: 2 for name in names if not name.isascii()}
+
+    def told(*names: str) -> str:
+        return unknown_words(Texts(names, tuple((name,) for name in names), ("{}",)), SpellsOut())  # type: ignore[arg-type]
+
+    assert told("wren") == ""
+    assert "no words for 1 class name and reads 2 byte pieces: '犬' as 2. " in told("wren", "犬")
+    four = told("犬", "猫", "鳥", "wren", "魚")
+    assert "for 4 class names and reads 8 byte pieces: '犬' as 2, '猫' as 2, '鳥' as 2" in four and "魚" not in four
 
 
 def test_fit__the_caution_of_unknown_words_is_kept(tiny_backbone: Tiny, photos: Path) -> None:

@@ -460,12 +460,23 @@ def test_card__is_what_the_hub_reads(finished: Path) -> None:
     front, text = card(finished)
     assert ModelCard.load(path).data.to_dict() == front
     assert front["pipeline_tag"] == "zero-shot-image-classification"
+    assert front["library_name"] == "open_clip"
     assert "base_model" not in front  # of a local folder there is none on the hub
     said = json.loads((finished / "run.json").read_text(encoding="utf-8"))["verdict"]
     assert f"{said['call']}. {said['advice']}" in text
     assert "red, green, blue." in text
     assert "none with a label" in text
     assert not re.search(r"\{[{%]|\n\n\n", text)
+
+
+def test_card__of_a_method_without_shares_tells_of_none(tiny_backbone: Tiny, tmp_path: Path) -> None:
+    """Not even if the run has them, as that of another method in whose place its start is exported."""
+    shares = {"kind": "given", "shares": [0.6, 0.3, 0.1], "taught": True}
+    for method, told in (("fair", True), ("cupl", False)):
+        config = tiny_config(tiny_backbone("transformer"), method__name=method)
+        model = FineAlign(CLASSES, config=config).unlearned()
+        model.save(tmp_path / method / "model", run={"images": 3, "class_prior": shares, "verdict": None})
+        assert ("60" in card(tmp_path / method)[1]) == told, method
 
 
 def test_card__of_a_model_saved_by_hand_claims_no_verdict(finished: Path, tmp_path: Path) -> None:

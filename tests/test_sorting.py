@@ -2,6 +2,7 @@
 
 import tarfile
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import pytest
@@ -153,3 +154,20 @@ def test_cases_are_those_of_a_config_error() -> None:
     for wrong in (0, -1, 1.5, float("nan"), True, "0.5"):
         with pytest.raises(ConfigError, match=r"min_confidence: found .* above 0 and at most 1"):
             least_confidence(None, wrong)  # type: ignore[arg-type]
+
+
+def test_sorter__a_copy_that_fails_midway_is_not_left_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(source: BinaryIO, target: BinaryIO) -> None:
+        target.write(source.read(2))
+        raise OSError(28, "No space left on device")
+
+    (image,) = laid(tmp_path, a__1_jpg="whole")
+    sorter = Sorter(tmp_path / "sorted", CLASSES, copy=True)
+    with monkeypatch.context() as patched:
+        patched.setattr("shutil.copyfileobj", fails)
+        with pytest.raises(OutputError, match="cannot be written: no space left"):
+            sorter.add(image, "wren")
+    assert below(tmp_path / "sorted") == {}
+    sorter.add(image, "wren")
+    assert below(tmp_path / "sorted") == {"wren/1.jpg": "whole"}
+    assert sorter.as_json() == {"into": str(tmp_path / "sorted"), "images": 1, "renamed": 0, "problems": []}
