@@ -4,11 +4,15 @@
     python benchmarks/mutation.py --out runs/mutants [--mutants 100] [--seed 0] [--again] [--map-only]
 
 Needs coverage (`pip install coverage`). The checkout is copied to a temporary folder, where everything happens. First
-each test file runs once and OUT/lines keeps which test runs which lines of the packages; a file that has changed runs
-again. What starts processes, browsers or whole runs is left out (LEFT_OUT): the share is that of the quicker tests.
-Then every mutant, one small change, is written into the copy, and the tests that run its line are run until one fails.
-A mutant of a line that runs when its module is imported has the tests that run anything of the module. Tests of the
-file of the same name come first, then the cheapest; those beyond --seconds in all, as recorded, are left.
+each test file runs once and OUT/lines keeps which test runs which lines of the packages; where the file or the packages
+have changed it runs again. What starts processes, browsers or whole runs is left out (LEFT_OUT): the share is that of
+the quicker tests, and with all of them it is higher.
+
+Then every mutant, one small change, is written into the copy, and the tests that run its line are run until one fails,
+in a process forked from one that has collected them: functions are given the code of the changed file, which takes a
+second. What runs when a module is imported is imported again, and has the tests that run anything of the module. Tests
+of the file of the same name come first, then the cheapest; those beyond --seconds in all, as recorded, are left. In the
+end the tests that killed are run without any mutant, which they must pass.
 
 A mutant flips a comparison or moves its boundary, swaps an operator or a function (min for max), changes a number,
 a flag or a word, adds a `not`, takes out a condition, a keyword argument, a call or a returned value, or ends a loop
@@ -468,7 +472,10 @@ def _code_key(code: CodeType) -> tuple[str, int]:
 
 
 def _key(place: Path, test_file: str) -> str:
-    return hashlib.sha256((place / test_file).read_bytes()).hexdigest()
+    """A hash of the test file and of the packages."""
+    folders = [place / "src" / "finealign" / name for name in PACKAGES]
+    files = [place / test_file, *(path for folder in folders for path in sorted(folder.glob("*.py")))]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
 
 
 class Reached:

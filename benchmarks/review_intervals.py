@@ -1,6 +1,6 @@
 """How often the intervals of a review hold the truth, and how narrow they are: simulated reviews of known images.
 
-    python benchmarks/review_intervals.py --out runs/frozen [--reviews 1000] [--budgets 20,60,150] [--variants even,tail]
+    python benchmarks/review_intervals.py --out runs/frozen [--reviews 1000] [--budgets 20,60,150] [--variants even]
 
 The worlds and folders are those of ``frozen.py``, adapted to with a frozen encoder and calibrated as a run is; their
 predictions are kept in OUT/coverage. Each setting is a folder, a budget and an aim, and is reviewed so many times by a

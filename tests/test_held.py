@@ -382,6 +382,7 @@ def test_dataset__columns(photos: Path) -> None:
     both = datasets.concatenate_datasets(
         [renamed, renamed.rename_column("photo", "mask").remove_columns("label")], axis=1
     )
+    assert len(find_images(both.rename_column("photo", "img"))) == len(rows), "of several the one called as usual"
     with pytest.raises(ImageInputError, match="2 columns of images: photo, mask"):
         find_images(both)
     with pytest.raises(ImageInputError, match="splits train"):

@@ -1133,3 +1133,23 @@ def test_read_image__a_tiff_without_pixels_is_damaged_whatever_its_kind(
     (tmp_path / "a.tif").write_bytes(tiff(width, height, b"some data", compression=34_661))
     with pytest.raises(ImageReadError, match=reason):
         read_image(tmp_path / "a.tif")
+
+
+@pytest.mark.parametrize(
+    ("source", "guess"),
+    [
+        ("https://example.org/a.jpg", "it is an address"),
+        ("~nobody-of-this-name/photos", "a shell replaces ~"),
+        ("photos/*.jpg", "patterns are not expanded"),
+        ("photos/?.jpg", "patterns are not expanded"),
+        ("-", "not read from standard input"),
+        ("photos", None),
+    ],
+)
+def test_list_images__why_nothing_is_there_is_guessed_from_the_name(source: str, guess: str | None) -> None:
+    with pytest.raises(ImageInputError, match="no such file") as caught:
+        list_images(source)
+    guesses = ("is an address", "a shell replaces", "patterns are not", "standard input")
+    assert [each for each in guesses if each in str(caught.value)] == [
+        each for each in guesses if each in (guess or "")
+    ]

@@ -211,3 +211,8 @@ def test_methods_that_need_labels__load_what_they_have_learned(name: str) -> Non
 @over_all
 def test_what_learned__to_classify_images_from_labelled_ones(name: str) -> None:
     assert what_learned(make(name), {}) == "to classify images, from those with a label"
+
+
+def test_what_learned__without_training_and_labels() -> None:
+    assert what_learned(make("transclip"), {}) == "a vector for each class, from all images at once"
+    assert what_learned(make("cupl"), {}) == "nothing"

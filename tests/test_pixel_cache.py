@@ -614,6 +614,20 @@ def test_store_pixels__what_a_killed_run_left_goes_after_a_day(
     assert len(entries(cache)) == (3 if died == "building" else 4)
 
 
+def test_store_pixels__an_old_unfinished_entry_that_is_still_written_to_stays(tmp_path: Path, cache: Path) -> None:
+    unfinished = cache / f"building-{'0' * 16}"
+    unfinished.mkdir(parents=True)
+    for name in (PIXELS, "another"):
+        (unfinished / name).write_bytes(b"")
+    age(unfinished, 25 * 3600)
+    os.utime(unfinished / PIXELS)
+    store(photos(tmp_path), cache)
+    assert unfinished.exists()
+    age(unfinished, 25 * 3600)
+    store(photos(tmp_path, seed=1), cache)
+    assert not unfinished.exists()
+
+
 def test_store_pixels__of_two_builders_the_later_keeps_what_is_there(
     tmp_path: Path, cache: Path, decoder: Decoder
 ) -> None:
