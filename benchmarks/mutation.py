@@ -367,6 +367,7 @@ class Session:
             self._measured.start()
             os._exit(int(pytest.main([*PYTEST, *test_files], plugins=[self])))
         self._asked.close()
+        self._asks.recv()  # no file is to be changed before it has imported all of them
 
     def ask(self, work: str, limit: float, *given: Any) -> int | None:
         """Have a method do its work in a process of its own: its status, or None where it took longer."""
@@ -390,6 +391,7 @@ class Session:
             json.dumps({"tests": {}, "lines": _lines(self._measured, self.place)}), encoding="utf-8"
         )
         with suppress(EOFError):
+            self._asked.send("collected")
             while True:
                 work, limit, given = self._asked.recv()
                 self._asked.send(forked(partial(getattr(self, work), *given), self.place, limit))
