@@ -397,7 +397,8 @@ def test_store_pixels__an_image_that_fails_for_the_moment_is_tried_again(
 
 
 def test_store_pixels__as_bright_as_the_white_value_says(tmp_path: Path, cache: Path) -> None:
-    path, brightest = tmp_path / "sixteen bits.png", []
+    path = tmp_path / "sixteen bits.png"
+    brightest = []
     Image.fromarray(np.linspace(0, 3000, 64).astype(np.uint16).reshape(8, 8)).save(path)
     for white in (3000, 6000, "auto"):
         how: dict[str, Any] = {"shorter_side": SIDE, "max_pixels": MAX_PIXELS, "white_value": white}
