@@ -23,7 +23,7 @@ def test_plain__scores_as_the_method_that_it_was_kept_of(prior: Tensor | None) -
     method = make_trained("fair")
     move(method)
     method.whole_share.fill_(0.3)
-    method.class_prior = prior
+    method.register_buffer("class_prior", prior)
     kept = plain_tensors(method)
     again = plain(kept)
     for kind in SCORES:
