@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from finealign.backbone.base import Backbone
 from finealign.classifier import FineAlign
 from finealign.config import Config, make_config
 from finealign.demo.model import demo_model
@@ -46,7 +47,7 @@ from finealign.runtime.atomic import save_bytes, save_text
 from finealign.runtime.progress import Progress
 from finealign.runtime.replace import make_room, require_replaceable
 from finealign.training.state import EpochRecord
-from finealign.types import ImageFeatures, Truth
+from finealign.types import ImageFeatures, TextFeatures, Truth
 
 # Settings that differ from the defaults of `finealign adapt`, as `make_config` takes them; the same for all methods.
 SETTINGS: dict[str, Any] = {"views": {"crops": 5}, "training": {"epochs": 2, "batch_size": 32}}
@@ -135,12 +136,12 @@ def _compare(
     """Run and measure each method in the order of ``METHODS``; the results by method."""
     by_method: dict[str, _Measured] = {}
     test = _TestImages(truth, progress)
-    backbone = text_features = None
+    backbone: Backbone | None = None
+    text_features: TextFeatures | None = None
     for name, config in configs.items():
         model = FineAlign(world.classes, descriptions=world.descriptions, config=config)
-        prepared = model.prepare(
-            world.unlabelled, backbone=backbone, text_features=text_features, progress=progress
-        )  # which loads and encodes what it is not given
+        # The first one loads the backbone and encodes the texts; the others are given both.
+        prepared = model.prepare(world.unlabelled, backbone=backbone, text_features=text_features, progress=progress)
         backbone, text_features = prepared.backbone, prepared.text_features
         curve: list[float] = []
         run = None
