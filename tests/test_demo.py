@@ -19,7 +19,7 @@ def test_demo__quick_shows_the_methods_in_their_order(tmp_path: Path) -> None:
     # The names say nothing, the descriptions much, and FAIR leaves the other ways of using them behind. With so few
     # images self-training ends near where it started, on either side.
     assert abs(top1["zero-shot"] - found["chance"]) < 0.06
-    assert top1["zero-shot"] + 0.25 < min(top1["wca"], top1["cupl"])
+    assert top1["zero-shot"] + 0.2 < min(top1["wca"], top1["cupl"])
     assert top1["cupl"] - 0.06 < top1["self-training"] < top1["fair"] - 0.05
     assert top1["wca"] < top1["fair"] and top1["cupl"] + 0.1 < top1["fair"]
     for made in ("demo.png", "report.md", "demo.json", "fair/model/finealign.json", "self-training/run.json"):

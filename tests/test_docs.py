@@ -23,7 +23,7 @@ PAGES = sorted((DOCS / "how-to").glob("*.md"))
 SMALL_DEMO = """
 import finealign.demo.run as demo
 demo.QUICK_IMAGES = {"unlabelled": 96, "test": 48}
-demo.QUICK_SETTINGS["training"]["epochs"] = 1
+demo.SETTINGS["training"]["epochs"] = 1
 """
 SNIPPET = re.compile(r"^```(bash|python)\n(.*?)^```", flags=re.DOTALL | re.MULTILINE)
 

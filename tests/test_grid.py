@@ -25,6 +25,7 @@ from finealign.cli import app
 from finealign.config import make_config
 from finealign.errors import ConfigError, FinealignError, OutputError
 from finealign.evaluate.truth import read_truth
+from finealign.model.inference import Predictor
 
 Tiny = Callable[[str], str]
 QUICK: dict[str, Any] = {
@@ -102,6 +103,32 @@ def test_run_grid__figures_agree_with_the_images(finished: tuple[Grid, list[Cell
             assert cell.top1[score] == pytest.approx(letters.count("1") / 12)
         assert np.array_equal(cell.right, [letter == "1" for letter in cell.correct[cell.score]])
         assert (cell.verdict is not None) == (cell.method == "fair")
+
+
+@pytest.mark.parametrize(
+    ("method", "encoder", "times"),
+    [("zero-shot", "full", 1), ("transclip", "full", 1), ("fair", "frozen", 1), ("fair", "full", 2)],
+)
+def test_run_grid__the_start_is_scored_on_the_same_encoding_where_the_tower_is_the_same(
+    grid: Grid, monkeypatch: pytest.MonkeyPatch, method: str, encoder: str, times: int
+) -> None:
+    asked: list[list[Path]] = []
+    features = Predictor.features
+
+    def watched(self: Predictor, paths: Any, **how: Any) -> Any:
+        asked.append(list(paths))
+        return features(self, asked[-1], **how)
+
+    monkeypatch.setattr(Predictor, "features", watched)
+    settings = {**QUICK, "training": {**QUICK["training"], "epochs": 1, "encoder": encoder}}
+    (cell,) = run_grid(replace(grid, methods=(method,), seeds=(0,), settings=settings))
+    test = sorted((Path(grid.datasets[0].removeprefix("path:")) / "test").rglob("*.png"))
+    train = sorted((Path(grid.datasets[0].removeprefix("path:")) / "train").rglob("*.png"))
+    encoded = [sorted(paths) for paths in asked]
+    assert encoded.count(test) == times
+    # A tower that learned has encoded the images adapted to in its label passes, which the verdict is made from.
+    assert encoded.count(train) == len(encoded) - times == (encoder == "frozen")
+    assert (cell.verdict is not None) == (method == "fair")
 
 
 def test_run_grid__reruns_nothing_that_is_done(

@@ -454,7 +454,13 @@ class FineAlign(Estimator):
         if self._sampled is None or self._sampled[0] != paths:
             known = self._seen_of(images, SAMPLE)
             before = start or (known[0] if known else self.features(paths, at_start=True)[0])
-            after = known[1] if known else self.features(paths, crops=self.score_ != "global")[0]
+            crops = self.score_ != "global"
+            if known:
+                after = known[1]
+            elif self._model.encodes_as_start:
+                after = before if crops else replace(before, crops=before.crops[:, :0])
+            else:
+                after = self.features(paths, crops=crops)[0]
             self._sampled = paths, before, after
         return self._sampled[1:]
 

@@ -32,7 +32,7 @@ from finealign.method.registry import method_settings
 from finealign.model.known_labels import check_taken
 from finealign.model.prepare import Prepared
 from finealign.run.folder import versions
-from finealign.run.verdict import Verdict, judge_model, start_features, why_unjudged
+from finealign.run.verdict import judge_model, why_unjudged
 from finealign.runtime.atomic import save_text
 from finealign.runtime.devices import hardware
 from finealign.runtime.progress import Progress
@@ -248,7 +248,6 @@ class _Runner:
         self.weights: dict[str, str] = {}
         self.texts: dict[str, TextFeatures] = {}  # by set
         self.start: dict[str, NDArray[np.bool_]] = {}  # by set: which test images the start labels correctly
-        self.judged: dict[tuple[str, int, str], ImageFeatures] = {}  # by set, seed and views: what the verdict needs
 
     def run(self, task: LabelledSet, method: str, seed: int) -> Cell:
         model = FineAlign(
@@ -269,10 +268,11 @@ class _Runner:
         }
         scored = time.perf_counter()
         if task.name not in self.start:
-            at_start = self._test_features(model, task, at_start=True, crops=False)
+            same = model.model_.encodes_as_start
+            at_start = test if same else self._test_features(model, task, at_start=True, crops=False)
             self.start[task.name] = _right(model.start_method_.score(at_start, "global"), labels)
         right["start"] = self.start[task.name]
-        verdict = None if why_unjudged(model) else self._verdict(model, task, seed)
+        verdict = None if why_unjudged(model) else judge_model(model, model.paths_)  # of which it keeps features
         return Cell(
             dataset=task.name,
             method=method,
@@ -300,13 +300,6 @@ class _Runner:
             self.weights = {"checksum": prepared.backbone.checksum, **prepared.backbone.origin}
         self.backbone, self.texts[task.name] = prepared.backbone, prepared.text_features
         return prepared
-
-    def _verdict(self, model: FineAlign, task: LabelledSet, seed: int) -> Verdict:
-        views = model.config_.views.model_dump(exclude={"refresh_epochs"})
-        key = (task.name, seed, json.dumps(views))
-        if key not in self.judged:
-            self.judged[key] = start_features(model, task.unlabelled)
-        return judge_model(model, task.unlabelled, start=self.judged[key])
 
     def _test_features(
         self, model: FineAlign, task: LabelledSet, *, crops: bool, at_start: bool = False

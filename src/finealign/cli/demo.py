@@ -19,7 +19,7 @@ def demo(
         Path | None, typer.Option(help="Where it goes. Default: runs/demo-seedN, with --quick -quick.")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Decides every random draw, the world's included.")] = 0,
-    quick: Annotated[bool, typer.Option("--quick", help="Fewer images and steps: a look, not a measurement.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer images: a look, not a measurement.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the demo in --out.")] = False,
     device: Device = "auto",
     as_json: AsJson = False,

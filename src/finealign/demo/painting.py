@@ -84,7 +84,7 @@ def _landscape(rng: np.random.Generator) -> Image.Image:
 def _washed(layer: Image.Image, rng: np.random.Generator) -> Image.Image:
     """The bird with irregular edges, uneven pigment and light from one side, as in watercolour."""
     height, width = layer.height, layer.width
-    clouds = [_cloud(rng, cells)[:height, :width] for cells in (24, 24, 10, 48)]
+    clouds = [_cloud(rng, cells, height, width) for cells in (24, 24, 10, 48)]
     rows, columns = np.indices((height, width), dtype=np.float32)
     wander = float(rng.uniform(0.8, 2.2))
     rows = (rows + wander * clouds[0]).clip(0, height - 1).astype(np.intp)
@@ -99,10 +99,11 @@ def _washed(layer: Image.Image, rng: np.random.Generator) -> Image.Image:
     return Image.fromarray(pixels.astype(np.uint8), "RGBA")
 
 
-def _cloud(rng: np.random.Generator, cells: int, size: int = _DRAWN) -> Floats:
-    """Smooth noise of about unit size: (size, size)."""
+def _cloud(rng: np.random.Generator, cells: int, height: int, width: int, size: int = _DRAWN) -> Floats:
+    """The upper left part of smooth noise of about unit size, ``cells`` by ``cells`` on ``size`` pixels."""
     coarse = Image.fromarray(rng.normal(0, 1, (cells, cells)).astype(np.float32))
-    return np.asarray(coarse.resize((size, size), Image.Resampling.BICUBIC))
+    part = (0.0, 0.0, cells * width / size, cells * height / size)
+    return np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC, box=part))
 
 
 def _grass(canvas: Image.Image, rng: np.random.Generator) -> None:
@@ -123,7 +124,7 @@ def _lit(canvas: Image.Image, rng: np.random.Generator) -> NDArray[np.uint8]:
     """The pixels with random brightness and warmth, the grain of paper, and dusk."""
     pixels = np.asarray(canvas, dtype=np.float32) / 255
     warmth = 1 + rng.normal(0, 0.05, 3).astype(np.float32)
-    pixels = pixels ** float(rng.uniform(0.8, 1.3)) * warmth + 0.018 * _cloud(rng, SIZE, SIZE)[..., None]
+    pixels = pixels ** float(rng.uniform(0.8, 1.3)) * warmth + 0.018 * _cloud(rng, SIZE, SIZE, SIZE, SIZE)[..., None]
     return (255 * (pixels.clip(0, 1) * _DUSK[0] + _DUSK[1])).clip(0, 255).astype(np.uint8)
 
 

@@ -5,17 +5,12 @@ from typing import Any
 
 import yaml
 
-from finealign.config import Config
 from finealign.demo.result import ADAPTED, METHODS, PICTURE, START, SYNTHETIC, DemoResult, points
 from finealign.demo.world import World
 
 
-def write_up(result: DemoResult, world: World, settings: dict[str, Any], configs: dict[str, Config]) -> str:
-    """The text of ``report.md``.
-
-    ``settings`` are the settings that differ from the defaults of `finealign adapt`; ``configs`` has the configuration
-    of each method.
-    """
+def write_up(result: DemoResult, world: World, settings: dict[str, Any]) -> str:
+    """The text of ``report.md``. ``settings`` are those that differ from the defaults of `finealign adapt`."""
     rows = [
         f"| {row.method} | {METHODS[row.method]} | {row.top1.mean:.1%} | {row.top1.low:.1%} to {row.top1.high:.1%} "
         f"| {points(row.gain) if row.gain else '-'} | {row.seconds:.1f} | {row.images_per_second:.0f} |"
@@ -37,9 +32,9 @@ measure on. Seed {result.seed}, {result.seconds:.0f} seconds in all.
 {chr(10).join(rows)}
 
 Chance is {result.chance:.1%}. Points against {START} are paired, image by image, with their 95 % interval. Seconds are
-for adapting and scoring the test images, images/s for the scoring alone. Each method is measured by its default score,
-those that train after their last epoch. Intervals are bootstrapped over the test images of this one run; another seed
-moves the figures as well.
+for adapting and scoring the test images, images/s for the scoring alone; methods that learn nothing share one encoding
+of the images, which counts for each of them. Each method is measured by its default score, those that train after their
+last epoch. Intervals are bootstrapped over the test images of this one run; another seed moves the figures as well.
 
 ![accuracy by epoch, confusions, and labels that changed]({PICTURE})
 
@@ -48,7 +43,7 @@ crops for fair. The test images are scored after each epoch to draw the curves; 
 
 ## Settings
 
-Beside the defaults of `finealign adapt`; {configs["wca"].views.crops} crops for wca, whose published setting is 60:
+Beside the defaults of `finealign adapt`. The published setting of wca is 60 crops:
 
 ```yaml
 {yaml.safe_dump(settings, sort_keys=False).rstrip()}

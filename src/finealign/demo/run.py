@@ -6,14 +6,15 @@ The demo's folder holds ``world/``, a run folder for each method that trains, ``
 
 import json
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
+from finealign.backbone.base import Backbone
 from finealign.classifier import FineAlign
 from finealign.config import Config, make_config
 from finealign.demo.model import demo_model
@@ -39,22 +40,21 @@ from finealign.evaluate.metrics import paired_difference, top_k_accuracy
 from finealign.evaluate.summary import Evaluation, evaluate_scores
 from finealign.evaluate.truth import read_truth
 from finealign.images.listing import list_images
+from finealign.model.inference import Predictor
+from finealign.model.prepare import Prepared
 from finealign.run.adapt import adapt_into
 from finealign.runtime.atomic import save_bytes, save_text
 from finealign.runtime.progress import Progress
 from finealign.runtime.replace import make_room, require_replaceable
 from finealign.training.state import EpochRecord
-from finealign.types import Prediction, SetAside, Truth
+from finealign.types import ImageFeatures, TextFeatures, Truth
 
 # Settings that differ from the defaults of `finealign adapt`, as `make_config` takes them; the same for all methods.
-DEMO_SETTINGS: dict[str, Any] = {"views": {"crops": 8, "refresh_epochs": 2}, "training": {"epochs": 4}}
-QUICK_SETTINGS: dict[str, Any] = {"views": {"crops": 4, "refresh_epochs": 2}, "training": {"epochs": 4}}
-# WCA as published draws 60 crops per image, which alone would take longer than the rest of the demo.
-DEMO_WCA_CROPS, QUICK_WCA_CROPS = 16, 8
+SETTINGS: dict[str, Any] = {"views": {"crops": 5}, "training": {"epochs": 2, "batch_size": 32}}
 DEMO_IMAGES = {"unlabelled": 1200, "test": 600}
 QUICK_IMAGES = {"unlabelled": 384, "test": 192}
 
-WARM_UP = 32  # images scored before anything is timed
+WARM_UP = 32  # images encoded before anything is timed
 
 
 def default_folder(*, seed: int, quick: bool) -> Path:
@@ -73,7 +73,7 @@ def run_demo(
 ) -> DemoResult:
     """Draw the world, run every method on it, and write picture, results and report into ``folder``.
 
-    ``quick`` uses fewer images and crops. ``device`` is as in the settings.
+    ``quick`` uses fewer images. ``device`` is as in the settings.
 
     Raises OutputError when ``folder`` holds a demo and ``overwrite`` is not given, when it holds anything else, or when
     it cannot be written; ModelError when the weights that ship with the package are missing or damaged; ConfigError for
@@ -81,9 +81,7 @@ def run_demo(
     """
     progress = progress or Progress()
     began = time.perf_counter()
-    settings = QUICK_SETTINGS if quick else DEMO_SETTINGS
-    wca_crops = QUICK_WCA_CROPS if quick else DEMO_WCA_CROPS
-    configs = _configs({**settings, "device": device}, wca_crops=wca_crops, seed=seed)
+    configs = _configs({**SETTINGS, "device": device}, seed=seed)
     make_room(folder, _replaced(folder, overwrite=overwrite))
     _write_json({"status": "running", "seed": seed, "quick": quick}, folder / RESULT)
     images = QUICK_IMAGES if quick else DEMO_IMAGES
@@ -105,7 +103,7 @@ def run_demo(
         unlabelled=len(list_images(world.unlabelled)),
         test=len(truth.paths),
     )
-    save_text(write_up(result, world, settings, configs), result.report)
+    save_text(write_up(result, world, SETTINGS), result.report)
     _write_json(result.as_json(), folder / RESULT)
     return result
 
@@ -126,11 +124,10 @@ class _Measured:
     run: Path | None
 
 
-def _configs(settings: dict[str, Any], *, wca_crops: int, seed: int) -> dict[str, Config]:
+def _configs(settings: dict[str, Any], *, seed: int) -> dict[str, Config]:
     """The configuration of each method."""
     common = {**settings, "backbone": demo_model(), "seed": seed}
-    crops = {"wca": {"views": {**settings.get("views", {}), "crops": wca_crops}}}
-    return {name: make_config({**common, **crops.get(name, {}), "method": {"name": name}}) for name in METHODS}
+    return {name: make_config({**common, "method": {"name": name}}) for name in METHODS}
 
 
 def _compare(
@@ -138,38 +135,90 @@ def _compare(
 ) -> dict[str, _Measured]:
     """Run and measure each method in the order of ``METHODS``; the results by method."""
     by_method: dict[str, _Measured] = {}
-    backbone = None  # shared by the methods that train nothing
+    test = _TestImages(truth, progress)
+    backbone: Backbone | None = None
+    text_features: TextFeatures | None = None
     for name, config in configs.items():
         model = FineAlign(world.classes, descriptions=world.descriptions, config=config)
+        # The first one loads the backbone and encodes the texts; the others are given both.
+        prepared = model.prepare(world.unlabelled, backbone=backbone, text_features=text_features, progress=progress)
+        backbone, text_features = prepared.backbone, prepared.text_features
         curve: list[float] = []
         run = None
         if name in TRAINED:
             run = folder / name
-            initial = FineAlign(world.classes, descriptions=world.descriptions, config=config)
-            _measure(initial.unlearned(backbone=backbone), truth, f"{name} with nothing learned", curve, progress)
-            seconds = _train(run, model, world, truth, curve, progress)
+            curve.append(test.top1(test.by_start(model.unlearned(backbone=backbone))))
+            seconds = _train(run, model, prepared, test, curve, progress)
+            seen = test.by_own(model, f"{name}: test images")
+            curve.append(test.top1(seen))
         else:
-            backbone = backbone or model.load_backbone(config, progress)
-            started = time.perf_counter()
-            model.fit(world.unlabelled, backbone=backbone, progress=progress)
-            seconds = time.perf_counter() - started
+            began = time.perf_counter()
+            model.fit(prepared, progress=progress)
+            seconds = time.perf_counter() - began
             if not by_method:  # one-off costs, such as torch choosing kernels, must not count against the first method
-                _predict(model, truth.paths[:WARM_UP], "warming up", progress)
-        started = time.perf_counter()
-        predictions = _predict(model, truth.paths, f"{name}: test images", progress)
-        scoring = time.perf_counter() - started
-        scores = np.stack([prediction.scores for prediction in predictions])
-        probabilities = np.stack([prediction.probabilities for prediction in predictions])
+                model.features(truth.paths[:WARM_UP], crops=False)
+            seen = test.by_start(model)
         by_method[name] = _Measured(
             model=model,
-            evaluation=evaluate_scores(scores, probabilities, np.array(truth.labels), world.classes),
-            labels=scores.argmax(axis=1),
-            seconds=seconds + scoring,
-            images_per_second=len(predictions) / max(scoring, 1e-6),  # the clock may be too coarse for a few images
+            evaluation=evaluate_scores(seen.scores, seen.probabilities, np.array(truth.labels), world.classes),
+            labels=seen.scores.argmax(axis=1),
+            seconds=seconds + seen.seconds,
+            images_per_second=len(seen.scores) / max(seen.seconds, 1e-6),  # a clock may be too coarse for a few images
             curve=tuple(curve),
             run=run,
         )
     return by_method
+
+
+@dataclass(frozen=True, eq=False)
+class _Seen:
+    """The n test images as a model scores them by its default score."""
+
+    scores: NDArray[np.float32]  # (n, C)
+    probabilities: NDArray[np.float32]  # (n, C)
+    seconds: float  # encoding and scoring
+
+
+class _TestImages:
+    """The test images. As the backbone sees them before it learns, they are encoded once for all methods."""
+
+    def __init__(self, truth: Truth, progress: Progress) -> None:
+        self.truth, self.progress = truth, progress
+        self.start: dict[bool, tuple[ImageFeatures, float]] = {}  # with crops or without: features, and the seconds
+
+    def by_start(self, model: FineAlign) -> _Seen:
+        """The test images as scored by a model whose backbone has not learned."""
+        crops = model.score_ != "global"
+        if crops not in self.start:
+            self.start[crops] = self._encoded(model, f"test images{' and their crops' if crops else ''}")
+        return _seen(model, *self.start[crops])
+
+    def by_own(self, model: FineAlign, stage_name: str) -> _Seen:
+        """The test images as encoded and scored by a model as it is now."""
+        return _seen(model, *self._encoded(model, stage_name))
+
+    def top1(self, seen: _Seen) -> float:
+        return top_k_accuracy(seen.scores, np.array(self.truth.labels), 1)
+
+    def _encoded(self, model: FineAlign, stage_name: str) -> tuple[ImageFeatures, float]:
+        """What the model's default score needs, and the seconds. Raises ImageInputError if an image cannot be read."""
+        began = time.perf_counter()
+        with self.progress.stage(stage_name, None):
+            features, set_aside = model.features(self.truth.paths, crops=model.score_ != "global")
+        for image in set_aside:
+            raise ImageInputError(
+                f"{image.path} of the demo's world cannot be read any more: {image.reason}. "
+                "Run the demo again with --overwrite and leave its folder alone until it is done."
+            )
+        return features, time.perf_counter() - began
+
+
+@torch.inference_mode()
+def _seen(model: FineAlign, features: ImageFeatures, seconds: float) -> _Seen:
+    """Score features that took so many seconds to encode."""
+    began = time.perf_counter()
+    scores, probabilities = Predictor.scored(model.model_, features, model.score_)
+    return _Seen(scores, probabilities, seconds + time.perf_counter() - began)
 
 
 def _results(by_method: dict[str, _Measured]) -> tuple[MethodResult, ...]:
@@ -188,34 +237,19 @@ def _results(by_method: dict[str, _Measured]) -> tuple[MethodResult, ...]:
     )
 
 
-def _train(run: Path, model: FineAlign, world: World, truth: Truth, curve: list[float], progress: Progress) -> float:
-    """Adapt into a run folder; append the accuracy after each epoch to ``curve`` and return the seconds of the fit."""
+def _train(
+    run: Path, model: FineAlign, prepared: Prepared, test: _TestImages, curve: list[float], progress: Progress
+) -> float:
+    """Adapt into a run folder, and return the seconds of the fit.
+
+    The accuracy after each epoch but the last, which is measured as the result, is appended to ``curve``.
+    """
 
     def measure(record: EpochRecord) -> None:
-        _measure(model, truth, f"test images after epoch {record.epoch}", curve, progress)
+        if record.epoch != model.config_.training.epochs:
+            curve.append(test.top1(test.by_own(model, f"test images after epoch {record.epoch}")))
 
-    return adapt_into(run, model, world.unlabelled, keep_adapted=True, on_epoch=measure, progress=progress).fit_seconds
-
-
-def _measure(model: FineAlign, truth: Truth, stage_name: str, curve: list[float], progress: Progress) -> None:
-    """Append the model's accuracy on the test images to ``curve``."""
-    scores = np.stack([prediction.scores for prediction in _predict(model, truth.paths, stage_name, progress)])
-    curve.append(top_k_accuracy(scores, np.array(truth.labels), 1))
-
-
-def _predict(model: FineAlign, paths: Sequence[Path], stage_name: str, progress: Progress) -> list[Prediction]:
-    """The prediction of every image by the model's default score. Raises ImageInputError if one cannot be read."""
-    predictions = []
-    with progress.stage(stage_name, len(paths)) as stage:
-        for outcome in model.iter_predictions(paths):
-            if isinstance(outcome, SetAside):
-                raise ImageInputError(
-                    f"{outcome.path} of the demo's world cannot be read any more: {outcome.reason}. "
-                    "Run the demo again with --overwrite and leave its folder alone until it is done."
-                )
-            predictions.append(outcome)
-            stage.advance(1)
-    return predictions
+    return adapt_into(run, model, prepared, keep_adapted=True, on_epoch=measure, progress=progress).fit_seconds
 
 
 # --- picture and report -----------------------------------------------------------------------------------------------

@@ -99,6 +99,11 @@ class FittedModel:
         """Which of the two models this is."""
         return "adapted" if self.adapted is None else "start"
 
+    @property
+    def encodes_as_start(self) -> bool:
+        """Whether it encodes whole images as the model before adaptation does, so that one encoding serves both."""
+        return not self.start_norms and self.method.gaze is None
+
     def using(self, use: Use) -> "FittedModel":
         """Return the adapted model or its start, whichever of them this is. Raises ConfigError for another word."""
         check_use(use)

@@ -157,8 +157,7 @@ class Predictor:
         """
         chosen = self.choose_score(score)
         looks = [Look(crops=chosen != "global")]
-        # Where it encodes whole images as the model does, the model before adaptation is scored on the same features.
-        if with_start and (self.model.start_norms or self.model.method.gaze):
+        if with_start and not self.model.encodes_as_start:
             looks.append(Look(crops=False, at_start=True))
         with closing(self._encoded(paths, looks)) as encoded:
             for outcomes, features in encoded:

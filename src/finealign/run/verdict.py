@@ -86,9 +86,9 @@ def judge_model(
 ) -> Verdict:
     """Judge a fitted model on the images it was adapted to, or on a sample of them. No true label is read.
 
-    ``start`` is what ``start_features`` returned for the same seed and backbone; it saves encoding the images with the
-    backbone as it was before adaptation. Raises ImageInputError when none of the images can be read, and ConfigError
-    for a method that has no class vectors.
+    ``start`` are the features of ``calibration.sample`` of the images before adaptation, with crops, where they are
+    known. Raises ImageInputError when none of the images can be read, and ConfigError for a method that has no class
+    vectors.
     """
     if not model.method_.has_classifier:
         raise ConfigError(
@@ -110,15 +110,6 @@ def why_unjudged(model: FineAlign) -> str:
     if method.trains and method.has_classifier:
         return ""
     return f"there is no verdict on {name}, which " + ("has no class vectors" if method.trains else "does not train")
-
-
-def start_features(model: FineAlign, images: Sequence[ImagePath]) -> ImageFeatures:
-    """The features before adaptation that ``judge_model`` uses: the same for all models of one seed and backbone.
-
-    Raises ImageInputError when none of the images can be read.
-    """
-    features, _ = model.features(sample(images, seed=model.model_.inference.seed), at_start=True)
-    return features
 
 
 @torch.no_grad()
