@@ -73,11 +73,11 @@ class TrustRegion:
         if not (ended or self.source.due(epoch)):
             return
         probe = self.source.probe(self.first)
-        found = left = probe and self._drift(*probe)
-        if probe is None or found is None or left is None:
+        found = None if probe is None else self._drift(*probe)
+        if probe is None or found is None:
             return
         learned = {name: parameter.detach().clone() for name, parameter in self.state.norms.items()}
-        kept = 1.0
+        left, kept = found, 1.0
         for _ in range(HALVINGS):
             if left <= self.limit:
                 break
