@@ -14,14 +14,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import numpy as np
+from folders import measured
 from on_device import add_device
 from real_data import require_shared
 
 from finealign.classifier import FineAlign
 from finealign.config import read_config
 from finealign.images.listing import list_images
-from finealign.model.inference import readable
 from finealign.texts.prompts import read_classes, read_descriptions
 
 
@@ -37,15 +36,10 @@ def run(folder: Path, images: int, backbone: str, device: str, seed: int, settin
     model = FineAlign(classes, descriptions=read_descriptions(folder / "descriptions.json"), config=config)
     with TemporaryDirectory() as kept:
         model.fit(list(own), checkpoints=Path(kept))
-        told = list(readable(model.predictions_of_adapted(), []))
-    truth = np.array([own[Path(one.path)] for one in told])
-    adapted = np.stack([one.probabilities for one in told]).argmax(1)
-    start = np.stack([found for one in told if (found := one.start_probabilities) is not None]).argmax(1)
+        found = measured(model.predictions_of_adapted(), own)
     looked = [record for record in model.history_ if record.drift is not None]
     return {
-        "images": len(own),
-        "start": 100 * float((start == truth).mean()),
-        "adapted": 100 * float((adapted == truth).mean()),
+        **{name: found[name] for name in ("images", "start", "adapted")},
         "drift": max((record.drift for record in looked if record.drift is not None), default=None),
         "kept": min((record.kept for record in looked), default=1.0),
     }

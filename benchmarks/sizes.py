@@ -12,7 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import numpy as np
+from folders import measured
 from on_device import add_device
 
 from finealign.classifier import FineAlign
@@ -20,7 +20,6 @@ from finealign.config import make_config
 from finealign.demo.model import demo_model
 from finealign.demo.world import World, make_world
 from finealign.evaluate.truth import read_truth
-from finealign.model.inference import readable
 
 TESTED = 600
 
@@ -29,15 +28,10 @@ def run(world: World, config: dict[str, Any]) -> dict[str, Any]:
     """Top-1 of the start and of the adapted model on the test images, in percent, and how many images were read."""
     truth = read_truth(world.truth, world.classes)
     model = FineAlign(world.classes, descriptions=world.descriptions, config=make_config(config)).fit(world.unlabelled)
-    told = list(readable(model.iter_predictions(truth.paths, with_start=True), []))
-    labels = np.array(truth.labels)
-    adapted = np.stack([prediction.probabilities for prediction in told]).argmax(1)
-    start = np.stack([found for one in told if (found := one.start_probabilities) is not None]).argmax(1)
-    return {
-        "read": len(model.paths_),
-        "start": 100 * float((start == labels).mean()),
-        "adapted": 100 * float((adapted == labels).mean()),
-    }
+    found = measured(
+        model.iter_predictions(truth.paths, with_start=True), dict(zip(truth.paths, truth.labels, strict=True))
+    )
+    return {"read": len(model.paths_), "start": found["start"], "adapted": found["adapted"]}
 
 
 def main() -> None:

@@ -54,7 +54,7 @@ class Settings(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _refuse_truth_as_number(cls, value: Any, info: ValidationInfo) -> Any:
+    def _read_booleans(cls, value: Any, info: ValidationInfo) -> Any:
         """Refuse booleans for numbers: Python takes true for 1, and YAML reads yes, no, on and off as booleans.
 
         False where "off" is allowed is that word.

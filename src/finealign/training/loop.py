@@ -95,9 +95,8 @@ def adapt(
             _survey(method, source.whole_images(0), known)
             return []
         state = begin(backbone, method, config, images=len(images), known=known, ranks=ranks)
-        hold_back = _trust_region(
-            state, source, config, schedule, progress
-        )  # made before the norms are those of a checkpoint
+        # Made while the normalisation is still that of the start, not that of a checkpoint.
+        hold_back = _trust_region(state, source, config, schedule, progress)
         if checkpoints:
             state.restore(checkpoints, source, schedule)
             if state.outset:
