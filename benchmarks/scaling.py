@@ -79,7 +79,7 @@ def measure(checkout: Path, photos: Path, images: int, known: argparse.Namespace
         classes.write_text("\n".join(CLASSES), encoding="utf-8")
         settings = [part for setting in known.set or () for part in ("--set", setting)]
         words = ["adapt", str(photos), "--classes", str(classes), "--backbone", known.backbone, "--out", str(out)]
-        words += ["--device", known.device]
+        words += ["--set", f"device={known.device}"]  # an older checkout has no --device
         seconds, worked, peak, said = run(checkout, [*words, "--json", *settings], Path(scratch) / "cache")
         labelled, rest = said["images"], 0.0
         if labelled < images:
