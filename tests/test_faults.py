@@ -16,9 +16,11 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+from typer.testing import CliRunner
 
 from conftest import CLASSES, HANG, tiny_config, unprivileged
 from finealign.classifier import FineAlign
+from finealign.cli import app
 from finealign.errors import FinealignError, NotFiniteError, OutputError
 from finealign.run.adapt import adapt_into
 from finealign.training.checkpoints import read_last_checkpoint
@@ -45,8 +47,12 @@ def words(photos: Path, backbone: str, out: Path, *more: str) -> list[str]:
 
 
 def finish(command: list[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, timeout=HANG)
-    assert done.returncode == 0, done.stderr
+    """Run a command to its end, in this process."""
+    assert command[:3] == [sys.executable, "-m", "finealign"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("finealign.runtime.devices.keep_freed_memory", lambda: False)  # of the whole process
+        done = CliRunner().invoke(app, command[3:])
+    assert done.exit_code == 0, done.output
 
 
 def weights(out: Path) -> list[bytes]:
@@ -126,7 +132,7 @@ def test_kill__while_the_first_file_is_written_leaves_a_folder_to_begin_in(
     assert not list(out.rglob("*.part"))
 
 
-@pytest.mark.parametrize("kilobytes", [1, 200, pytest.param(3000, marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("kilobytes", [1, *(pytest.param(size, marks=pytest.mark.nightly) for size in (200, 3000))])
 def test_full_disk__is_told_and_what_was_good_goes_on(
     uninterrupted: tuple[Path, list[bytes]], tiny_backbone: Tiny, tmp_path: Path, kilobytes: int
 ) -> None:
@@ -247,6 +253,7 @@ def test_not_finite__run_json_names_every_image_of_the_batch(
     assert isinstance(caught.value, FinealignError)
 
 
+@pytest.mark.nightly
 def test_long_run__memory_and_open_files_stay(photos: Path, tiny_backbone: Tiny, tmp_path: Path) -> None:
     """benchmarks/soak.py in short: a label pass and a checkpoint an epoch, predictions now and then."""
     process, seen = psutil.Process(), []

@@ -2,9 +2,9 @@
 
 import hashlib
 import json
-import os
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -14,6 +14,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from conftest import CLASSES, HANG
+from forked import CLIENT, forking
 
 Tiny = Callable[[str], str]
 FIRST, SECOND, THIRD = ("1" * 40, "2" * 40, "3" * 40)
@@ -25,6 +26,7 @@ class Hub(ThreadingHTTPServer):
     commits: dict[str, dict[str, bytes]]
     main: str
     asked: list[str]
+    client: str  # the code that hands a command to the process that its hub is this one for
 
 
 class Answer(BaseHTTPRequestHandler):
@@ -72,6 +74,16 @@ class Answer(BaseHTTPRequestHandler):
         pass
 
 
+# The hub's library reads its environment when it is imported: the commands are forked from a process that has this one.
+ENVIRONMENT = """
+import os
+for name in ("HF_HUB_OFFLINE", "HF_HUB_CACHE"):
+    os.environ.pop(name, None)
+os.environ |= {{"HF_ENDPOINT": "http://127.0.0.1:{port}", "HF_HOME": {home!r}, "NO_PROXY": "127.0.0.1"}}
+os.environ["HF_HUB_DISABLE_XET"] = "1"
+"""
+
+
 @pytest.fixture
 def hub(tiny_backbone: Tiny, tmp_path: Path) -> Iterator[Hub]:
     folder = Path(tiny_backbone("transformer").removeprefix("local-dir:"))
@@ -87,30 +99,22 @@ def hub(tiny_backbone: Tiny, tmp_path: Path) -> Iterator[Hub]:
     server.commits, server.main, server.asked = commits, SECOND, []
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
-    yield server
+    first = ENVIRONMENT.format(port=server.server_port, home=str(tmp_path / "hf"))
+    with tempfile.TemporaryDirectory() as short, forking(Path(short), first) as address:  # a socket wants a short path
+        server.client = f"{first}\nimport sys\n{CLIENT.format(address=address)}"
+        yield server
     server.shutdown()
     thread.join()
     server.server_close()
 
 
 def adapt(hub: Hub, photos: Path, name: str, out: Path, *more: str, wanted: int = 0) -> str:
-    environment = {
-        **os.environ,
-        "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}",
-        "HF_HOME": str(out.parent / "hf"),
-    }
-    environment = {k: v for k, v in environment.items() if k not in ("HF_HUB_OFFLINE", "HF_HUB_CACHE")}
-    environment |= {"NO_PROXY": "127.0.0.1", "HF_HUB_DISABLE_XET": "1"}
     words = ["adapt", str(photos), "--classes", ",".join(CLASSES), "--backbone", f"hf-hub:birds/{name}"]
     settings = ["--device", "cpu", "--out", str(out), *more]
     for setting in ("training.epochs=1", "training.anchor_steps=0", "views.crops=2", "prediction.calibrate=false"):
         settings += ["--set", setting]
     done = subprocess.run(
-        [sys.executable, "-m", "finealign", *words, *settings],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=HANG,
+        [sys.executable, "-c", hub.client, *words, *settings], capture_output=True, text=True, timeout=HANG
     )
     assert done.returncode == wanted, done.stderr
     return done.stderr

@@ -138,8 +138,14 @@ def test_adapt__two_processes_are_stopped_and_go_on(
     assert json.loads((stopped / "run.json").read_text())["processes"] == 2
     assert_same(whole, stopped)
 
-    # Of the images a part each, in one file in the order of the input.
-    asked: list[str | Path] = ["predict", stopped, pictures, "--precision", "fp32", "--out"]
+
+@pytest.mark.nightly
+def test_predict__two_processes_write_one_file_in_the_order_of_the_input(
+    tiny_backbone: Tiny, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = tmp_path / "whole"
+    alone(adapt("alone", pictures, tiny_backbone("transformer"), whole), monkeypatch)
+    asked: list[str | Path] = ["predict", whole, pictures, "--precision", "fp32", "--out"]
     alone(command("alone", *asked, tmp_path / "one.csv"), monkeypatch)
     run(command("torchrun", *asked, tmp_path / "two.csv"))
     assert (tmp_path / "one.csv").read_text() == (tmp_path / "two.csv").read_text()

@@ -12,7 +12,7 @@ import pytest
 from conftest import on_every_core
 
 CLASSES_USED = 10
-TRAIN_EACH, TEST_EACH = 24, 20
+TRAIN_EACH, TEST_EACH = 20, 15
 
 
 def finealign(*arguments: str) -> dict[str, Any]:
@@ -37,7 +37,7 @@ def listed(folder: Path, each: int, table: Path, *, labels: bool) -> Path:
 @pytest.mark.parametrize(
     ("encoder", "settings", "least"),
     [
-        ("frozen", ["training.steps=120", "training.strong_views=2"], 0.06),
+        ("frozen", ["training.steps=80", "training.strong_views=1"], 0.06),
         pytest.param(
             *("full", ["training.epochs=3", "views.refresh_epochs=3", "training.batch_size=32"], 0.0),
             marks=pytest.mark.nightly,
