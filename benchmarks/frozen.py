@@ -76,9 +76,15 @@ class Frozen:
             return Sets(self.shared, self.out, "", self.device).encoded("demo", seed)
         return whole_images(of_set) if backbone == "clip-b32" else self.encoded(backbone, of_set)
 
-    def folder(self, backbone: str, name: str, variant: str, seed: int, *, most: int) -> Encoded:
-        """Draw a variant of ``folders.py`` from at most ``most`` images a class; strangers have the label ``NONE``."""
+    def folder(self, backbone: str, name: str, variant: str, seed: int, *, most: int, classes: int = 0) -> Encoded:
+        """Draw a variant of ``folders.py`` from at most ``most`` images a class; strangers have the label ``NONE``.
+
+        Of ``classes``, if any, drawn by the seed, the list is made: the others are neither in it nor in the folder.
+        """
         whole, rng = self.encoded(backbone, name), np.random.default_rng((seed, VARIANTS.index(variant)))
+        if classes:
+            order = np.random.default_rng((seed, classes)).permutation(whole.texts.num_classes)
+            whole = _of_classes(whole, torch.from_numpy(np.sort(order[:classes])))
         hidden = whole.hidden.numpy()
         places = [rng.permutation(np.flatnonzero(hidden == c))[:most] for c in range(whole.texts.num_classes)]
         counts = chosen_per_class([len(of_class) for of_class in places], variant, rng)
@@ -151,6 +157,20 @@ class Frozen:
             paths += [photos[place] for place in sorted(order)]
             labels += [label] * len(order)
         return paths, labels
+
+
+def _of_classes(encoded: Encoded, kept: torch.Tensor) -> Encoded:
+    """The images to learn from, and the texts, of the classes ``kept``, which ascend and are numbered from 0."""
+    texts = encoded.texts
+    number = torch.full((texts.num_classes,), NONE)
+    number[kept] = torch.arange(len(kept))
+    described = number[texts.class_of] != NONE
+    images = _rows(encoded, torch.nonzero(number[encoded.hidden] != NONE)[:, 0])
+    return replace(
+        images,
+        hidden=number[images.hidden],
+        texts=TextFeatures(texts.names[kept], texts.descriptions[described], number[texts.class_of][described]),
+    )
 
 
 def _rows(encoded: Encoded, rows: torch.Tensor) -> Encoded:

@@ -1,6 +1,7 @@
 """Uneven folders on frozen features: the start, StatA, and self-training with an even, an estimated and the true prior.
 
     python benchmarks/uneven.py --out runs/frozen [--backbones clip-b16,miniclip] [--draws 3] [--methods fair]
+    python benchmarks/uneven.py --out runs/frozen --classes 2,3,5    # lists of so few classes, drawn from each set
 
 Own top-1: on the images that are learned from, without strangers. A run takes a second or two; results go to
 OUT/uneven.jsonl, a line a run, and are not computed again. StatA sees whole images, and once more the sum of the whole
@@ -12,6 +13,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -90,6 +92,7 @@ def main() -> None:
     parser.add_argument("--backbones", default="clip-b16,miniclip")
     parser.add_argument("--sets", default=SETS)
     parser.add_argument("--variants", default=",".join(VARIANTS))
+    parser.add_argument("--classes", default="0", help="how many of each set's classes make the list; 0: all of them")
     parser.add_argument("--draws", type=int, default=3)
     parser.add_argument("--most", type=int, default=45, help="images a class")
     parser.add_argument("--score", default="fused", choices=("las", "fused", "global"))
@@ -104,31 +107,30 @@ def main() -> None:
     frozen = Frozen(require_shared(), known.out, known.device)
     log = known.out / f"uneven{kind}.jsonl"
     rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.exists() else []
-    key = ("backbone", "set", "variant", "draw", "most", "score")
-    done = {tuple(row[name] for name in key) for row in rows}
-    for draw in range(known.draws):
-        for variant in known.variants.split(","):
-            for backbone in known.backbones.split(","):
-                for name in known.sets.split(","):
-                    this = (backbone, name, variant, draw, known.most, known.score)
-                    if this in done:
-                        continue
-                    encoded = frozen.folder(backbone, name, variant, draw, most=known.most)
-                    if len(encoded.weak) < FEWEST:
-                        continue
-                    rows.append(
-                        {**dict(zip(key, this, strict=True)), "top1": run(encoded, draw, known.score, compared)}
-                    )
-                    with log.open("a", encoding="utf-8") as opened:
-                        opened.write(json.dumps(rows[-1]) + "\n")
-    for backbone in known.backbones.split(","):
-        print(table(backbone, [row for row in rows if row["backbone"] == backbone and row["score"] == known.score]))
+    key = ("backbone", "set", "variant", "draw", "most", "score", "classes")
+    done = {tuple(row.get(name, 0) for name in key) for row in rows}
+    lists = [int(classes) for classes in known.classes.split(",")]
+    backbones, sets, variants = (given.split(",") for given in (known.backbones, known.sets, known.variants))
+    for draw, classes, variant, backbone, name in product(range(known.draws), lists, variants, backbones, sets):
+        this = (backbone, name, variant, draw, known.most, known.score, classes)
+        if this in done:
+            continue
+        encoded = frozen.folder(backbone, name, variant, draw, most=known.most, classes=classes)
+        if len(encoded.weak) < FEWEST:
+            continue
+        rows.append({**dict(zip(key, this, strict=True)), "top1": run(encoded, draw, known.score, compared)})
+        with log.open("a", encoding="utf-8") as opened:
+            opened.write(json.dumps(rows[-1]) + "\n")
+    for backbone, classes in product(backbones, lists):
+        wanted = {"backbone": backbone, "score": known.score, "classes": classes}
+        there = [row for row in rows if wanted.items() <= {"classes": 0, **row}.items()]
+        print(table(f"{backbone}, {classes} classes" if classes else backbone, there))
 
 
-def table(backbone: str, rows: list[Mapping[str, Any]]) -> str:
+def table(title: str, rows: list[Mapping[str, Any]]) -> str:
     """Means over sets and draws, a line a variant, as Markdown."""
     names = list(rows[0]["top1"]) if rows else []
-    lines = ["", f"| {backbone} | folders | {' | '.join(names)} |", "|---" * (len(names) + 2) + "|"]
+    lines = ["", f"| {title} | folders | {' | '.join(names)} |", "|---" * (len(names) + 2) + "|"]
     for variant in VARIANTS:
         there = [row["top1"] for row in rows if row["variant"] == variant]
         if there:

@@ -26,6 +26,11 @@ PLAIN_DIRECTIONS, SPARSE_DIRECTIONS = 32, 24  # Q
 PLAIN_IMAGES, SPARSE_IMAGES = 2.0, 10.0  # images that the prior of a class's mean counts as
 SPARSITY = 0.1  # of the Dirichlet prior: images that each class has before any is seen
 LAPLACE = 0.5  # images added to each class at the end: a share of zero would be a claim that no folder supports
+# With few classes a text that lies nearer to all images than another decides whole folders, and a list of few classes
+# seldom has one that no image shows. So this part of each class's mean cosine is taken for its text's own nearness, and
+# not for images of it, with up to FEW classes; none of it with MORE classes and above.
+OWN_NEARNESS = 0.25
+FEW, MORE = 7, 10
 # An estimate is believed only if it differs from even shares, in total variation, by more than it does on even folders.
 # There it differs because the start errs, which shows where the mixture names images otherwise than their texts do: by
 # 0.03 to 0.19 for ten to 21 classes that it names alike, 0.25 for 24 of which it names two fifths alike, 0.38 for a
@@ -33,6 +38,8 @@ LAPLACE = 0.5  # images added to each class at the end: a share of zero would be
 # and with fewer images.
 EVEN_ENOUGH, NAMED_OTHERWISE, MANY_CLASSES, FEWER_IMAGES = 0.09, 0.25, 0.17, 0.15
 MANY = 100
+# With few classes estimates err less, and hardly where all images are named alike.
+FEW_ENOUGH, FEW_NAMED_OTHERWISE = 0.03, 0.75
 # And only if it rests on clusters of many images, FEW_A_CLASS for each class that it sees, or claims much: one class
 # with DOMINANT of the images, or half of the classes not seen. With few images a class, clusters of siblings merge, and
 # smaller claims follow the mergers.
@@ -114,8 +121,10 @@ def mixture_assignments(
     if not axes.shape[1]:
         return evenly, evenly
     points = (joint - mean) @ axes
+    nearer = OWN_NEARNESS * fewness(classes) / total
     log_both, log_whole = (
-        log_of_known(torch.log_softmax(logit_scale * cosines, dim=1), known) for cosines in (by_both, by_whole)
+        log_of_known(torch.log_softmax(logit_scale * (cosines - nearer * (counts @ cosines)), dim=1), known)
+        for cosines in (by_both, by_whole)
     )
     first = _plain(points[:, :PLAIN_DIRECTIONS], log_both, counts)
     points, directions = points[:, :SPARSE_DIRECTIONS], axes[:, :SPARSE_DIRECTIONS]
@@ -128,18 +137,26 @@ def even_or(estimate: ShareEstimate, images: float) -> Tensor:
     """Return the shares of an estimate from ``images`` images, (C,), or even shares where it is not to be believed.
 
     They have to differ from even shares, in total variation, by more than ``EVEN_ENOUGH + NAMED_OTHERWISE (1 - a) +
-    MANY_CLASSES min(C / MANY, 1) + FEWER_IMAGES sqrt(C / n)``, with a the estimate's ``named_alike``. The classes that
-    it sees, whose number is the exponential of its entropy, must have ``FEW_A_CLASS`` images each or be at most half of
-    all, or its largest share must be ``DOMINANT``.
+    MANY_CLASSES min(C / MANY, 1) + FEWER_IMAGES sqrt(C / n)``, with a the estimate's ``named_alike``; with up to
+    ``FEW`` classes by more than ``FEW_ENOUGH + FEW_NAMED_OTHERWISE (1 - a)``, and between them and ``MORE`` by more
+    than the mean of both, weighted by ``fewness``. The classes that it sees, whose number is the exponential of its
+    entropy, must have ``FEW_A_CLASS`` images each or be at most half of all, or its largest share must be ``DOMINANT``.
     """
     shares, images = estimate.shares, max(images, 1.0)
     even, classes = even_shares(len(shares)).to(shares), len(shares)
-    bound = EVEN_ENOUGH + NAMED_OTHERWISE * (1 - estimate.named_alike)
-    bound += MANY_CLASSES * min(classes / MANY, 1.0) + FEWER_IMAGES * (classes / images) ** 0.5
+    otherwise, few = 1 - estimate.named_alike, fewness(classes)
+    usual = EVEN_ENOUGH + NAMED_OTHERWISE * otherwise
+    usual += MANY_CLASSES * min(classes / MANY, 1.0) + FEWER_IMAGES * (classes / images) ** 0.5
+    bound = few * (FEW_ENOUGH + FEW_NAMED_OTHERWISE * otherwise) + (1 - few) * usual
     differs = total_variation(shares, even) > bound
     seen = float(torch.special.entr(shares).sum().exp())
     claims_much = float(shares.max()) >= DOMINANT or seen <= classes / 2
     return shares if differs and (claims_much or images / seen >= FEW_A_CLASS) else even
+
+
+def fewness(classes: int) -> float:
+    """Compute how far a list counts as one of few classes: 1 up to ``FEW``, 0 from ``MORE`` on, linear in between."""
+    return min(max((MORE - classes) / (MORE - FEW), 0.0), 1.0)
 
 
 def total_variation(first: Tensor, second: Tensor) -> float:
