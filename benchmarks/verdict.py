@@ -1,18 +1,20 @@
 """Fit the points of ``finealign.run.verdict`` to many runs, good and bad, and measure how often it is right.
 
-    python benchmarks/verdict.py --out runs/frozen [--draws 0,1] [--settings default,rate] [--folders runs/folders]
+    python benchmarks/verdict.py --out runs/frozen [--draws 0,1] [--settings default,rate] [--kinds even tail]
+        [--folders runs/folders]
 
-Runs with a frozen encoder on the folders of ``frozen.py``: every variant, set and backbone, with good and bad settings,
-a few seconds each; results go to OUT/verdict.jsonl, a line a run, and are not computed again. A run's gain is that of
-top-1 on the images of the classes that it learned from. The points are those of boosted stumps, fitted to all runs;
-what is reported of a set is by points and thresholds fitted to the other sets of all backbones, and of a backbone, in
-the lines called so, by those of the other backbones. ``--folders`` are results of ``folders.py``, with the encoder
-learning, and are only judged.
+Runs with a frozen encoder on the folders of ``frozen.py``: every variant, set and backbone, and lists of two and four
+classes drawn from each set, with good and bad settings, a few seconds each; results go to OUT/verdict.jsonl, a line a
+run, and are not computed again. A run's gain is that of top-1 on the images of the classes that it learned from. The
+points are those of boosted stumps, fitted to all runs; what is reported of a set is by points and thresholds fitted to
+the other sets of all backbones, and of a backbone, in the lines called so, by those of the other backbones.
+``--folders`` are results of ``folders.py``, with the encoder learning, and are only judged.
 """
 
 import argparse
 import json
 from collections.abc import Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,11 @@ from finealign.types import ImageFeatures
 FEWEST = 20  # images of a folder
 MOST = {0: 45, 1: 20}  # images a class, by draw
 FEW = {"dtd": 6}  # of 47 classes
+# Kinds of folders by name: a variant, and how many of the set's classes make the list; 0 for all.
+KINDS = {variant: (variant, 0) for variant in VARIANTS}
+KINDS |= {
+    f"{variant}, {classes} classes": (variant, classes) for classes in (2, 4) for variant in ("even", "tail", "half")
+}
 BACKBONES = {**SETS, "clip-b32": ("dtd",), "demo": ("demo",)}
 CLIP = 10.0  # points; the fit is to changes no larger, so that a ruin counts as much as a clear loss
 EVIDENCE = (
@@ -195,6 +202,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--draws", default="0,1")
     parser.add_argument("--settings", default=",".join(SETTINGS))
+    parser.add_argument("--kinds", nargs="*", default=list(KINDS), choices=list(KINDS), help="of folders to run")
     parser.add_argument("--folders", nargs="*", type=Path, default=[], help="results of folders.py")
     add_device(parser)
     known = parser.parse_args()
@@ -205,23 +213,20 @@ def main() -> None:
     )
     key = ("backbone", "set", "variant", "draw", "settings")
     done = {tuple(row[name] for name in key) for row in rows}
-    for draw in map(int, known.draws.split(",")):
-        for settings in known.settings.split(","):
-            for variant in VARIANTS:
-                for backbone, names in BACKBONES.items():
-                    for name in names:
-                        this = (backbone, name, variant, draw, settings)
-                        if this in done:
-                            continue
-                        if (backbone, variant) == ("demo", "strangers"):  # a world has no images but its own
-                            continue
-                        encoded = frozen.folder(backbone, name, variant, draw, most=FEW.get(name, MOST[draw]))
-                        if len(encoded.weak) < FEWEST:
-                            continue
-                        found = measure(encoded, SETTINGS[settings], draw)
-                        rows.append({**dict(zip(key, this, strict=True)), **found})
-                        with log.open("a", encoding="utf-8") as opened:
-                            opened.write(json.dumps(rows[-1]) + "\n")
+    worlds = [(backbone, name) for backbone, names in BACKBONES.items() for name in names]
+    draws, settings = map(int, known.draws.split(",")), known.settings.split(",")
+    for draw, setting, kind, (backbone, name) in product(draws, settings, known.kinds, worlds):
+        this = (backbone, name, kind, draw, setting)
+        if this in done or (backbone, kind) == ("demo", "strangers"):  # a world has no images but its own
+            continue
+        variant, classes = KINDS[kind]
+        most = MOST[draw] if classes else FEW.get(name, MOST[draw])
+        encoded = frozen.folder(backbone, name, variant, draw, most=most, classes=classes)
+        if len(encoded.weak) < FEWEST:
+            continue
+        rows.append({**dict(zip(key, this, strict=True)), **measure(encoded, SETTINGS[setting], draw)})
+        with log.open("a", encoding="utf-8") as opened:
+            opened.write(json.dumps(rows[-1]) + "\n")
     gain = np.array([row["gain"] for row in rows])
     print(HEADER)
     alone, of_backbone = left_out(rows, "backbone")
