@@ -41,9 +41,9 @@ MANY = 100
 # With few classes estimates err less, and hardly where all images are named alike.
 FEW_ENOUGH, FEW_NAMED_OTHERWISE = 0.03, 0.75
 # And only if it rests on clusters of many images, FEW_A_CLASS for each class that it sees, or claims much: one class
-# with DOMINANT of the images, or half of the classes not seen. With few images a class, clusters of siblings merge, and
-# smaller claims follow the mergers.
-FEW_A_CLASS, DOMINANT = 6.0, 1 / 3
+# with DOMINANT of the images, half of the classes not seen, or by UNSEEN more of them not seen than images are named
+# otherwise. With few images a class, clusters of siblings merge, and smaller claims follow the mergers.
+FEW_A_CLASS, DOMINANT, UNSEEN = 6.0, 1 / 3, 0.1
 
 
 def even_shares(num_classes: int) -> Tensor:
@@ -140,7 +140,8 @@ def even_or(estimate: ShareEstimate, images: float) -> Tensor:
     MANY_CLASSES min(C / MANY, 1) + FEWER_IMAGES sqrt(C / n)``, with a the estimate's ``named_alike``; with up to
     ``FEW`` classes by more than ``FEW_ENOUGH + FEW_NAMED_OTHERWISE (1 - a)``, and between them and ``MORE`` by more
     than the mean of both, weighted by ``fewness``. The classes that it sees, whose number is the exponential of its
-    entropy, must have ``FEW_A_CLASS`` images each or be at most half of all, or its largest share must be ``DOMINANT``.
+    entropy, must have ``FEW_A_CLASS`` images each, or be at most half or the part ``a - UNSEEN`` of all, or its largest
+    share must be ``DOMINANT``.
     """
     shares, images = estimate.shares, max(images, 1.0)
     even, classes = even_shares(len(shares)).to(shares), len(shares)
@@ -150,7 +151,7 @@ def even_or(estimate: ShareEstimate, images: float) -> Tensor:
     bound = few * (FEW_ENOUGH + FEW_NAMED_OTHERWISE * otherwise) + (1 - few) * usual
     differs = total_variation(shares, even) > bound
     seen = float(torch.special.entr(shares).sum().exp())
-    claims_much = float(shares.max()) >= DOMINANT or seen <= classes / 2
+    claims_much = float(shares.max()) >= DOMINANT or seen <= classes * max(0.5, estimate.named_alike - UNSEEN)
     return shares if differs and (claims_much or images / seen >= FEW_A_CLASS) else even
 
 
