@@ -113,7 +113,7 @@ def main() -> None:
     backbones, sets, variants = (given.split(",") for given in (known.backbones, known.sets, known.variants))
     for draw, classes, variant, backbone, name in product(range(known.draws), lists, variants, backbones, sets):
         this = (backbone, name, variant, draw, known.most, known.score, classes)
-        if this in done:
+        if this in done or classes > frozen.encoded(backbone, name).texts.num_classes:
             continue
         encoded = frozen.folder(backbone, name, variant, draw, most=known.most, classes=classes)
         if len(encoded.weak) < FEWEST:
@@ -122,7 +122,7 @@ def main() -> None:
         with log.open("a", encoding="utf-8") as opened:
             opened.write(json.dumps(rows[-1]) + "\n")
     for backbone, classes in product(backbones, lists):
-        wanted = {"backbone": backbone, "score": known.score, "classes": classes}
+        wanted = {"backbone": backbone, "score": known.score, "most": known.most, "classes": classes}
         there = [row for row in rows if wanted.items() <= {"classes": 0, **row}.items()]
         print(table(f"{backbone}, {classes} classes" if classes else backbone, there))
 
