@@ -230,8 +230,8 @@ def test_estimated_shares__of_any_folder_are_shares(
 @pytest.mark.parametrize(("classes", "few"), [(2, 1), (6, 1), (8, 2 / 3), (10, 0), (100, 0), (400, 0)])
 def test_even_or__keeps_what_differs_by_more_than_it_may_err(classes: int, few: float, alike: float) -> None:
     images = 1000 if classes < 100 else 200 * classes
-    usual = 0.09 + 0.25 * (1 - alike) + 0.17 * min(1.0, classes / 100) + 0.15 * math.sqrt(classes / images)
-    bound = few * (0.03 + 0.75 * (1 - alike)) + (1 - few) * usual
+    enough, otherwise = 0.09 * (1 - few), 0.25 + 0.5 * few
+    bound = enough + otherwise * (1 - alike) + 0.17 * min(1.0, classes / 100) + 0.15 * math.sqrt(classes / images)
     if bound > 0.49:
         pytest.skip("no such shares by half the classes differ by more")
     for part, kept in ((0.99, False), (1.01, True)):
@@ -249,6 +249,7 @@ def test_even_or__keeps_what_differs_by_more_than_it_may_err(classes: int, few: 
         ([0.18] * 5 + [0.02] * 5, 35, 0.75, False),  # 6.9 of 10 are seen, of 5 images each,
         ([0.18] * 5 + [0.02] * 5, 45, 0.75, True),
         ([0.18] * 5 + [0.02] * 5, 35, 0.85, True),  # and too few are named otherwise for 3.1 that are not seen
+        ([0.18] * 5 + [0.02] * 5, 19, 0.85, False),
         ([0.45] + [0.55 / 9] * 9, 40, 0.75, True),  # one class stands out
         ([0.24] * 4 + [0.04 / 16] * 16, 30, 0.4, True),  # most classes are not seen at all
         ([0.15] * 5 + [0.05] * 5, 10_000, 0.75, True),

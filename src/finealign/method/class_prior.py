@@ -38,12 +38,13 @@ FEW, MORE = 7, 10
 # and with fewer images.
 EVEN_ENOUGH, NAMED_OTHERWISE, MANY_CLASSES, FEWER_IMAGES = 0.09, 0.25, 0.17, 0.15
 MANY = 100
-# With few classes estimates err less, and hardly where all images are named alike.
-FEW_ENOUGH, FEW_NAMED_OTHERWISE = 0.03, 0.75
+# With few classes estimates err less, and only where images are named otherwise: the first two are these there.
+FEW_ENOUGH, FEW_NAMED_OTHERWISE = 0.0, 0.75
 # And only if it rests on clusters of many images, FEW_A_CLASS for each class that it sees, or claims much: one class
 # with DOMINANT of the images, half of the classes not seen, or by UNSEEN more of them not seen than images are named
-# otherwise. With few images a class, clusters of siblings merge, and smaller claims follow the mergers.
-FEW_A_CLASS, DOMINANT, UNSEEN = 6.0, 1 / 3, 0.1
+# otherwise, of FEW_IN_ALL for each class of the list. With few images a class, clusters of siblings merge, and smaller
+# claims follow the mergers.
+FEW_A_CLASS, DOMINANT, UNSEEN, FEW_IN_ALL = 6.0, 1 / 3, 0.1, 2.0
 
 
 def even_shares(num_classes: int) -> Tensor:
@@ -136,22 +137,23 @@ def mixture_assignments(
 def even_or(estimate: ShareEstimate, images: float) -> Tensor:
     """Return the shares of an estimate from ``images`` images, (C,), or even shares where it is not to be believed.
 
-    They have to differ from even shares, in total variation, by more than ``EVEN_ENOUGH + NAMED_OTHERWISE (1 - a) +
-    MANY_CLASSES min(C / MANY, 1) + FEWER_IMAGES sqrt(C / n)``, with a the estimate's ``named_alike``; with up to
-    ``FEW`` classes by more than ``FEW_ENOUGH + FEW_NAMED_OTHERWISE (1 - a)``, and between them and ``MORE`` by more
-    than the mean of both, weighted by ``fewness``. The classes that it sees, whose number is the exponential of its
-    entropy, must have ``FEW_A_CLASS`` images each, or be at most half or the part ``a - UNSEEN`` of all, or its largest
-    share must be ``DOMINANT``.
+    They have to differ from even shares, in total variation, by more than ``e + o (1 - a) + MANY_CLASSES min(C / MANY,
+    1) + FEWER_IMAGES sqrt(C / n)``, with a the estimate's ``named_alike``; e and o are ``EVEN_ENOUGH`` and
+    ``NAMED_OTHERWISE``, with up to ``FEW`` classes ``FEW_ENOUGH`` and ``FEW_NAMED_OTHERWISE``, and between them and
+    ``MORE`` the means of both, weighted by ``fewness``. The classes that it sees, whose number is the exponential of
+    its entropy, must have ``FEW_A_CLASS`` images each, or be at most half of all, or with ``FEW_IN_ALL`` images for
+    each class of the list the part ``a - UNSEEN`` of all, or its largest share must be ``DOMINANT``.
     """
     shares, images = estimate.shares, max(images, 1.0)
     even, classes = even_shares(len(shares)).to(shares), len(shares)
-    otherwise, few = 1 - estimate.named_alike, fewness(classes)
-    usual = EVEN_ENOUGH + NAMED_OTHERWISE * otherwise
-    usual += MANY_CLASSES * min(classes / MANY, 1.0) + FEWER_IMAGES * (classes / images) ** 0.5
-    bound = few * (FEW_ENOUGH + FEW_NAMED_OTHERWISE * otherwise) + (1 - few) * usual
+    few = fewness(classes)
+    bound = few * FEW_ENOUGH + (1 - few) * EVEN_ENOUGH
+    bound += (few * FEW_NAMED_OTHERWISE + (1 - few) * NAMED_OTHERWISE) * (1 - estimate.named_alike)
+    bound += MANY_CLASSES * min(classes / MANY, 1.0) + FEWER_IMAGES * (classes / images) ** 0.5
     differs = total_variation(shares, even) > bound
     seen = float(torch.special.entr(shares).sum().exp())
-    claims_much = float(shares.max()) >= DOMINANT or seen <= classes * max(0.5, estimate.named_alike - UNSEEN)
+    most_seen = estimate.named_alike - UNSEEN if images >= FEW_IN_ALL * classes else 0.0
+    claims_much = float(shares.max()) >= DOMINANT or seen <= classes * max(0.5, most_seen)
     return shares if differs and (claims_much or images / seen >= FEW_A_CLASS) else even
 
 
