@@ -8,6 +8,7 @@ the first ended, is sparse and leaves out too many. The estimate is the mean of 
 n images, C classes, D embedding width, Q principal directions.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -137,24 +138,39 @@ def mixture_assignments(
 def even_or(estimate: ShareEstimate, images: float) -> Tensor:
     """Return the shares of an estimate from ``images`` images, (C,), or even shares where it is not to be believed.
 
-    They have to differ from even shares, in total variation, by more than ``e + o (1 - a) + MANY_CLASSES min(C / MANY,
-    1) + FEWER_IMAGES sqrt(C / n)``, with a the estimate's ``named_alike``; e and o are ``EVEN_ENOUGH`` and
-    ``NAMED_OTHERWISE``, with up to ``FEW`` classes ``FEW_ENOUGH`` and ``FEW_NAMED_OTHERWISE``, and between them and
-    ``MORE`` the means of both, weighted by ``fewness``. The classes that it sees, whose number is the exponential of
-    its entropy, must have ``FEW_A_CLASS`` images each, or be at most half of all, or with ``FEW_IN_ALL`` images for
-    each class of the list the part ``a - UNSEEN`` of all, or its largest share must be ``DOMINANT``.
+    They have to differ from even shares by more than ``farthest_of_even`` and to rest on enough images, or claim much.
     """
     shares, images = estimate.shares, max(images, 1.0)
-    even, classes = even_shares(len(shares)).to(shares), len(shares)
-    few = fewness(classes)
-    bound = few * FEW_ENOUGH + (1 - few) * EVEN_ENOUGH
-    bound += (few * FEW_NAMED_OTHERWISE + (1 - few) * NAMED_OTHERWISE) * (1 - estimate.named_alike)
-    bound += MANY_CLASSES * min(classes / MANY, 1.0) + FEWER_IMAGES * (classes / images) ** 0.5
-    differs = total_variation(shares, even) > bound
-    seen = float(torch.special.entr(shares).sum().exp())
+    even = even_shares(len(shares)).to(shares)
+    differs = total_variation(shares, even) > farthest_of_even(estimate, images)
+    return shares if differs and _rests_on_enough(estimate, images) else even
+
+
+def farthest_of_even(estimate: ShareEstimate, images: float) -> float:
+    """Compute how far an estimate of an even folder of so many images may lie from even shares, in total variation.
+
+    It is ``e + o (1 - a) + MANY_CLASSES min(C / MANY, 1) + FEWER_IMAGES sqrt(C / n)``, with a the estimate's
+    ``named_alike``; e and o are ``EVEN_ENOUGH`` and ``NAMED_OTHERWISE``, with up to ``FEW`` classes ``FEW_ENOUGH`` and
+    ``FEW_NAMED_OTHERWISE``, and between them and ``MORE`` the means of both, weighted by ``fewness``.
+    """
+    classes, few = len(estimate.shares), fewness(len(estimate.shares))
+    enough = few * FEW_ENOUGH + (1 - few) * EVEN_ENOUGH
+    otherwise = few * FEW_NAMED_OTHERWISE + (1 - few) * NAMED_OTHERWISE
+    many, fewer = MANY_CLASSES * min(classes / MANY, 1.0), FEWER_IMAGES * math.sqrt(classes / images)
+    return enough + otherwise * (1 - estimate.named_alike) + many + fewer
+
+
+def _rests_on_enough(estimate: ShareEstimate, images: float) -> bool:
+    """Whether each class that is seen has ``FEW_A_CLASS`` images, or the estimate claims much with fewer.
+
+    The classes that it sees are as many as the exponential of its entropy. It claims much where they are at most half
+    of all, or with ``FEW_IN_ALL`` images for each class of the list at most the part ``named_alike - UNSEEN`` of all;
+    or where the largest share is ``DOMINANT``.
+    """
+    classes, seen = len(estimate.shares), float(torch.special.entr(estimate.shares).sum().exp())
     most_seen = estimate.named_alike - UNSEEN if images >= FEW_IN_ALL * classes else 0.0
-    claims_much = float(shares.max()) >= DOMINANT or seen <= classes * max(0.5, most_seen)
-    return shares if differs and (claims_much or images / seen >= FEW_A_CLASS) else even
+    claims_much = float(estimate.shares.max()) >= DOMINANT or seen <= classes * max(0.5, most_seen)
+    return claims_much or images / seen >= FEW_A_CLASS
 
 
 def fewness(classes: int) -> float:
