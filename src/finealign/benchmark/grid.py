@@ -202,14 +202,15 @@ def _claimed(cell: Path) -> Iterator[bool]:
     claim = cell.with_suffix(CLAIM)
     cell.parent.mkdir(parents=True, exist_ok=True)
     _drop_dead(claim)
+    # Known beforehand: a process that is killed between making the file and writing it holds the cell for a minute.
+    owner = {"host": platform.node(), "pid": os.getpid(), "started": psutil.Process().create_time()}
     try:
         handle = os.open(claim, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
     except FileExistsError:
         yield False
         return
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
-        owner = {"host": platform.node(), "pid": os.getpid(), "started": psutil.Process().create_time()}
-        json.dump(owner, file)
+    with os.fdopen(handle, "wb", buffering=0) as file:
+        file.write(json.dumps(owner).encode())
     try:
         yield True
     finally:
