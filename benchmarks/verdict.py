@@ -193,7 +193,7 @@ def report(title: str, gain: Floats, estimate: Floats, calls: Sequence[str]) -> 
 
 
 def package(title: str, rows: Sequence[Row]) -> str:
-    """A line of the table on runs that nothing was fitted to, by the points of the package."""
+    """A line of the table on runs that no points were fitted to, by those of the package."""
     gain, estimate = np.array([row["gain"] for row in rows]), estimates(rows, POINTS, CONSTANT)
     calls = [called(float(one), HELPED, HURT, float(new)) for one, new in zip(estimate, relabelled(rows), strict=True)]
     return report(f"{title}, as the package judges", gain, estimate, calls)
@@ -268,16 +268,12 @@ def main() -> None:
         print(package("lists of few classes", short))
     for path in known.folders:
         lines = (path / "results.jsonl").read_text(encoding="utf-8").splitlines()
-        runs = [row for row in map(json.loads, lines) if row["verdict"]]
-        print(
-            package(
-                path.name,
-                [
-                    {"evidence": row["verdict"]["evidence"], "gain": row["own"]["adapted"] - row["own"]["start"]}
-                    for row in runs
-                ],
-            )
-        )
+        judged = [
+            {"evidence": row["verdict"]["evidence"], "gain": row["own"]["adapted"] - row["own"]["start"]}
+            for row in map(json.loads, lines)
+            if row["verdict"]
+        ]
+        print(package(path.name, judged))
 
 
 if __name__ == "__main__":
