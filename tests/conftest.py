@@ -87,6 +87,26 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def vocabulary() -> Iterator[None]:
+    """CLIP's 49,408 words are read once, not for every one of the thousand backbones that tests load."""
+    from open_clip.tokenizer import SimpleTokenizer
+
+    made: dict[str, dict[str, Any]] = {}
+    read = SimpleTokenizer.__init__
+
+    def begin(self: SimpleTokenizer, *values: Any, **options: Any) -> None:
+        asked = repr((values, options))
+        if asked not in made:
+            read(self, *values, **options)
+            made[asked] = dict(vars(self))
+        vars(self).update(made[asked])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SimpleTokenizer, "__init__", begin)
+        yield
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder with real photos and MiniCLIP, which a stranger's clone does not have."""

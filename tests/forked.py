@@ -1,4 +1,4 @@
-"""Many commands without importing torch for each: every one is a process, forked from one that did so once."""
+"""Many commands and snippets without importing torch for each: all are processes forked from one that did so once."""
 
 import os
 import signal
@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-# What the process does that all commands are forked from. A command ends with its exit status, as a byte.
+# What the process does that all commands are forked from. A command ends with its exit status, as a byte. The words
+# of a Python snippet are -c and its code.
 SERVER = """
 import json, os, signal, socket, sys
 import open_clip
@@ -29,6 +30,14 @@ while True:
     with asked.makefile("r") as lines:
         message, streams, _, _ = socket.recv_fds(asked, 1, 3)
         told = json.loads(lines.readline())
+    if command := os.fork():
+        for stream in streams:
+            os.close(stream)
+        asked.sendall(f"{command}\\n".encode())
+        _, ended = os.waitpid(command, 0)
+        asked.sendall(bytes([os.waitstatus_to_exitcode(ended) % 256]))
+        os._exit(0)
+    asked.close()
     for number, stream in enumerate(streams):
         os.dup2(stream, number)
         os.close(stream)
@@ -38,10 +47,12 @@ while True:
     more = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     sys.path[1:1] = [path for path in more if path and path not in sys.path]
     sys.argv = told["words"]
-    asked.sendall(f"{os.getpid()}\\n".encode())
     status = 1
     try:
-        main()
+        if sys.argv[0] == "-c":
+            exec(compile(sys.argv.pop(1), "snippet", "exec"), {"__name__": "__main__"})
+        else:
+            main()
         status = 0
     except SystemExit as ended:
         status = ended.code if isinstance(ended.code, int) else 0 if ended.code is None else 1
@@ -49,8 +60,7 @@ while True:
         sys.excepthook(*sys.exc_info())
     sys.stdout.flush()
     sys.stderr.flush()
-    asked.sendall(bytes([status]))
-    os._exit(status)
+    os._exit(status)  # taking torch apart takes longer than most commands
 """
 # The end of a script that has such a command run with its words, streams, folder and environment, and hands on signals.
 CLIENT = """

@@ -36,11 +36,15 @@ if [ "$1" = install ]; then
 fi
 exec rm -r {plugins}
 """
-# Before each Python snippet: the settings of a FineAlign that is given none are those of a small run.
-DEFAULT = """import finealign
+# How a Python snippet is run. The settings of a FineAlign that is given none are those of a small run.
+SNIPPET_COMMAND = """#!{python} -S
+import sys
+code = '''import finealign
 finealign.FineAlign.__init__.__kwdefaults__["config"] = finealign.read_config(
     overrides=["backbone={backbone}", "training.epochs=2", "views.crops=2", "prediction.calibrate=false"]
 )
+'''
+sys.argv = ["-c", code + sys.argv[1]]
 """
 
 
@@ -53,9 +57,8 @@ def run(page: Path, folder: Path, **more: str) -> None:
     environment = os.environ | {"PATH": f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}"} | more
     plugins = [str(folder / "plugins"), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment["PYTHONPATH"] = os.pathsep.join(plugins)
-    default = (folder / "bin" / "default.py").read_text(encoding="utf-8")
     for language, code in snippets(page):
-        command = ["bash", "-e", "-c", code] if language == "bash" else [sys.executable, "-c", default + code]
+        command = ["bash", "-e", "-c", code] if language == "bash" else [str(folder / "bin" / "snippet"), code]
         done = subprocess.run(
             command, cwd=folder, env=environment, capture_output=True, text=True, timeout=HANG, check=False
         )
@@ -66,7 +69,9 @@ def begin(folder: Path, backbone: str, forks: str) -> Path:
     """Photos, names, descriptions, and the commands."""
     prepare(folder, backbone, CLIENT.format(address=forks))
     (folder / "bin" / "python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n', encoding="utf-8")
-    (folder / "bin" / "default.py").write_text(DEFAULT.format(backbone=backbone), encoding="utf-8")
+    snippet = SNIPPET_COMMAND.format(python=sys.executable, backbone=backbone) + CLIENT.format(address=forks)
+    (folder / "bin" / "snippet").write_text(snippet, encoding="utf-8")
+    (folder / "bin" / "snippet").chmod(0o755)
     (folder / "bin" / "pip").write_text(PIP.format(python=sys.executable, plugins=folder / "plugins"), encoding="utf-8")
     (folder / "bin" / "pip").chmod(0o755)
     return folder

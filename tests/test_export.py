@@ -186,6 +186,7 @@ def test_hf__parity_names_logits_and_pixels(exported: Make) -> None:
     assert "one pixel beside" in found.notes[0]
 
 
+@pytest.mark.nightly
 def test_hf__quick_gelu_and_eos_pooling_are_clips_too(tiny_backbone: Tiny, tmp_path: Path) -> None:
     change = {"quick_gelu": True, "text_cfg": {"pool_type": "eos", "eos_id": 49407}}
     backbone = rebuilt(tiny_backbone, tmp_path, change, {"resize_mode": "squash", "interpolation": "bilinear"})

@@ -1,12 +1,18 @@
-"""Several processes share one run and give what one gives. The launchers are real: torchrun and accelerate, by gloo."""
+"""Several processes share one run and give what one gives.
+
+The launchers are real, torchrun and accelerate, by gloo; where they do not matter, processes are forked.
+"""
 
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -20,6 +26,7 @@ from finealign.run.contract import LOCK
 from finealign.run.lock import held
 from finealign.runtime.distributed import Ranks
 from finealign.training.checkpoints import read_last_checkpoint
+from forked import CLIENT, forking
 
 Tiny = Callable[[str], str]
 LAUNCHERS = {
@@ -30,6 +37,7 @@ LAUNCHERS = {
         *("--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m", "finealign"),
     ],
     "alone": ["-m", "finealign"],
+    "forked": [],
 }
 SETTINGS = {
     "views.crops": 2,
@@ -44,7 +52,8 @@ SETTINGS = {
 
 def command(launcher: str, *arguments: str | Path, **settings: object) -> list[str]:
     chosen = [f"--set={name}={value}" for name, value in settings.items()]
-    return [sys.executable, *LAUNCHERS[launcher], *map(str, arguments), *chosen]
+    begin = [sys.executable, *LAUNCHERS[launcher]] if LAUNCHERS[launcher] else []
+    return [*begin, *map(str, arguments), *chosen]
 
 
 def run(words: list[str], *, wanted: int = 0) -> subprocess.CompletedProcess[str]:
@@ -52,6 +61,36 @@ def run(words: list[str], *, wanted: int = 0) -> subprocess.CompletedProcess[str
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_PORT": "0"}
     done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=HANG)
     assert done.returncode == wanted, done.stderr[-3000:]
+    return done
+
+
+@pytest.fixture(scope="module")
+def forks() -> Iterator[str]:
+    with tempfile.TemporaryDirectory() as folder, forking(Path(folder)) as address:  # a short one, as a socket wants
+        yield address
+
+
+def together(forks: str, *ranks: list[str], wanted: int = 0) -> list[subprocess.CompletedProcess[str]]:
+    """Run the words of every rank to the end, as a launcher would, but without importing torch for each."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    shared = {**os.environ, **rendezvous, "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(len(ranks))}
+    script = "import sys\nsys.argv[0] = 'finealign'\n" + CLIENT.format(address=forks)
+
+    def rank(number: int) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-S", "-c", script, *ranks[number]],
+            env={**shared, "RANK": str(number), "LOCAL_RANK": str(number)},
+            capture_output=True,
+            text=True,
+            timeout=HANG,
+            check=False,
+        )
+
+    with ThreadPoolExecutor(len(ranks)) as pool:
+        done = list(pool.map(rank, range(len(ranks))))
+    assert {process.returncode for process in done} == {wanted}, [process.stderr[-3000:] for process in done]
     return done
 
 
@@ -118,7 +157,7 @@ def test_adapt__by_two_processes_as_by_one(
 
 
 def test_adapt__two_processes_are_stopped_and_go_on(
-    tiny_backbone: Tiny, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_backbone: Tiny, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forks: str
 ) -> None:
     """What they end with is held against one process, which nothing stopped."""
     backbone = tiny_backbone("transformer")
@@ -133,8 +172,8 @@ def test_adapt__two_processes_are_stopped_and_go_on(
         _, told = going.communicate(timeout=HANG)
     assert "Go on by the same launcher with:" in told
     assert json.loads((stopped / "run.json").read_text())["status"] == "stopped"
-    done = run([*words, "--resume"])
-    assert done.stdout.count("Adapted") == 1
+    words = adapt("forked", pictures, backbone, stopped, "--resume", **{"training.epochs": 25})
+    assert "".join(done.stdout for done in together(forks, words, words)).count("Adapted") == 1
     assert json.loads((stopped / "run.json").read_text())["processes"] == 2
     assert_same(whole, stopped)
 
@@ -152,27 +191,28 @@ def test_predict__two_processes_write_one_file_in_the_order_of_the_input(
     assert (tmp_path / "one.set_aside.csv").read_text() == (tmp_path / "two.set_aside.csv").read_text()
 
 
-def test_adapt__processes_with_other_settings_are_refused(tiny_backbone: Tiny, pictures: Path, tmp_path: Path) -> None:
+def test_adapt__processes_with_other_settings_are_refused(
+    tiny_backbone: Tiny, pictures: Path, tmp_path: Path, forks: str
+) -> None:
     """As when a machine has an older file of settings: told on every rank, nothing written."""
-    words = adapt("torchrun", pictures, tiny_backbone("transformer"), tmp_path / "run")
-    script = tmp_path / "differ.py"
-    script.write_text(
-        "import os, sys\nfrom finealign.cli import main\n"
-        "sys.argv += ['--set', f'training.learning_rate=0.00{1 + int(os.environ[\"RANK\"])}']\nmain()\n"
-    )
-    start = words.index("finealign") - 1
-    done = run([*words[:start], str(script), *words[start + 2 :]], wanted=1)
-    assert "The processes of this run differ in images, texts, settings or versions" in done.stderr
+    backbone = tiny_backbone("transformer")
+    ranks = [
+        adapt("forked", pictures, backbone, tmp_path / "run", **{"training.learning_rate": rate})
+        for rate in (0.001, 0.002)
+    ]
+    for done in together(forks, *ranks, wanted=1):
+        assert "The processes of this run differ in images, texts, settings or versions" in done.stderr
     assert not (tmp_path / "run").exists()
 
 
 def test_adapt__a_folder_that_another_process_writes_is_refused_on_every_rank(
-    tiny_backbone: Tiny, pictures: Path, tmp_path: Path
+    tiny_backbone: Tiny, pictures: Path, tmp_path: Path, forks: str
 ) -> None:
     out = tmp_path / "run"
     with held(out):
-        done = run(adapt("torchrun", pictures, tiny_backbone("transformer"), out), wanted=1)
-        assert f"run is being written by process {os.getpid()}." in done.stderr
+        words = adapt("forked", pictures, tiny_backbone("transformer"), out)
+        for done in together(forks, words, words, wanted=1):
+            assert f"run is being written by process {os.getpid()}." in done.stderr
         assert [path.name for path in out.iterdir()] == [LOCK]
     assert not out.exists()
 

@@ -29,8 +29,11 @@ def by_shell(redirection: str, *more: str) -> Done:
     return run(["sh", "-c", f'"$@" {redirection}', "sh", *METHODS, *more])
 
 
+MORE = [[], pytest.param(["--json"], marks=pytest.mark.nightly)]
+
+
 @needs_full
-@pytest.mark.parametrize("more", [[], ["--json"]])
+@pytest.mark.parametrize("more", MORE)
 def test_full__is_told_and_is_an_error(more: list[str]) -> None:
     done = by_shell(">/dev/full", *more)
     assert done.returncode == 1
@@ -38,7 +41,7 @@ def test_full__is_told_and_is_an_error(more: list[str]) -> None:
     assert done.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("more", [[], ["--json"]])
+@pytest.mark.parametrize("more", MORE)
 def test_closed__is_told_and_is_an_error(more: list[str]) -> None:
     done = by_shell(">&-", *more)
     assert (done.returncode, done.stderr.count("\n")) == (1, 1)
@@ -62,14 +65,16 @@ def test_left__by_a_reader_that_has_enough_ends_quietly_as_in_a_shell() -> None:
     assert (done.returncode, done.stderr) == (141, "")
 
 
-@pytest.mark.parametrize("redirection", ["2>&-", pytest.param("2>/dev/full", marks=needs_full)])
+@pytest.mark.parametrize("redirection", ["2>&-", pytest.param("2>/dev/full", marks=[needs_full, pytest.mark.nightly])])
 def test_error_stream__lost_is_no_error_of_the_command(redirection: str) -> None:
     assert by_shell(redirection).returncode == 0
     failed = by_shell(redirection, "--nonsense")
     assert (failed.returncode, failed.stdout) == (2, "")
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252"])
+@pytest.mark.parametrize(
+    "encoding", ["ascii", *(pytest.param(name, marks=pytest.mark.nightly) for name in ("latin-1", "cp1252"))]
+)
 def test_encoding__characters_it_lacks_are_escaped_and_told(encoding: str) -> None:
     code = (
         "import sys\nimport finealign.cli\nfrom finealign.model.predictions import Row, write_csv\n"

@@ -287,23 +287,23 @@ def upper_component(values: Tensor, *, rounds: int = 100) -> Tensor:
     if float(v.std()) < _TINY:
         return torch.zeros_like(values)
     floor = 1e-4 * v.var()
-    best, found = -math.inf, torch.zeros_like(v)
-    for cut in (0.4, 0.6, 0.75, 0.9):
-        r = (v > v.quantile(cut)).double()
-        if not 0 < float(r.sum()) < len(v):
-            continue
-        for _ in range(rounds):
-            share = r.mean().clamp(1e-3, 1 - 1e-3)
-            upper = (r * v).sum() / r.sum().clamp_min(1e-9)
-            lower = ((1 - r) * v).sum() / (1 - r).sum().clamp_min(1e-9)
-            variance = (r * (v - upper).square() + (1 - r) * (v - lower).square()).mean() + floor
-            high = share.log() - (v - upper).square() / (2 * variance)
-            low = (1 - share).log() - (v - lower).square() / (2 * variance)
-            r = torch.sigmoid(high - low)
-        likelihood = float((torch.logaddexp(high, low) - variance.log() / 2).sum())
-        if upper > lower and likelihood > best:
-            best, found = likelihood, r
-    return found.to(values.dtype)
+    starts = (v > v.quantile(v.new_tensor([0.4, 0.6, 0.75, 0.9]))[:, None]).double()
+    r = starts[starts.any(dim=1)]
+    if not len(r):
+        return torch.zeros_like(values)
+    for _ in range(rounds):
+        share = r.mean(1, keepdim=True).clamp(1e-3, 1 - 1e-3)
+        upper = (r * v).sum(1, keepdim=True) / r.sum(1, keepdim=True).clamp_min(1e-9)
+        lower = ((1 - r) * v).sum(1, keepdim=True) / (1 - r).sum(1, keepdim=True).clamp_min(1e-9)
+        squares = r * (v - upper).square() + (1 - r) * (v - lower).square()
+        variance = squares.mean(1, keepdim=True) + floor
+        high = share.log() - (v - upper).square() / (2 * variance)
+        low = (1 - share).log() - (v - lower).square() / (2 * variance)
+        r = torch.sigmoid(high - low)
+    likelihood = (torch.logaddexp(high, low) - variance.log() / 2).sum(1)
+    likelihood = torch.where((upper > lower)[:, 0], likelihood, -torch.inf)
+    best = likelihood.argmax()
+    return torch.where(likelihood[best].isfinite(), r[best], torch.zeros_like(v)).to(values.dtype)
 
 
 def _logistic(inputs: Tensor, target: Tensor, *, ridge: float, rounds: int = 20) -> tuple[Tensor, Tensor]:
