@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 # What the process does that all commands are forked from. A command ends with its exit status, as a byte. The words
-# of a Python snippet are -c and its code.
+# of a Python snippet are "snippet" and its code.
 SERVER = """
 import json, os, signal, socket, sys
 import open_clip
@@ -49,7 +49,7 @@ while True:
     sys.argv = told["words"]
     status = 1
     try:
-        if sys.argv[0] == "-c":
+        if sys.argv[0] == "snippet":
             exec(compile(sys.argv.pop(1), "snippet", "exec"), {"__name__": "__main__"})
         else:
             main()

@@ -44,7 +44,7 @@ finealign.FineAlign.__init__.__kwdefaults__["config"] = finealign.read_config(
     overrides=["backbone={backbone}", "training.epochs=2", "views.crops=2", "prediction.calibrate=false"]
 )
 '''
-sys.argv = ["-c", code + sys.argv[1]]
+sys.argv = ["snippet", code + sys.argv[1]]
 """
 
 

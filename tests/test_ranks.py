@@ -76,7 +76,7 @@ def together(forks: str, *ranks: list[str], wanted: int = 0) -> list[subprocess.
         free.bind(("127.0.0.1", 0))
         rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
     shared = {**os.environ, **rendezvous, "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(len(ranks))}
-    script = "import sys\nsys.argv[0] = 'finealign'\n" + CLIENT.format(address=forks)
+    script = "import sys\n" + CLIENT.format(address=forks)
 
     def rank(number: int) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
