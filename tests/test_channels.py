@@ -139,6 +139,10 @@ def test_tiff__ink(tmp_path: Path) -> None:
     values = np.zeros((2, 2, 4), np.uint16)
     values[..., 1:3] = 0xFFFF
     assert (read(tmp_path / "a.tif", tiff_of(values, photometric=5)) == (255, 0, 0)).all()
+    # How much ink is full is not told by the most there is, as white is of other images, but can be said.
+    values[..., 1:3] = 0x0FFF
+    assert (read(tmp_path / "a.tif", tiff_of(values, photometric=5)) == (255, 239, 239)).all()
+    assert (read(tmp_path / "a.tif", tiff_of(values, photometric=5), white_value=0x0FFF) == (255, 0, 0)).all()
 
 
 @pytest.mark.parametrize(

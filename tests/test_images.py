@@ -146,7 +146,9 @@ def test_list_images__symlink_loops_end_and_no_folder_is_listed_twice(tmp_path: 
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "b.jpg").touch()
     (root / "elsewhere").symlink_to(tmp_path / "other")
-    assert list_images(root) == [root / "elsewhere" / "b.jpg", root / "real" / "deep" / "a.jpg"]
+    found = list_images(root)
+    assert found == [root / "elsewhere" / "b.jpg", root / "real" / "deep" / "a.jpg"]
+    assert left_out_of(found) == "Left out: 1 file that is no image (1 without an ending)."  # the link to itself
 
 
 def test_list_images__broken_link_is_listed_and_set_aside_later(tmp_path: Path) -> None:
@@ -233,6 +235,17 @@ def test_list_images__photos_of_a_phone_are_told_by_their_bytes(tmp_path: Path) 
     ]
     told = "Left out: 6 files that are no images (2 .json, 2 .mov, 1 without an ending, 1 .db)."
     assert left_out_of(found) == told
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse such names")
+def test_list_images__an_ending_of_an_image_is_enough(tmp_path: Path) -> None:
+    """What such a file holds is for reading to say, which sets aside what is none."""
+    endings = """.jpg .jpeg .jpe .jfif .jif .mpo .png .apng .webp .gif .bmp .dib .tif .tiff
+    .avif .avifs .heic .heif .hif .jp2 .j2k .j2c .jpc .jpf .jpx .ppm .pgm .pbm .pnm"""
+    for ending in endings.split():
+        (tmp_path / f"torn{ending}").write_bytes(b"nothing")
+    (tmp_path / "none.\udcff").write_bytes(b"nothing")
+    assert sorted(path.suffix for path in list_images(tmp_path)) == sorted(endings.split())
 
 
 def test_list_images__an_image_without_an_ending_alone(tmp_path: Path) -> None:

@@ -461,6 +461,7 @@ def test_card__is_what_the_hub_reads(finished: Path) -> None:
     assert ModelCard.load(path).data.to_dict() == front
     assert front["pipeline_tag"] == "zero-shot-image-classification"
     assert front["library_name"] == "open_clip"
+    assert {"finealign", "clip", "fine-grained", "unsupervised-adaptation"} <= set(front["tags"])
     assert "base_model" not in front  # of a local folder there is none on the hub
     said = json.loads((finished / "run.json").read_text(encoding="utf-8"))["verdict"]
     assert f"{said['call']}. {said['advice']}" in text
