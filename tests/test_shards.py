@@ -135,6 +135,7 @@ HOSTILE: dict[str, tuple[tuple[tarfile.TarInfo, bytes], str]] = {
     "absolute": (member("/etc/secret.png", picture()), "its name leads out of its archive"),
     "parent": (member("../secret.png", picture()), "its name leads out of its archive"),
     "parent within": (member("a/../../secret.png", picture()), "its name leads out of its archive"),
+    "a zero byte": (member("\u00e4\0/secret.png", picture()), "its name leads out of its archive"),
     "symbolic link": (member("a.png", type=tarfile.SYMTYPE, linkname="../secret.png"), "not a regular file"),
     "hard link": (member("a.png", type=tarfile.LNKTYPE, linkname="/etc/secret.png"), "not a regular file"),
     "device": (member("a.png", type=tarfile.CHRTYPE, devmajor=1, devminor=5), "not a regular file"),

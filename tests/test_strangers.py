@@ -255,6 +255,16 @@ def test_upper_component_finds_two_groups() -> None:
     assert float(r.mean()) == pytest.approx(0.25, abs=0.01)
 
 
+def test_upper_component_is_that_of_a_mixture_with_one_variance() -> None:
+    mixture = pytest.importorskip("sklearn.mixture")
+    generator = torch.Generator().manual_seed(1)
+    values = torch.cat([torch.randn(150, generator=generator), 3 + torch.randn(50, generator=generator)])
+    points = values[:, None].numpy()
+    fitted = mixture.GaussianMixture(2, covariance_type="tied", n_init=5, tol=1e-9, max_iter=1000, random_state=0)
+    expected = fitted.fit(points).predict_proba(points)[:, fitted.means_[:, 0].argmax()]
+    assert upper_component(values).numpy() == pytest.approx(expected, abs=5e-3)
+
+
 @given(st.lists(st.floats(-100, 100, width=32), min_size=2, max_size=40))
 @settings(max_examples=15, deadline=None)
 def test_upper_component_rises_with_the_value(values: list[float]) -> None:
