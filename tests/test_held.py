@@ -207,6 +207,18 @@ def test_read__what_is_no_image_says_why(image: Any, reason: str) -> None:
         read(image)
 
 
+def test_read__an_image_that_was_closed_says_so() -> None:
+    kept = io.BytesIO()
+    Image.fromarray(ramp()).save(kept, "PNG")
+    with Image.open(kept) as closed:
+        pass
+    emptied = Image.open(kept)
+    kept.close()
+    for image in (closed, emptied):
+        with pytest.raises(ImageReadError, match="closed before its pixels were read"):
+            read(image)
+
+
 # --- several images ---------------------------------------------------------------------------------------------------
 
 

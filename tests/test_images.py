@@ -685,6 +685,12 @@ def test_read_image__by_its_bytes_whatever_its_name(tmp_path: Path, kind: str, n
         (b"II*\0\x10\0\0\0CR\x02\0" + bytes(90), "a camera's raw image, which is not supported.*"),
         (struct.pack(">I4s4sI4s", 20, b"ftyp", b"qt  ", 0, b"qt  "), "a video, which is not supported.*"),
         (b'<?xml version="1.0"?><svg>', "an SVG drawing, which is not supported.*"),
+        (b"v/1\x01" + bytes(90), "an OpenEXR image, which is not supported.*"),
+        (b"#?RADIANCE\n" + bytes(90), "a Radiance HDR image, which is not supported.*"),
+        (b"\0\0\x01\0" + bytes(90), "an icon, which is not supported.*"),
+        (b"%PDF-1.7" + bytes(90), "a PDF document, which is not supported.*"),
+        (b"%!PS-Adobe-3.0" + bytes(90), "a PostScript document, which is not supported.*"),
+        (b"SIMPLE  =" + bytes(90), "a FITS file, which is not supported.*"),
     ],
 )
 def test_read_image__what_is_not_read_is_called_what_it_is(

@@ -285,7 +285,9 @@ def _opened(item: Any) -> BinaryIO:
 def _bytes_of(image: Image.Image) -> bytes:
     """The bytes of a file with the same pixels: its own where it is not loaded yet. Raises ImageReadError."""
     # Its own file, because loading would leave the pixels of every image in the caller's memory.
-    if isinstance(image, ImageFile.ImageFile) and image.tile and image.fp is not None and not image.fp.closed:
+    if isinstance(image, ImageFile.ImageFile) and image.tile:
+        if image.fp is None or image.fp.closed:
+            raise ImageReadError("an image of Pillow that was closed before its pixels were read")
         try:
             if image.tell() == 0:
                 place = image.fp.tell()
