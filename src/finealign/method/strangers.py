@@ -16,7 +16,6 @@ What is kept is a linear rule on a few principal directions and the claim, so an
 prediction as in training. Letters: n images, C classes, D embedding width, d <= 32 principal directions.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
