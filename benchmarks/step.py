@@ -204,7 +204,7 @@ def measure(
             lambda: [(views.weak(p), views.crops(p, epoch=0, image=0)) for p in ours.source.images], device
         )
         strong_views = seconds(lambda: [views.strong(p, epoch=0, image=0) for p in ours.source.images], device)
-        best = {kind: peak(kind, device, matrices) for kind in {torch.float32, dtype, torch.bfloat16}}
+        best = {kind: peak(kind, device, matrices) for kind in {torch.float32, dtype}}
         ours.source.prefetcher.close()
     reference_rate = [batch / theirs for theirs, _, _ in rows]
     our_rate = [batch / (label / refresh + training) for _, label, training in rows]
