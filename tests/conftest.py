@@ -89,7 +89,7 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def vocabulary() -> Iterator[None]:
-    """CLIP's 49,408 words are read once, not for every one of the thousand backbones that tests load."""
+    """CLIP's 49,408 words are read once, not for each of the many backbones that tests load."""
     from open_clip.tokenizer import SimpleTokenizer
 
     made: dict[str, dict[str, Any]] = {}

@@ -4,9 +4,9 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 # What the process does that all commands are forked from. A command ends with its exit status, as a byte. The words
 # of a Python snippet are "snippet" and its code.
@@ -79,11 +79,16 @@ with asked.makefile("rb", buffering=0) as answers:
 
 
 @contextmanager
-def forking(folder: Path, first: str = "") -> Iterator[str]:
+def forking(first: str = "") -> Iterator[str]:
     """The address of such a process, which begins with this code and ends with the block."""
-    address = str(folder / "socket")
-    words = [sys.executable, "-c", first + SERVER, address]
-    with subprocess.Popen(words, stdout=subprocess.PIPE, start_new_session=True) as server:
+    with (
+        tempfile.TemporaryDirectory() as folder,  # a short path, as a socket wants
+        subprocess.Popen(
+            [sys.executable, "-c", first + SERVER, address := f"{folder}/socket"],
+            stdout=subprocess.PIPE,
+            start_new_session=True,
+        ) as server,
+    ):
         try:
             assert server.stdout is not None
             assert server.stdout.readline() == b"ready\n"

@@ -5,7 +5,6 @@ import re
 import runpy
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -79,10 +78,7 @@ def begin(folder: Path, backbone: str, forks: str) -> Path:
 
 @pytest.fixture(scope="module")
 def forks() -> Iterator[str]:
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        forking(Path(folder), SMALL_DEMO) as address,
-    ):  # a short one, as a socket wants
+    with forking(SMALL_DEMO) as address:
         yield address
 
 

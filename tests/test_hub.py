@@ -4,7 +4,6 @@ import hashlib
 import json
 import subprocess
 import sys
-import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -100,7 +99,7 @@ def hub(tiny_backbone: Tiny, tmp_path: Path) -> Iterator[Hub]:
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     first = ENVIRONMENT.format(port=server.server_port, home=str(tmp_path / "hf"))
-    with tempfile.TemporaryDirectory() as short, forking(Path(short), first) as address:  # a socket wants a short path
+    with forking(first) as address:
         server.client = f"{first}\nimport sys\n{CLIENT.format(address=address)}"
         yield server
     server.shutdown()

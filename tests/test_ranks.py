@@ -9,7 +9,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -30,14 +29,15 @@ from forked import CLIENT, forking
 
 Tiny = Callable[[str], str]
 LAUNCHERS = {
-    "torchrun": ["-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "finealign"],
+    "torchrun": [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "finealign"],
     # Processes on CPUs it starts by itself only through MPI; --multi_gpu starts as many processes, GPUs or none.
     "accelerate": [
-        *("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"),
+        *(sys.executable, "-m", "accelerate.commands.launch"),
+        *("--multi_gpu", "--num_processes", "2", "--num_machines", "1"),
         *("--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m", "finealign"),
     ],
-    "alone": ["-m", "finealign"],
-    "forked": [],
+    "alone": [sys.executable, "-m", "finealign"],
+    "forked": [],  # the process that it is forked from knows
 }
 SETTINGS = {
     "views.crops": 2,
@@ -52,8 +52,7 @@ SETTINGS = {
 
 def command(launcher: str, *arguments: str | Path, **settings: object) -> list[str]:
     chosen = [f"--set={name}={value}" for name, value in settings.items()]
-    begin = [sys.executable, *LAUNCHERS[launcher]] if LAUNCHERS[launcher] else []
-    return [*begin, *map(str, arguments), *chosen]
+    return [*LAUNCHERS[launcher], *map(str, arguments), *chosen]
 
 
 def run(words: list[str], *, wanted: int = 0) -> subprocess.CompletedProcess[str]:
@@ -66,7 +65,7 @@ def run(words: list[str], *, wanted: int = 0) -> subprocess.CompletedProcess[str
 
 @pytest.fixture(scope="module")
 def forks() -> Iterator[str]:
-    with tempfile.TemporaryDirectory() as folder, forking(Path(folder)) as address:  # a short one, as a socket wants
+    with forking() as address:
         yield address
 
 
@@ -97,7 +96,7 @@ def together(forks: str, *ranks: list[str], wanted: int = 0) -> list[subprocess.
 def alone(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """What a process without a launcher does, in this one."""
     monkeypatch.setattr("finealign.runtime.devices.keep_freed_memory", lambda: False)
-    done = CliRunner().invoke(app, words[len(LAUNCHERS["alone"]) + 1 :])
+    done = CliRunner().invoke(app, words[len(LAUNCHERS["alone"]) :])
     assert done.exit_code == 0, done.output
 
 

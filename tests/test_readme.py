@@ -5,7 +5,6 @@ import os
 import re
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -73,7 +72,7 @@ def prepare(tmp_path: Path, backbone: str, main: str = MAIN) -> Path:
 def test_readme__the_commands_run(tmp_path: Path, tiny_backbone: Callable[[str], str]) -> None:
     commands = [snippet for snippet in snippets("bash") if "finealign" in snippet and "benchmarks/" not in snippet]
     assert commands
-    with tempfile.TemporaryDirectory() as folder, forking(Path(folder)) as address:  # a short one, as a socket wants
+    with forking() as address:
         reader = prepare(tmp_path, tiny_backbone("transformer"), CLIENT.format(address=address))
         environment = os.environ | {"PATH": f"{reader / 'bin'}{os.pathsep}{os.environ['PATH']}"}
         for snippet in commands:
