@@ -228,7 +228,7 @@ def counted(monkeypatch: pytest.MonkeyPatch, die_at: int | None = None) -> list[
     What is encoded to see how far images were moved is no part of a label pass, and is not kept.
     """
     chunks: list[list[int]] = []
-    views, encode_whole = encoding._LabelViews.__call__, FeatureBank.encode_whole
+    views, moved = encoding._LabelViews.__call__, FeatureBank.moved
 
     def watched(self: Any, photos: Any, chunk: Any) -> Any:
         if len(chunks) == die_at:
@@ -236,13 +236,13 @@ def counted(monkeypatch: pytest.MonkeyPatch, die_at: int | None = None) -> list[
         chunks.append(list(chunk))
         return views(self, photos, chunk)
 
-    def unwatched(self: FeatureBank, images: torch.Tensor) -> torch.Tensor:
+    def unwatched(self: FeatureBank, *what: Any) -> float | None:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(encoding._LabelViews, "__call__", views)
-            return encode_whole(self, images)
+            return moved(self, *what)
 
     monkeypatch.setattr(encoding._LabelViews, "__call__", watched)
-    monkeypatch.setattr(FeatureBank, "encode_whole", unwatched)
+    monkeypatch.setattr(FeatureBank, "moved", unwatched)
     return chunks
 
 

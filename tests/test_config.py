@@ -83,6 +83,7 @@ views_values = st.fixed_dictionaries(
         "strong_low": share,
         "randaugment": st.sampled_from(["rand", "rand-m9-mstd0.5-inc1", "rand-n3-m5-p0.3"]),
         "refresh_epochs": st.integers(0, 9) | st.floats(0.01, 0.99) | st.just("auto"),
+        "refresh_moved": st.just(0.0) | rate | st.just("auto"),
     }
 )
 data_values = st.fixed_dictionaries(
@@ -558,6 +559,7 @@ def test_resolve__leaves_no_auto(images: int) -> None:
         "data.white_value",
         "data.working_size",
         "views.refresh_epochs",
+        "views.refresh_moved",
         "training.epochs",
         "training.max_images",
         "training.anchor_learning_rate",
@@ -579,7 +581,7 @@ def test_resolve__explicit_values_stay(refresh: int, epochs: int) -> None:
         "device": "auto",
         "precision": "auto",
         "data": {"working_size": 11},
-        "views": {"refresh_epochs": refresh},
+        "views": {"refresh_epochs": refresh, "refresh_moved": 0.25},
         "training": {
             "epochs": epochs,
             "steps": 3,
@@ -600,7 +602,8 @@ def test_resolve__touches_the_autos_alone_and_not_the_original() -> None:
     after = resolve(config, images=100, classes=10, input_size=32).model_dump()
     assert config.model_dump() == before
     places = [("data", "working_size"), ("views", "refresh_epochs"), ("training", "epochs"), ("training", "max_images")]
-    for section, key in [*places, ("training", "anchor_learning_rate"), ("training", "anchor_steps")]:
+    places += [("views", "refresh_moved"), ("training", "anchor_learning_rate"), ("training", "anchor_steps")]
+    for section, key in places:
         assert before[section].pop(key) == "auto"
         assert after[section].pop(key) != "auto"
     assert after == before

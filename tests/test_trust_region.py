@@ -12,9 +12,9 @@ from torch.nn.functional import normalize
 
 from conftest import CLASSES, tiny_config, write_photos
 from finealign.classifier import FineAlign
+from finealign.training.drift import FARTHEST, drift
 from finealign.training.features import FeatureBank
 from finealign.training.state import EpochRecord
-from finealign.training.trust_region import FARTHEST, drift
 from finealign.types import ImageFeatures
 
 WILD: dict[str, Any] = {"training__learning_rate": 0.5, "training__epochs": 4, "views__refresh_epochs": 2}
@@ -148,6 +148,87 @@ def test_adapt__killed_in_the_last_label_pass_is_held_back_alike(
 
 def killed(*_: Any) -> bool:
     raise KeyboardInterrupt
+
+
+# --- label features that are as good as new ---------------------------------------------------------------------------
+
+
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The epochs before which label passes are run from now on."""
+    found: list[int] = []
+    encode = FeatureBank.label_pass
+
+    def watched(self: FeatureBank, epoch: int, *what: Any, **how: Any) -> None:
+        found.append(epoch)
+        encode(self, epoch, *what, **how)
+
+    monkeypatch.setattr(FeatureBank, "label_pass", watched)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, [0, 4]),  # the encoder hardly moves, so no features grow old but for the end, whose crops are others
+        ({"views__refresh_moved": 0.0}, [0, 2, 4]),
+        ({"views__refresh_moved": 1e-9}, [0, 2, 4]),
+        ({"views__refresh_epochs": 1}, [0, 1, 2, 3, 4]),  # asked for
+        ({"views__refresh_epochs": 1, "views__refresh_moved": 0.1}, [0, 4]),
+        ({"training__learning_rate": 0.5, "training__drift_limit": "off"}, [0, 2, 4]),
+        ({"training__epochs": 1, "training__max_epochs": 1, "views__refresh_epochs": 0.5}, [0, 1, 2]),  # two blocks
+        ({"training__epochs": 1, "views__refresh_epochs": 0.5, "views__refresh_moved": 0.1}, [0, 2]),
+        # Of the second block nothing is kept, so it is encoded however little the encoder has moved.
+        (
+            {
+                "training__epochs": 1,
+                "training__block_images": 12,
+                "views__refresh_epochs": 0.5,
+                "views__refresh_moved": 0.1,
+            },
+            [0, 1, 2],
+        ),
+        ({"method__name": "dpa", "views__refresh_moved": 0.1}, [0, 2]),  # without crops there is no measure
+    ],
+    ids=str,
+)
+def test_adapt__encodes_label_features_anew_where_the_encoder_has_moved(
+    photos: Path, tiny_backbone: Any, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], expected: list[int]
+) -> None:
+    found = passes(monkeypatch)
+    plain = {"training__epochs": 4, "views__refresh_epochs": "auto", "training__batch_size": 12}
+    fitted(photos, tiny_backbone("transformer"), **plain | {"training__learning_rate": 2e-4} | settings)
+    assert found == expected
+
+
+@pytest.mark.parametrize(
+    ("epochs", "refresh", "stopped_after"), [(4, "auto", 2), (4, "auto", 3), (4, 1, 2), (1, 0.5, 1)]
+)
+def test_adapt__with_features_used_on_resumed_is_bit_for_bit_the_uninterrupted(
+    photos: Path, tiny_backbone: Any, tmp_path: Path, epochs: int, refresh: Any, stopped_after: int
+) -> None:
+    backbone = tiny_backbone("transformer")
+    settings: dict[str, Any] = {
+        "training__epochs": epochs,
+        "training__batch_size": 12,
+        "training__learning_rate": 2e-4,
+        "views__refresh_epochs": refresh,
+        "views__refresh_moved": 0.1,
+    }
+    whole = fitted(photos, backbone, tmp_path / "whole", **settings)
+
+    def stop(record: EpochRecord) -> None:
+        if record.epoch == stopped_after:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        FineAlign(CLASSES, config=tiny_config(backbone, **settings)).fit(
+            photos, checkpoints=tmp_path / "killed", on_epoch=stop
+        )
+    resumed = fitted(photos, backbone, tmp_path / "killed", **settings)
+    for name, value in whole.norms_.items():
+        assert torch.equal(value, resumed.norms_[name])
+    for name, value in whole.method_.state_dict().items():
+        assert torch.equal(value, resumed.method_.state_dict()[name])
 
 
 def test_adapt__looked_at_twice_in_an_epoch_tells_the_farther(photos: Path, tiny_backbone: Any) -> None:

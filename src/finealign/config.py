@@ -26,6 +26,9 @@ Fraction = Annotated[float, Field(gt=0, le=1)]
 DEFAULT_BACKBONE = "ViT-B-32-quickgelu/openai"
 # Label passes in a run (each encodes weak views and crops anew) when `refresh_epochs` is "auto".
 LABEL_PASSES = 2
+# As ``training.drift`` measures it. Crops that are drawn anew lie further from those before: the mean of eight of them
+# an eighth as far as a single one.
+LEAST_MOVED = 0.1
 # The anchors' learning rate from IMAGES_A_CLASS images per class on; with fewer images it is lower in proportion.
 ANCHOR_RATE, IMAGES_A_CLASS = 1e-3, 50
 ANCHOR_STEPS = 160  # of the anchors alone after each label pass, when `anchor_steps` is "auto"
@@ -108,6 +111,11 @@ class ViewSettings(Settings):
         "auto",
         description="epochs a crop feature is reused; below 1 an epoch goes by blocks, each encoded just before it is "
         f"trained on; 0: encoded at every step; auto: {LABEL_PASSES} refreshes a run",
+    )
+    refresh_moved: Annotated[float, Field(ge=0)] | Auto = Field(
+        "auto",
+        description="crop features are used on, even so, while the encoder has moved images less than this since, as a "
+        f"multiple of how far crops lie from images; auto: {LEAST_MOVED} where refresh_epochs is auto, else 0",
     )
 
 
@@ -327,6 +335,9 @@ def resolve(config: Config, *, images: int, classes: int, input_size: int, by_st
         # Labels of an epoch that is enough for all steps would else be those of the encoder as it was at the start.
         if training.epochs == "auto" and epochs == 1 < training.max_epochs and training.encoder == "full":
             refresh = 1 / LABEL_PASSES
+    unmoved = views.refresh_moved
+    if unmoved == "auto":
+        unmoved = LEAST_MOVED if views.refresh_epochs == "auto" else 0.0
     anchor_rate = training.anchor_learning_rate
     if anchor_rate == "auto":
         anchor_rate = ANCHOR_RATE * min(1.0, images / classes / IMAGES_A_CLASS)
@@ -339,7 +350,7 @@ def resolve(config: Config, *, images: int, classes: int, input_size: int, by_st
     return config.model_copy(
         update={
             "data": data.model_copy(update={"working_size": working_size}),
-            "views": views.model_copy(update={"refresh_epochs": refresh}),
+            "views": views.model_copy(update={"refresh_epochs": refresh, "refresh_moved": unmoved}),
             "training": training.model_copy(
                 update={
                     "epochs": epochs,

@@ -25,6 +25,7 @@ from finealign.images.views import PREDICTED_AS, PREDICTION_EPOCH, Padded, Views
 from finealign.runtime.atomic import make_folder
 from finealign.runtime.distributed import Ranks
 from finealign.runtime.progress import Progress
+from finealign.training.drift import drift
 from finealign.training.memmap import MemmapTensors, finished_memmap, forget, read_memmap
 from finealign.types import Blank, Gaze, ImageFeatures
 
@@ -38,6 +39,16 @@ _BLANKS: tuple[Blank | None, ...] = (None, "black", "white")
 
 def _name_of_pass(epoch: int) -> str:
     return f"features-{epoch:04d}.safetensors"
+
+
+def pass_of_name(name: str) -> int:
+    """The number of the epoch before which a label pass kept its features in the file of this name."""
+    return int(Path(name).stem.partition("-")[2])
+
+
+def _probed(images: int) -> Tensor:
+    """At most ``PROBED`` positions of images, evenly among all."""
+    return torch.linspace(0, images - 1, min(PROBED, images)).long()
 
 
 class ImageSource(Protocol):
@@ -69,6 +80,7 @@ class EncodingPlan:
 
     refresh: int  # rounds that weak and crop features are kept for; 0: they are encoded at every step
     crops: bool  # whether the method needs crop features
+    unmoved: float = 0.0  # they are kept on where the encoder has moved images less than this since, as in ``drift``
     frozen: bool = False  # whether the encoder does not learn, so that features do not grow old
     workers: int = 0  # processes that make views; 0: one thread
     weakly: Gaze | None = None  # prompts and pooling for weak views; None: the tower alone
@@ -124,14 +136,17 @@ class FeatureBank:
         self.prefetcher.close()
 
     def start_epoch(self, epoch: int, images: Tensor | None = None) -> bool:
-        """Run a label pass every ``refresh`` epochs, or if no features are kept yet. Returns whether it ran."""
-        due = self.due(epoch)
-        if due:
+        """Run a label pass if none was run yet, and every ``refresh`` epochs unless features are as good as new.
+
+        Returns whether it ran.
+        """
+        anew = self.due(epoch) and not self._as_good_as_new()
+        if anew:
             self.label_pass(epoch, images)
-        return due
+        return anew
 
     def due(self, epoch: int) -> bool:
-        """Whether ``start_epoch`` will run a label pass."""
+        """Whether ``start_epoch`` will run a label pass, or would if the encoder has moved images far enough."""
         return self.plan.refresh > 0 and (not self.bank or epoch % self.plan.refresh == 0)
 
     def renew(self, epoch: int, images: Tensor | None = None) -> bool:
@@ -162,7 +177,7 @@ class FeatureBank:
             after_part = self.progress.between(stage, self.ranks)
             self.bank = keep(self.folder / name, len(positions), parts, self.ranks, after_part, key=key)
         self.bank_file, self.banked = name, images
-        files = sorted(self.folder.glob("features-*.safetensors"), key=lambda path: int(path.stem.partition("-")[2]))
+        files = sorted(self.folder.glob("features-*.safetensors"), key=lambda path: pass_of_name(path.name))
         # The last two checkpoints need the last two files at most; that of the start is for the end of the run.
         for old in files[:-2] if self.ranks.first else ():
             if old.name != _name_of_pass(0):
@@ -200,13 +215,26 @@ class FeatureBank:
         # Every rank has to answer alike, as they encode together what is asked for.
         if self.ranks.any(not found):
             return None
-        rows = torch.linspace(0, len(found["weak"]) - 1, min(PROBED, len(found["weak"]))).long()
+        rows = _probed(len(found["weak"]))
         positions = rows if first is None else first[rows]
         return positions, ImageFeatures(weak=found["weak"][rows], crops=found["crops"][rows])
 
-    def encode_whole(self, images: Tensor) -> Tensor:
-        """Encode the weak views of images (n,), positions, by the encoder as it is now: (n, D), without gradient."""
-        return torch.cat([part["weak"] for part in self._encode(images.tolist(), 0, crops=False)])
+    def moved(self, images: Tensor, before: ImageFeatures) -> float | None:
+        """Tell how far the encoder as it is now has moved these images (n,), positions, from features it gave before.
+
+        The measure is that of ``drift``, the same on all ranks, which decide by it what they encode together.
+        """
+        now = torch.cat([part["weak"] for part in self._encode(images.tolist(), 0, crops=False)])
+        told = self.ranks.texts(repr(drift(now, before)))[0]
+        return None if told == "None" else float(told)
+
+    def _as_good_as_new(self) -> bool:
+        """Whether features of all images are kept, and the encoder has moved images less than ``unmoved`` since."""
+        if not self.bank or self.banked is not None or not self.plan.unmoved or not self.plan.crops:
+            return False
+        rows = _probed(len(self.bank["weak"]))
+        found = self.moved(rows, ImageFeatures(weak=self.bank["weak"][rows], crops=self.bank["crops"][rows]))
+        return found is not None and found < self.plan.unmoved
 
     def _fingerprint(self, epoch: int, positions: Sequence[int]) -> str:
         """What the features of a label pass depend on, as a checksum: images, views, and the encoder as it is now."""

@@ -155,12 +155,13 @@ def _folder_of_all(checkpoints: Path | None, ranks: Ranks) -> Iterator[Path]:
 
 def _encoding_plan(learner: Learner, schedule: Schedule) -> EncodingPlan:
     method, config = learner.method, learner.config
-    refresh = config.views.refresh_epochs
-    if refresh == "auto":
+    refresh, unmoved = config.views.refresh_epochs, config.views.refresh_moved
+    if refresh == "auto" or unmoved == "auto":
         raise ValueError("adapt() needs a resolved configuration")
     return EncodingPlan(
         refresh=math.ceil(refresh) if schedule.blocks == 1 else 1,
         crops=method.uses_crops,
+        unmoved=unmoved,
         frozen=config.training.encoder == "frozen",
         workers=choose_workers(config.data.workers, learner.backbone.device),
         weakly=method.weak_gaze,

@@ -17,7 +17,7 @@ from finealign.method.base import Method
 from finealign.runtime.atomic import require_folder
 from finealign.runtime.distributed import Ranks
 from finealign.training.checkpoints import Checkpoint, read_last_checkpoint, write_checkpoint
-from finealign.training.features import FeatureBank
+from finealign.training.features import FeatureBank, pass_of_name
 from finealign.training.schedule import Schedule
 from finealign.types import Loss, PseudoLabels
 
@@ -195,10 +195,12 @@ class State:
         self.drift, self.kept = checkpoint.values.get("drift"), checkpoint.values.get("kept", 1.0)
         if checkpoint.step:
             self.meter.load(sections["meter"], self.device)
-        # Where a label pass is due at once, the kept features are not needed.
-        pass_due = not checkpoint.step and source.plan.refresh and checkpoint.epoch % source.plan.refresh == 0
-        if checkpoint.values.get("features") and not pass_due:
-            source.take_up(checkpoint.values["features"], schedule.labelled(checkpoint.epoch))
+        # Where a label pass will be run at once, the kept features are not needed.
+        plan = source.plan
+        pass_due = not (checkpoint.step or plan.unmoved) and plan.refresh and checkpoint.epoch % plan.refresh == 0
+        kept_in = checkpoint.values.get("features")
+        if kept_in and not pass_due:
+            source.take_up(kept_in, schedule.labelled(pass_of_name(kept_in)))
 
 
 class EpochMeter:
