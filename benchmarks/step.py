@@ -17,7 +17,6 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import ceil
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -245,18 +244,16 @@ def whole_run(images: int, reference: float, label: float, training: float) -> d
     """Seconds that a run of ``fair`` by its defaults takes, counted from the seconds an image of a step and of a pass.
 
     ``reference``: the reference at each of its steps; ``every step``: ours, if it encoded all views at every step;
-    ``default``: label features kept as long as the defaults say, and encoded once more at the end.
+    ``default``: label features encoded at the start and at the end, as where the encoder has hardly moved in between.
     """
     config = resolve(make_config({}), images=images, classes=len(CLASSES), input_size=224)
-    limit, refresh, epochs = config.training.max_images, config.views.refresh_epochs, config.training.epochs
-    assert not isinstance(refresh, str) and not isinstance(epochs, str) and not isinstance(config.training.steps, str)
+    limit, epochs = config.training.max_images, config.training.epochs
+    assert not isinstance(epochs, str)
     read = images if isinstance(limit, str) else min(images, limit)
-    # A pass within an epoch encodes what is still to be read.
-    passes = sum(1 - begin for begin in np.arange(0, 1, refresh)) if refresh < 1 else ceil(epochs / refresh)
     learned = min(config.training.steps * config.training.batch_size, epochs * read)
-    kept = (passes + config.training.last_label_pass) * read * label + learned * training
+    kept = (1 + config.training.last_label_pass) * read * label + learned * training
     found = {"reference": reference * learned, "every step": (label + training) * learned, "default": kept}
-    return {name: round(float(value), 1) for name, value in found.items()}
+    return {name: round(value, 1) for name, value in found.items()}
 
 
 def show(found: dict[str, Any], *, as_json: bool) -> None:

@@ -195,7 +195,7 @@ def test_adapt__encodes_label_features_anew_where_the_encoder_has_moved(
     photos: Path, tiny_backbone: Any, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], expected: list[int]
 ) -> None:
     found = passes(monkeypatch)
-    plain = {"training__epochs": 4, "views__refresh_epochs": "auto", "training__batch_size": 12}
+    plain: dict[str, Any] = {"training__epochs": 4, "views__refresh_epochs": "auto", "training__batch_size": 12}
     fitted(photos, tiny_backbone("transformer"), **plain | {"training__learning_rate": 2e-4} | settings)
     assert found == expected
 
