@@ -46,7 +46,8 @@ SETTINGS = {
     "training.anchor_steps": 3,
     "training.learning_rate": 1e-3,
     "training.anchor_learning_rate": 1e-3,
-    "views.refresh_epochs": 2,
+    "views.refresh_epochs": 1,
+    "views.refresh_moved": 0.02,  # so that the ranks look how far the encoder has moved, and encode anew
 }
 
 
