@@ -668,7 +668,8 @@ def test_backbone__what_is_none_is_refused() -> None:
 
 def test_check_backbone__passes_ours_and_the_toy(tiny_backbone: Any) -> None:
     check_backbone(ToyBackbone())
-    check_backbone(load_backbone(tiny_backbone("transformer")))
+    for precision in ("fp32", "bf16"):  # whichever this processor would take by itself
+        check_backbone(load_backbone(tiny_backbone("transformer"), precision=precision))
 
 
 class Unequal(ToyBackbone):

@@ -113,7 +113,7 @@ def test_saved__opens_without_a_hub_and_encodes_the_same(kind: str, tmp_path: Pa
 @pytest.mark.filterwarnings("ignore::finealign.errors.CautionWarning")
 def test_saved__predicts_and_is_exported_without_a_hub(tmp_path: Path, photos: Path) -> None:
     model, folder = saved_model(tmp_path, "roberta", photos)
-    loaded = FineAlign.load(folder, device="cpu")
+    loaded = FineAlign.load(folder, device="cpu", precision="fp32")
     assert np.array_equal(scores(loaded, photos), scores(model, photos))
     (tmp_path / "elsewhere").mkdir()
     found = export(loaded, tmp_path / "elsewhere" / "open_clip", format="open_clip")
@@ -131,7 +131,7 @@ def test_saved__without_the_towers_configuration_images_are_predicted_and_texts_
     model, folder = saved_model(tmp_path, "bert", photos)
     shutil.rmtree(folder / "text_tower")
     change(folder / "open_clip_config.json", "model_cfg.text_cfg", hf_model_name="org/tower")
-    loaded = FineAlign.load(folder, device="cpu")
+    loaded = FineAlign.load(folder, device="cpu", precision="fp32")
     assert np.array_equal(scores(loaded, photos), scores(model, photos))
     with pytest.raises(BackboneError, match=r"its text tower is 'org/tower' of transformers.*text_tower/config.json"):
         loaded.backbone_.encode_sentences(["a"])
@@ -140,7 +140,9 @@ def test_saved__without_the_towers_configuration_images_are_predicted_and_texts_
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], value) for name, value in after.items())
     assert (tmp_path / "again" / "tokenizer.json").is_file()
-    assert np.array_equal(scores(FineAlign.load(tmp_path / "again", device="cpu"), photos), scores(model, photos))
+    assert np.array_equal(
+        scores(FineAlign.load(tmp_path / "again", device="cpu", precision="fp32"), photos), scores(model, photos)
+    )
     with pytest.raises(FinealignError, match="cannot encode texts here"):
         export(loaded, tmp_path / "open_clip", format="open_clip")
     graph = Graph(open_clip_backbone(loaded), loaded.method_, "global").eval()  # what an ONNX file is written from
@@ -152,7 +154,7 @@ def test_saved__without_the_towers_configuration_images_are_predicted_and_texts_
     # A tokenizer that is missing does not stop images either.
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / name).unlink()
-    assert np.array_equal(scores(FineAlign.load(folder, device="cpu"), photos), scores(model, photos))
+    assert np.array_equal(scores(FineAlign.load(folder, device="cpu", precision="fp32"), photos), scores(model, photos))
 
 
 @pytest.mark.parametrize("identifier", ["roberta-ViT-B-32/random"])

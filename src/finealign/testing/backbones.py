@@ -189,7 +189,7 @@ def _check_fit(backbone: Backbone, found: Findings) -> None:
             )
         model.save(folder / "model")
         if not (folder / "model" / "backbone").is_dir():
-            opened = FineAlign.load(folder / "model")
+            opened = FineAlign.load(folder / "model", device=str(backbone.device), precision=backbone.precision)
         else:
             written = any((folder / "model" / "backbone").iterdir())
             found.expect(written, "Its save writes nothing. Wanted: what it can be loaded from again.")

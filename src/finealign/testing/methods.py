@@ -336,7 +336,8 @@ def _check_fit(
                 found.expect(False, f"Stopped and resumed, a run ends with another {part!r} than one that is not.")
     whole.save(folder / "model")
     given = encoder if (folder / "model" / "backbone").is_dir() else None
-    opened = FineAlign.load(folder / "model", backbone=given)
+    by = whole.backbone_
+    opened = FineAlign.load(folder / "model", backbone=given, device=str(by.device), precision=by.precision)
     expected, predicted = whole.predict_proba(paths), opened.predict_proba(paths)
     found.expect(bool(np.isfinite(expected).all()), "A fitted model's probabilities are not finite.")
     found.expect(np.array_equal(expected, predicted), "A saved model predicts otherwise than the one that was saved.")
