@@ -28,7 +28,7 @@ DEFAULT_BACKBONE = "ViT-B-32-quickgelu/openai"
 LABEL_PASSES = 2
 # As ``training.drift`` measures it. Crops that are drawn anew lie further from those before: the mean of eight of them
 # an eighth as far as a single one.
-LEAST_MOVED = 0.05
+LEAST_MOVED = 0.1
 # The anchors' learning rate from IMAGES_A_CLASS images per class on; with fewer images it is lower in proportion.
 ANCHOR_RATE, IMAGES_A_CLASS = 1e-3, 50
 ANCHOR_STEPS = 160  # of the anchors alone after each label pass, when `anchor_steps` is "auto"
