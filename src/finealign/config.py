@@ -24,7 +24,8 @@ Positive = Annotated[int, Field(ge=1, lt=2**63)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
 
 DEFAULT_BACKBONE = "ViT-B-32-quickgelu/openai"
-# Label passes in a run (each encodes weak views and crops anew) when `refresh_epochs` is "auto".
+# Label passes in a run, at most and without the last (each encodes weak views and crops anew), when `refresh_epochs` is
+# "auto".
 LABEL_PASSES = 2
 # As ``training.drift`` measures it. Crops that are drawn anew lie further from those before: the mean of eight of them
 # an eighth as far as a single one.

@@ -229,8 +229,12 @@ class FeatureBank:
         return None if told == "None" else float(told)
 
     def _as_good_as_new(self) -> bool:
-        """Whether features of all images are kept, and the encoder has moved images less than ``unmoved`` since."""
-        if not self.bank or self.banked is not None or not self.plan.unmoved or not self.plan.crops:
+        """Whether features of all images are kept, and the encoder has moved images less than ``unmoved`` since.
+
+        No where there is no measure: without crops, or where whole images are seen by another gaze than these.
+        """
+        measured = self.plan.unmoved and self.plan.crops and not self.plan.weakly
+        if not self.bank or self.banked is not None or not measured:
             return False
         rows = _probed(len(self.bank["weak"]))
         found = self.moved(rows, ImageFeatures(weak=self.bank["weak"][rows], crops=self.bank["crops"][rows]))
