@@ -81,6 +81,17 @@ def fitted(photos: Path, backbone: str, folder: Path | None = None, **settings: 
     return FineAlign(CLASSES, config=tiny_config(backbone, **settings)).fit(photos, checkpoints=folder)
 
 
+def killed_after(epochs: int, photos: Path, backbone: str, folder: Path, **settings: Any) -> None:
+    """A run that ends when the record of the last of these epochs is out and its checkpoint is not."""
+
+    def stop(record: EpochRecord) -> None:
+        if record.epoch == epochs:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        FineAlign(CLASSES, config=tiny_config(backbone, **settings)).fit(photos, checkpoints=folder, on_epoch=stop)
+
+
 def moved(model: FineAlign, photos: Path) -> float:
     """How far the model has moved the photos, by what the package shows of features."""
     found = drift(model.features(photos)[0].weak, model.features(photos, at_start=True)[0])
@@ -115,14 +126,7 @@ def test_adapt__held_back_and_resumed_is_bit_for_bit_the_uninterrupted(
     backbone = tiny_backbone("transformer")
     whole = fitted(photos, backbone, tmp_path / "whole", **WILD)
 
-    def stop(record: EpochRecord) -> None:
-        if record.epoch == 3:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        FineAlign(CLASSES, config=tiny_config(backbone, **WILD)).fit(
-            photos, checkpoints=tmp_path / "killed", on_epoch=stop
-        )
+    killed_after(3, photos, backbone, tmp_path / "killed", **WILD)
     resumed = fitted(photos, backbone, tmp_path / "killed", **WILD)
     for name, value in whole.norms_.items():
         assert torch.equal(value, resumed.norms_[name])
@@ -216,14 +220,7 @@ def test_adapt__with_features_used_on_resumed_is_bit_for_bit_the_uninterrupted(
     }
     whole = fitted(photos, backbone, tmp_path / "whole", **settings)
 
-    def stop(record: EpochRecord) -> None:
-        if record.epoch == stopped_after:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        FineAlign(CLASSES, config=tiny_config(backbone, **settings)).fit(
-            photos, checkpoints=tmp_path / "killed", on_epoch=stop
-        )
+    killed_after(stopped_after, photos, backbone, tmp_path / "killed", **settings)
     resumed = fitted(photos, backbone, tmp_path / "killed", **settings)
     for name, value in whole.norms_.items():
         assert torch.equal(value, resumed.norms_[name])
